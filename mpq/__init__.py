@@ -1,0 +1,3 @@
+"""Being assembled."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,46 @@
+"""Signed integers of 2 to 8 bits: qvalues `-2^(bits-1) .. 2^(bits-1) - 1`."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Integer:
+    """A uniform grid with step 1. With a zero point (`Scheme.zero_point`) the same codes serve affine quantization."""
+
+    bits: int
+
+    @property
+    def name(self) -> str:
+        """`int2` .. `int8`."""
+        return f"int{self.bits}"
+
+    @property
+    def min_qvalue(self) -> int:
+        """Most negative code."""
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def max_qvalue(self) -> int:
+        """Most positive code."""
+        return 2 ** (self.bits - 1) - 1
+
+    @property
+    def max_magnitude(self) -> float:
+        """Largest |decode(q)| reached on both sides: absmax scale = absmax / this."""
+        return float(self.max_qvalue)
+
+    @property
+    def uniform(self) -> bool:
+        """True: equal steps, so a zero point makes sense."""
+        return True
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        """Nearest qvalue (ties to even) of each element of `x`, already divided by its scale. `int8`, same shape."""
+        return jnp.clip(jnp.round(x), self.min_qvalue, self.max_qvalue).astype(jnp.int8)
+
+    def decode(self, qvalue: jax.Array) -> jax.Array:
+        """Unscaled value of each qvalue. `float32`, same shape."""
+        return qvalue.astype(jnp.float32)

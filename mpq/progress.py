@@ -1,0 +1,46 @@
+"""Progress bars on standard error, for every stage alike; silent unless a person is watching.
+
+Stages wrap their loops in `track(items, "sensitivity kl", total)`. Nothing is shown until `shown()` is entered, which the command line
+does, so the library stays quiet.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+_current: contextvars.ContextVar[Progress | None] = contextvars.ContextVar("progress", default=None)
+
+
+@contextlib.contextmanager
+def shown(console: Console | None = None) -> Iterator[Progress]:
+    """Within this context `track` draws one bar a stage: done of total, elapsed time, time remaining."""
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console or Console(stderr=True)) as progress:
+        token = _current.set(progress)
+        try:
+            yield progress
+        finally:
+            _current.reset(token)
+
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Iterate over `items`; shows a bar inside `shown()`."""
+    progress = _current.get()
+    if progress is None:
+        yield from items
+        return
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)  # type: ignore[arg-type]  # guarded by hasattr
+    yield from progress.track(items, total=total, description=description)

@@ -1,0 +1,346 @@
+"""The types that join the stages, and nothing else.
+
+Conventions, stated once. Weights are `w[k, n]` with `y = x @ w`; groups of weights that share a scale run along `k`; leading
+axes are batch axes (experts, or equal shapes stacked). Losses are in nats per token (per image, per example). Sizes are
+Python ints in bits. Arrays that enter a table are NumPy float64. Everything is frozen.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+Params = Mapping[str, jax.Array]
+"""A model's parameters by path; paths join the module's attribute names with dots: `layers.0.mlp.up_proj.kernel`."""
+
+
+class MpqError(Exception):
+    """Input that a person can mend. The message is one sentence: what was given, what is allowed, what to try."""
+
+
+class NumberFormat(Protocol):
+    """The grid of one element, before any scale.
+
+    `encode` maps values already divided by their scale to the nearest qvalue; `decode` is its inverse on qvalues. A format
+    without a scale (`bf16`) has `max_magnitude = None` and its qvalues are the values themselves.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def min_qvalue(self) -> int: ...
+    @property
+    def max_qvalue(self) -> int: ...
+    @property
+    def max_magnitude(self) -> float | None: ...
+    @property
+    def uniform(self) -> bool: ...
+    def encode(self, x: jax.Array) -> jax.Array: ...
+    def decode(self, qvalue: jax.Array) -> jax.Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """How one weight is stored: number format, granularity, scale type. `str()` is its text form, such as `int4_g128`.
+
+    Attributes:
+      format: the element grid.
+      group_size: rows of `k` that share a scale; None: one scale per output channel (the whole column).
+      zero_point: affine (asymmetric) if True; only for integer formats.
+      scale_dtype: dtype name of the stored scale. `float16` is what llama.cpp and GPTQ store.
+    """
+
+    format: NumberFormat
+    group_size: int | None = None
+    zero_point: bool = False
+    scale_dtype: str = "float16"
+
+    def __str__(self) -> str:
+        if not self.has_scale:
+            return self.format.name
+        granularity = "channel" if self.group_size is None else f"g{self.group_size}"
+        suffix = "" if self.scale_dtype == "float16" else f"_s{self.scale_dtype}"
+        return f"{self.format.name}_{granularity}{'_zp' if self.zero_point else ''}{suffix}"
+
+    @property
+    def has_scale(self) -> bool:
+        """False for plain float storage."""
+        return self.format.max_magnitude is not None
+
+    def num_groups(self, k: int) -> int:
+        """Scales per column of `k` rows; the last group may be shorter."""
+        if not self.has_scale:
+            return 0
+        return 1 if self.group_size is None else -(-k // self.group_size)
+
+    def part_bits(self, k: int, n: int) -> dict[str, int]:
+        """Bits of each stored array of one `w[k, n]`; sub-byte arrays are bit streams padded to whole bytes."""
+        scales = self.num_groups(k) * n
+        parts = {"qvalue": _whole_bytes(k * n * self.format.bits)}
+        if self.has_scale:
+            parts["scale"] = scales * 8 * np.dtype(self.scale_dtype).itemsize
+        if self.zero_point:
+            parts["zero_point"] = _whole_bytes(scales * self.format.bits)
+        return parts
+
+    def size_bits(self, k: int, n: int, batch: int = 1) -> int:
+        """Exact stored size of `batch` weights `w[k, n]`: qvalues, scales, zero points and padding to bytes."""
+        return batch * sum(self.part_bits(k, n).values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One place where a weight is read.
+
+    Attributes:
+      kind: `matmul`, `conv` or `embedding`.
+      input: id of the array it multiplies; uses with equal ids read the same input. Embeddings: of the indices.
+      macs: multiply-accumulates in one evaluation of the traced inputs.
+    """
+
+    kind: str
+    input: str
+    macs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightSpec:
+    """One quantizable weight, as `trace` finds it.
+
+    The parameter array is `params[param]` (of it the slice `index`, for scanned layers); transposed by `permutation` and
+    reshaped to `[batch, k, n]` it is the canonical matrix view. Where the view divides one axis (the output channels of a
+    grouped convolution), the array is first reshaped to `factors`.
+
+    Attributes:
+      path: unique name: `param`, or `param[index]` for a slice.
+      group: weights of equal group read the same input (q/k/v, gate/up) and share a scheme.
+      uses: every place that reads it; a tied embedding has two.
+      factors: `shape` with axes divided, or empty where `permutation` acts on `shape` itself.
+    """
+
+    path: str
+    param: str
+    index: tuple[int, ...]
+    shape: tuple[int, ...]
+    permutation: tuple[int, ...]
+    batch: int
+    k: int
+    n: int
+    group: str
+    uses: tuple[Use, ...]
+    factors: tuple[int, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """Kinds of all uses, joined by `+`: `matmul`, `embedding+matmul`."""
+        return "+".join(dict.fromkeys(use.kind for use in self.uses))
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of all uses."""
+        return sum(use.macs for use in self.uses)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.batch * self.k * self.n
+
+    def size_bits(self, scheme: Scheme) -> int:
+        """Stored size of this weight under `scheme`."""
+        return scheme.size_bits(self.k, self.n, self.batch)
+
+    def to_matrix(self, param: jax.Array) -> jax.Array:
+        """The matrix view `[batch, k, n]` of the whole parameter array `params[self.param]`."""
+        factored = param[self.index].reshape(self.factors or self.shape)
+        return factored.transpose(self.permutation).reshape(self.batch, self.k, self.n)
+
+    def from_matrix(self, matrix: jax.Array, param: jax.Array) -> jax.Array:
+        """`param` with this weight replaced by `matrix[batch, k, n]`; inverse of `to_matrix`."""
+        permuted = tuple((self.factors or self.shape)[axis] for axis in self.permutation)
+        weight = matrix.reshape(permuted).transpose(np.argsort(self.permutation)).reshape(self.shape).astype(param.dtype)
+        return param.at[self.index].set(weight) if self.index else weight
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Windows of tokens (or other inputs), and which positions count.
+
+    Attributes:
+      inputs: `int32[num_windows, time]` token ids.
+      mask: `bool[num_windows, time]`: True where the token is real; padding is False and never counts.
+      document: `int32[num_windows]`: the document a window was cut from; standard errors are over documents.
+      source: where it came from, for a person.
+      digest: sha256 over inputs, mask and document.
+    """
+
+    inputs: np.ndarray
+    mask: np.ndarray
+    document: np.ndarray
+    source: str
+    digest: str
+
+    @property
+    def num_documents(self) -> int:
+        """Number of distinct documents."""
+        return len(np.unique(self.document))
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of predicted tokens: real tokens that have a predecessor in their window."""
+        return int(self.mask[:, 1:].sum())
+
+    def batches(self, size: int) -> Iterator["Batch"]:
+        """Consecutive batches of exactly `size` windows; the last is filled with windows that count nothing."""
+        for start in range(0, len(self.inputs), size):
+            take = slice(start, start + size)
+            fill = size - len(self.inputs[take])
+            pad = lambda a, value: np.concatenate([a[take], np.full((fill, *a.shape[1:]), value, a.dtype)])
+            yield Batch(pad(self.inputs, 0), pad(self.mask, False), pad(self.document, -1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+    """Equal-shaped part of a `Dataset`; `document` is -1 in windows that only fill it up."""
+
+    inputs: Any
+    mask: Any
+    document: Any
+
+    @property
+    def weight(self) -> Any:
+        """`float32[batch, time]`: 1 where the output at that position predicts a real token, else 0."""
+        predicted = self.mask[:, 1:].astype(np.float32)
+        return jax.numpy.pad(predicted, ((0, 0), (0, 1)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerStats:
+    """What one calibration pass keeps for one weight; weights of one group share it.
+
+    Attributes:
+      gram: `float32[batch, k, k]`, E[x xT] over counted positions. The Hessian of the layer's squared error is 2 * gram;
+        the 2 is never folded in. Embedding uses read one-hot rows and contribute nothing.
+      absmax: `float32[batch, k]`, largest |x|.
+      num_tokens: positions counted.
+    """
+
+    gram: np.ndarray
+    absmax: np.ndarray
+    num_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SensitivityTable:
+    """Predicted loss increase when one weight alone takes a scheme: all that `allocate` needs to know of the model.
+
+    Attributes:
+      weights, schemes: rows and columns.
+      loss_increase: `float64[L, S]`, nats per token.
+      stderr: `float64[L, S]`, standard error over documents or probes; 0 where the metric is deterministic.
+      metric: name of the metric and its options.
+      quantizer: name of the rounding algorithm whose error was scored.
+      model_digest, data_digest: what it was made from.
+    """
+
+    weights: tuple[WeightSpec, ...]
+    schemes: tuple[Scheme, ...]
+    loss_increase: np.ndarray
+    stderr: np.ndarray
+    metric: str
+    quantizer: str
+    model_digest: str
+    data_digest: str
+
+
+class Status(enum.Enum):
+    """How good a solution is known to be."""
+
+    OPTIMAL = "optimal"
+    FEASIBLE = "feasible"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Allocation:
+    """A bit allocation: one scheme for every weight.
+
+    Attributes:
+      choice: path -> scheme, in the table's order.
+      loss: predicted loss increase, nats per token, with `stderr`.
+      size_bits: of the quantized weights, exactly.
+      budget_bits: the limit it was solved for.
+      lower_bound: no allocation within the budget has a smaller predicted loss.
+      status: `OPTIMAL` if `loss` equals the bound, up to rounding.
+      solver: name of the solver.
+    """
+
+    choice: dict[str, Scheme]
+    loss: float
+    stderr: float
+    size_bits: int
+    budget_bits: int
+    lower_bound: float
+    status: Status
+    solver: str
+
+    @property
+    def gap(self) -> float:
+        """`loss - lower_bound`, nats per token."""
+        return self.loss - self.lower_bound
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class QTensor:
+    """A quantized weight: `w ~= (decode(qvalue) - decode(zero_point)) * scale`, the last two repeated along `k`.
+
+    Attributes:
+      qvalue: `int8[batch, k, n]` logical codes, or the values themselves for a format without scale.
+      scale: `[batch, groups, n]` in the scheme's scale dtype; None without scale. May be negative.
+      zero_point: `int8[batch, groups, n]` or None.
+      scheme: static.
+    """
+
+    qvalue: jax.Array
+    scale: jax.Array | None
+    zero_point: jax.Array | None
+    scheme: Scheme = dataclasses.field(metadata={"static": True})
+
+    def dequantize(self) -> jax.Array:
+        """`float32[batch, k, n]`."""
+        value = self.scheme.format.decode(self.qvalue).astype(np.float32)
+        if self.scale is None:
+            return value
+        k = self.qvalue.shape[-2]
+        spread = lambda a: jax.numpy.repeat(a, self.scheme.group_size or k, axis=-2)[..., :k, :]
+        if self.zero_point is not None:
+            value = value - spread(self.scheme.format.decode(self.zero_point).astype(np.float32))
+        return value * spread(self.scale.astype(np.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalResult:
+    """One evaluation of a model on a dataset. Standard errors are over documents, not over tokens.
+
+    `kl`, `kl_stderr` (nats per token, KL(reference || model)) and `top1_agreement` are None without a reference.
+    """
+
+    perplexity: float
+    nll: float
+    nll_stderr: float
+    kl: float | None
+    kl_stderr: float | None
+    top1_agreement: float | None
+    top1_stderr: float | None
+    num_documents: int
+    num_tokens: int
+    data_digest: str
+
+
+def _whole_bytes(bits: int) -> int:
+    return -(-bits // 8) * 8
