@@ -1,6 +1,7 @@
 """Progress bars on standard error, for every stage alike; silent unless a person is watching.
 
-Stages wrap their loops in `track(items, "sensitivity kl", total)`. Nothing is shown until `shown()` is entered, which the command line
+Stages wrap their loops in `track(items, "sensitivity kl", total)`. Nothing is shown until `shown()` is entered, which
+the command line
 does, so the library stays quiet.
 """
 
@@ -43,4 +44,7 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
         return
     if total is None and hasattr(items, "__len__"):
         total = len(items)  # type: ignore[arg-type]  # guarded by hasattr
+    for task in progress.tasks:  # a stage that comes again takes the place of its finished bar
+        if task.finished and task.description == description:
+            progress.remove_task(task.id)
     yield from progress.track(items, total=total, description=description)
