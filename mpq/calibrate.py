@@ -1,0 +1,160 @@
+"""One streamed pass over the calibration set: the second moments of every weight's input.
+
+The gram E[x xT] is the curvature of a layer's squared output error, and all that GPTQ (Frantar et al. 2023,
+arXiv:2210.17323, eq. 1-3) needs to know of the data. Weights that read the same input share one array.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from mpq.progress import track
+from mpq.trace import Site, Trace
+from mpq.types import Dataset, LayerStats, MpqError, Params
+
+
+class _Sums(NamedTuple):
+    """Totals of one input: `gram + rest` is the sum of x xT to about twice float32's precision."""
+
+    gram: jax.Array  # float32[batch, k, k]
+    rest: jax.Array  # float32[batch, k, k]
+    absmax: jax.Array  # float32[batch, k]
+
+
+class _Seen(NamedTuple):
+    """What one batch added to an input: positions, and whether all its values are finite."""
+
+    positions: jax.Array  # int32
+    finite: jax.Array  # bool
+
+
+def calibrate(traced: Trace, params: Params, data: Dataset, batch_size: int) -> dict[str, LayerStats]:
+    """Input statistics of every weight that is multiplied.
+
+    Padding (`data.mask` False) never counts, whatever the batching. Where an operation's rows are the positions of the
+    windows, the mask says which count; where they are otherwise divided evenly among the windows (output positions of a
+    strided convolution, one pooled row a window), the rows of windows that hold a real position; where they cannot be
+    matched to windows (rows routed to experts), all.
+
+    Args:
+      traced: the model, traced for any batch size.
+      params: its parameters.
+      data: the calibration set.
+      batch_size: windows a pass. It changes the result by rounding alone.
+
+    Returns:
+      Path of the weight -> statistics. A weight used several times has the mean over all its uses. A tied embedding has
+      those of its matmul; a weight that is only looked up has no entry, for it is multiplied by nothing.
+
+    Raises:
+      MpqError: if a weight or an input is not finite (it is named), if `batch_size` is not positive, or if nothing
+        counts.
+    """
+    if batch_size < 1:
+        raise MpqError(f"batch_size is {batch_size}; it must be at least 1.")
+    if not data.mask.any():
+        raise MpqError(f"{data.source} has no position that counts: all of it is padding.")
+    _require_finite(traced, params)
+    traced = traced.on((batch_size, *data.inputs.shape[1:]))
+    owners = _owners(traced)
+    sums = {name: _zeros(site, params) for name, site in owners.items()}
+    counts = dict.fromkeys(owners, 0)
+    num_batches = -(-len(data.inputs) // batch_size)
+    for number, batch in enumerate(track(data.batches(batch_size), "calibrate", num_batches)):
+        sums, seen = _add(traced, params, sums, batch.inputs, batch.mask)
+        for name, (count, finite) in jax.device_get(seen).items():
+            if not finite:
+                raise MpqError(
+                    f"The input of weight {owners[name].spec.path} is not finite, or too large to square in float32, "
+                    f"in batch {number} of {data.source}: check the model on these inputs."
+                )
+            counts[name] += int(count)
+    return _stats(traced, jax.device_get(sums), counts)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _add(
+    traced: Trace, params: Params, sums: dict[str, _Sums], inputs: jax.Array, mask: jax.Array
+) -> tuple[dict[str, _Sums], dict[str, _Seen]]:
+    """Totals after one batch, and what it added."""
+    owners = _owners(traced)
+
+    def update(site: Site, x: jax.Array, state: dict[str, tuple[_Sums, _Seen]]) -> dict[str, tuple[_Sums, _Seen]]:
+        name = site.use.input
+        if owners.get(name) is not site:
+            return state
+        counted = _counted(site, mask)
+        rows = jnp.where(counted[:, None], site.inputs_matrix(x).astype(jnp.float32), 0.0)
+        gram = jnp.einsum("btk,btl->bkl", rows, rows, precision=jax.lax.Precision.HIGHEST)
+        (total, rest, absmax), (count, finite) = state[name]
+        # The exact error of a float32 sum (Knuth 1997, TAOCP 2, 4.2.2, theorem B), carried along instead of lost.
+        larger = total + gram
+        shadow = larger - total
+        rest = rest + ((total - (larger - shadow)) + (gram - shadow))
+        # |x_i x_j| <= max(x_i^2, x_j^2): a sum that overflows does so on the diagonal too, and NaN always shows there.
+        finite &= jnp.isfinite(jnp.trace(gram, axis1=1, axis2=2)).all()
+        absmax = jnp.maximum(absmax, jnp.abs(rows).max(axis=1, initial=0.0))
+        return state | {name: (_Sums(larger, rest, absmax), _Seen(count + counted.sum(dtype=jnp.int32), finite))}
+
+    nothing = _Seen(jnp.int32(0), jnp.bool_(True))
+    _, state = traced.accumulate(params, inputs, {name: (s, nothing) for name, s in sums.items()}, update)
+    return {name: s for name, (s, _) in state.items()}, {name: seen for name, (_, seen) in state.items()}
+
+
+def _counted(site: Site, mask: jax.Array) -> jax.Array:
+    """`bool[tokens]`: which rows of the site's input count."""
+    shape, num_windows = site.token_shape, mask.shape[0]
+    tokens = int(np.prod(shape))
+    if tokens == mask.size:
+        time_major = shape == mask.shape[::-1] and shape != mask.shape
+        return (mask.T if time_major else mask).reshape(-1)
+    if tokens % num_windows == 0 and (shape[0] == num_windows or len(shape) == 1):
+        return jnp.repeat(mask.any(axis=tuple(range(1, mask.ndim))), tokens // num_windows)
+    return jnp.ones(tokens, bool)
+
+
+def _owners(traced: Trace) -> dict[str, Site]:
+    """The first site of every distinct input that is multiplied."""
+    owners: dict[str, Site] = {}
+    for site in traced.sites:
+        if site.use.kind != "embedding":
+            owners.setdefault(site.use.input, site)
+    return owners
+
+
+def _zeros(site: Site, params: Params) -> _Sums:
+    batch, k = site.spec.batch, site.spec.k
+    gram = lambda: jnp.zeros((batch, k, k), jnp.float32)
+    return _Sums(gram(), gram(), jnp.zeros((batch, k), jnp.float32))
+
+
+def _stats(traced: Trace, sums: Mapping[str, _Sums], counts: Mapping[str, int]) -> dict[str, LayerStats]:
+    """Means per weight; weights that read the same inputs get the same object."""
+    by_inputs: dict[tuple[str, ...], LayerStats] = {}
+    stats = {}
+    for spec in traced.weights:
+        inputs = tuple(dict.fromkeys(use.input for use in spec.uses if use.kind != "embedding"))
+        if not inputs:
+            continue
+        if inputs not in by_inputs:
+            count = sum(counts[name] for name in inputs)
+            gram = np.zeros(sums[inputs[0]].gram.shape)
+            for name in inputs:
+                gram += sums[name].gram
+                gram += sums[name].rest
+            absmax = np.max([sums[name].absmax for name in inputs], axis=0)
+            by_inputs[inputs] = LayerStats((gram / count).astype(np.float32), absmax, count)
+        stats[spec.path] = by_inputs[inputs]
+    return stats
+
+
+def _require_finite(traced: Trace, params: Params) -> None:
+    arrays = {spec.path: params[spec.param][spec.index] for spec in traced.weights}
+    arrays |= {skipped.path: params[skipped.path] for skipped in traced.skipped}
+    for path, array in arrays.items():
+        if jnp.issubdtype(array.dtype, jnp.inexact) and not bool(jnp.isfinite(array).all()):
+            raise MpqError(f"Weight {path} holds NaN or infinity: mend the checkpoint before calibrating.")

@@ -1,0 +1,275 @@
+"""Trace once, work on the jaxpr: find a model's weights, and evaluate the model with their matmuls replaced.
+
+`trace` walks the jaxpr of a pure function and finds every parameter that reaches a `dot_general`, a
+`conv_general_dilated` or an embedding `gather` through nothing but layout operations, inside `jit`,
+rematerialization, custom derivatives and `scan`. `Trace.evaluate` runs the same jaxpr with those operations replaced.
+Both happen while JAX traces: a compiled evaluation costs what the replacements cost and nothing else. The model's
+code is not touched, so any model will do.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+
+from mpq.tracing import found
+from mpq.tracing.found import Skipped
+from mpq.tracing.interpret import Interpreter
+from mpq.tracing.layout import identity
+from mpq.tracing.reads import Read, Slot, Source
+from mpq.tracing.walk import Plan, Walk
+from mpq.types import MpqError, Params, Use, WeightSpec
+
+__all__ = ["Site", "Skipped", "Trace", "trace"]
+
+Default = Callable[[jax.Array, jax.Array], jax.Array]
+Replace = Callable[["Site", jax.Array, jax.Array, Default], jax.Array]
+Update = Callable[["Site", jax.Array, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One operation that reads a weight. Static and hashable.
+
+    Attributes:
+      id: its number in the order of execution, unique in a trace.
+      spec: the weight.
+      use: which of the weight's uses this is.
+    """
+
+    id: int
+    spec: WeightSpec
+    use: Use
+    _read: Read = dataclasses.field(repr=False)
+
+    @property
+    def output(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of the operation's output."""
+        return self._read.output
+
+    @property
+    def token_shape(self) -> tuple[int, ...]:
+        """The shape whose row-major flattening is the `tokens` axis of the matrices."""
+        return self._read.token_shape
+
+    def inputs_matrix(self, x: jax.Array) -> jax.Array:
+        """The operation's input as `[batch, tokens, k]`, such that `inputs_matrix(x) @ w[batch, k, n]` is its result.
+
+        A convolution's tokens are its output positions, and a row is the window that it sees there. An embedding has
+        indices instead: it raises `MpqError`.
+        """
+        if self._read.inputs is None:
+            raise MpqError(f"`{self.spec.path}` is looked up by integer indices here; they have no matrix view.")
+        return self._read.inputs(x)
+
+    def weights_matrix(self, w: jax.Array) -> jax.Array:
+        """The weight, laid out as this operation gets it, as `[batch, k, n]`."""
+        return self._read.weights(w)
+
+    def outputs_matrix(self, y: jax.Array) -> jax.Array:
+        """The operation's output as `[batch, tokens, n]`; an embedding's as `[1, tokens, k]`."""
+        return self._read.outputs(y)
+
+    def from_outputs_matrix(self, matrix: jax.Array) -> jax.Array:
+        """Inverse of `outputs_matrix`: what a replacement computed as a matrix, in the shape that the model expects."""
+        return self._read.outputs.invert(matrix)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trace:
+    """A traced function: its weights, and its evaluation with their reads replaced.
+
+    A trace is made for one shape of inputs and serves every batch of that shape; `on` makes one for another shape.
+
+    Attributes:
+      weights: in the order in which they are first read.
+      skipped: every parameter that is not, or not in all its reads, among the weights, with the reason.
+      sites: every operation that reads a weight, in the order of execution.
+      params: path -> shape and dtype of every parameter.
+      inputs: shapes and dtypes of the inputs.
+    """
+
+    weights: tuple[WeightSpec, ...]
+    skipped: tuple[Skipped, ...]
+    sites: tuple[Site, ...]
+    params: Mapping[str, jax.ShapeDtypeStruct] = dataclasses.field(repr=False)
+    inputs: Any = dataclasses.field(repr=False)
+    _fn: Callable[[dict[str, jax.Array], Any], Any] = dataclasses.field(repr=False)
+    _jaxpr: Any = dataclasses.field(repr=False)
+    _plan: Plan = dataclasses.field(repr=False)
+    _output: Any = dataclasses.field(repr=False)
+
+    def evaluate(self, params: Params, inputs: Any, replace: Replace | None = None) -> Any:
+        """The function's output, with reads of weights replaced.
+
+        Pure: use it under `jit`, `grad` and `vmap` like the function itself. With `replace=None`, or one that returns
+        `default(x, w)`, it is bit-identical to the function under `jit`; only the gradients of constants of a scan
+        whose weights are scanned are summed in another order, since that scan is unrolled. A function with a
+        derivative rule of its own keeps the rule unless a read inside it was changed; then its body is differentiated
+        as it stands. No value can be carried out of `replace` by a side effect: it may run inside a scan or a
+        rematerialized block. `accumulate` is for that.
+
+        Args:
+          params: as traced: the same paths, shapes and dtypes.
+          inputs: as traced: the same shapes and dtypes.
+          replace: `(site, x, w, default) -> y`. `x` is the operation's input, `w` the weight, both as laid out and cast
+            by the model; `default(x, w)` is the operation itself; `y` has its shape and dtype. For an embedding `x` is
+            the integer indices and `y` the rows looked up.
+
+        Returns:
+          What the function returns.
+
+        Raises:
+          MpqError: if parameters, inputs or a replaced result differ from what was traced.
+        """
+
+        def visit(site: Site, x: jax.Array, w: jax.Array, default: Default, state: tuple[()]) -> tuple[jax.Array, Any]:
+            return (default(x, w) if replace is None else replace(site, x, w, default)), state
+
+        return self._run(params, inputs, visit, ())[0]
+
+    def accumulate(self, params: Params, inputs: Any, state: Any, update: Update) -> tuple[Any, Any]:
+        """The function's output, and `state` after every read of a weight has updated it.
+
+        Args:
+          params: as traced.
+          inputs: as traced.
+          state: a pytree of arrays.
+          update: `(site, x, state) -> state` of the same structure, shapes and dtypes; called in the order of
+            execution, in every step of a scan.
+
+        Returns:
+          `(output, state)`.
+
+        Raises:
+          MpqError: if parameters or inputs differ from what was traced.
+        """
+
+        def visit(site: Site, x: jax.Array, w: jax.Array, default: Default, state: Any) -> tuple[jax.Array, Any]:
+            return default(x, w), update(site, x, state)
+
+        return self._run(params, inputs, visit, state)
+
+    def on(self, shape: Sequence[int]) -> "Trace":
+        """The same function traced for an input of another shape; `self` if the shape is the same.
+
+        Args:
+          shape: of the input, for instance `(batch, time)`; its dtype stays.
+
+        Returns:
+          A trace with the same weights; only their multiply-accumulates differ.
+
+        Raises:
+          MpqError: if the inputs are more than one array, or if the function reads its weights otherwise at this shape.
+        """
+        if not isinstance(self.inputs, jax.ShapeDtypeStruct):
+            raise MpqError(f"`on` serves functions of one input array, not of {_show(self.inputs)}: trace again.")
+        if tuple(shape) == self.inputs.shape:
+            return self
+        other = trace(self._fn, self.params, jax.ShapeDtypeStruct(tuple(shape), self.inputs.dtype))
+        bare = lambda spec: dataclasses.replace(spec, uses=tuple(dataclasses.replace(use, macs=0) for use in spec.uses))
+        if [*map(bare, self.weights)] != [*map(bare, other.weights)]:
+            raise MpqError(
+                f"The model reads its weights otherwise for {_show(other.inputs)} than for {_show(self.inputs)}: "
+                "trace it for the shape that it will run on."
+            )
+        return other
+
+    def _run(self, params: Params, inputs: Any, visit: Callable[..., Any], state: Any) -> tuple[Any, Any]:
+        args = self._checked(params, inputs)
+
+        def visit_read(number: int, operands: list[Any], default: Callable[..., Any], state: Any) -> tuple[Any, Any]:
+            site = self._by_read.get(number)
+            if site is None:  # a read of a parameter that is refused as a weight
+                return default(*operands), state
+            read = site._read
+            lookup = read.inputs is None
+            x, w = operands[1 - read.operand], operands[read.operand]
+            if lookup:
+                x = x[..., 0]  # a gather takes vectors of indices; ours has one index a row
+
+            def call(x_: Any, w_: Any) -> Any:
+                # The very operands of the jaxpr where nothing was changed: `Interpreter` recognizes them.
+                other = operands[1 - read.operand] if x_ is x else (x_[..., None] if lookup else x_)
+                return default(*((w_, other) if read.operand == 0 else (other, w_)))
+
+            y, state = visit(site, x, w, call, state)
+            if (jnp.shape(y), jnp.result_type(y)) != (site.output.shape, site.output.dtype):
+                raise MpqError(
+                    f"A replacement for `{site.spec.path}` returned {_show(y)}; the model expects {_show(site.output)}."
+                )
+            return y, state
+
+        outs, state = Interpreter(visit_read).run(self._plan, self._jaxpr, args, state)
+        return jax.tree.unflatten(jax.tree.structure(self._output), outs), state
+
+    @functools.cached_property
+    def _by_read(self) -> dict[int, Site]:
+        return {site.id: site for site in self.sites}
+
+    def _checked(self, params: Params, inputs: Any) -> list[Any]:
+        """The flat arguments of the jaxpr, if they are what was traced."""
+        if params.keys() != self.params.keys():
+            missing, extra = sorted(self.params.keys() - params.keys()), sorted(params.keys() - self.params.keys())
+            raise MpqError(f"The parameters are not those that were traced: missing {missing}, not expected {extra}.")
+        args = jax.tree.map(_array, ({name: params[name] for name in self.params}, inputs))
+        structs = jax.tree.map(_struct, args)
+        if structs[1] != self.inputs:
+            raise MpqError(
+                f"Traced for inputs {_show(self.inputs)}, evaluated on {_show(structs[1])}; `Trace.on` gives a trace "
+                "for another shape."
+            )
+        for name, struct in self.params.items():
+            if structs[0][name] != struct:
+                raise MpqError(f"Parameter `{name}` was traced as {_show(struct)}, but is {_show(structs[0][name])}.")
+        return jax.tree.leaves(args)
+
+
+def trace(
+    fn: Callable[[dict[str, jax.Array], Any], Any], params: Mapping[str, jax.Array | jax.ShapeDtypeStruct], inputs: Any
+) -> Trace:
+    """Find the weights of `fn`. Nothing is computed: shapes are enough, and no array is kept.
+
+    Args:
+      fn: `(params, inputs) -> output`, pure.
+      params: path -> array or `ShapeDtypeStruct`.
+      inputs: an array or a `ShapeDtypeStruct`, or a pytree of them.
+
+    Returns:
+      The trace, with multiply-accumulates counted for these inputs.
+
+    Raises:
+      MpqError: if a value of `params` is not an array, as in a nested dictionary.
+    """
+    for name, param in params.items():
+        if not hasattr(param, "shape") or not hasattr(param, "dtype"):
+            raise MpqError(
+                f"Parameter `{name}` is a {type(param).__name__}, not an array: flatten the tree to {{path: array}}."
+            )
+    structs = {name: _struct(param) for name, param in params.items()}
+    inputs = jax.tree.map(_struct, inputs)
+    jaxpr, output = jax.make_jaxpr(fn, return_shape=True)(structs, inputs)
+    walk = Walk()
+    shapes = {name: struct.shape for name, struct in sorted(structs.items())}  # JAX flattens a dictionary by its keys
+    sources = [Source(Slot(name, (), shape), identity(shape)) for name, shape in shapes.items()]
+    sources += [walk.fresh(var) for var in jaxpr.jaxpr.invars[len(structs) :]]
+    plan, _ = walk.jaxpr(jaxpr, sources, 1)
+    specs, uses, skipped = found.weights(structs, walk.reads, walk.notes)
+    sites = tuple(Site(i, specs[slot], use, walk.reads[i]) for i, (slot, use) in sorted(uses.items()))
+    return Trace(tuple(specs.values()), skipped, sites, structs, inputs, fn, jaxpr, plan, output)
+
+
+def _array(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+
+
+def _struct(array: Any) -> jax.ShapeDtypeStruct:
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype, allow_extended_dtype=True)
+    return jax.ShapeDtypeStruct(array.shape, dtype)
+
+
+def _show(tree: Any) -> str:
+    return ", ".join(f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" for leaf in jax.tree.leaves(tree))
