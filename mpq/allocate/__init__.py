@@ -1,0 +1,43 @@
+"""Bit allocation: which scheme every weight gets within a size.
+
+    problem = Problem.from_table(table, pins={"lm_head.*": "int8_channel"})
+    frontier = solve_frontier(problem)          # every non-dominated allocation, exactly, once
+    plan = frontier.at(bpw=3.5)                 # or size="4MB", bits=..., loss=0.01
+
+`SOLVERS` is the table of solvers for a single budget: frozen objects with `solve(problem, budget_bits) -> Allocation`.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Protocol
+
+from mpq.allocate.frontier import Exact, Frontier, solve_frontier
+from mpq.allocate.lagrangian import Lagrangian, lower_bound
+from mpq.allocate.problem import Problem
+from mpq.allocate.uniform import Uniform, best_uniform, uniform
+from mpq.types import Allocation
+
+__all__ = [
+    "SOLVERS",
+    "Exact",
+    "Frontier",
+    "Lagrangian",
+    "Problem",
+    "Solver",
+    "Uniform",
+    "best_uniform",
+    "lower_bound",
+    "solve_frontier",
+    "uniform",
+]
+
+
+class Solver(Protocol):
+    """Chooses schemes within one budget."""
+
+    @property
+    def name(self) -> str: ...
+    def solve(self, problem: Problem, budget_bits: int) -> Allocation: ...
+
+
+SOLVERS: Mapping[str, Solver] = MappingProxyType({"exact": Exact(), "lagrangian": Lagrangian(), "uniform": Uniform()})

@@ -1,0 +1,278 @@
+"""The multiple-choice knapsack: one scheme for every fused group of weights, least predicted loss within a size.
+
+    minimise   sum_g loss[g, x_g]     subject to   sum_g size_bits[g, x_g] <= budget,   allowed[g, x_g]
+
+Kellerer, Pferschy, Pisinger 2004, *Knapsack Problems*, chapter 11. Sizes are integers and stay integers. Losses are
+floats,
+whose sums depend on the order of summation; so solvers work on a fixed-point copy (`Problem.fixed_point`), on which
+sums are exact, ties are ties, and every order of groups gives the same answer.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from mpq.types import Allocation, MpqError, Scheme, SensitivityTable, Status, WeightSpec
+from mpq.units import format_bits, format_bpw
+
+FIXED_POINT_BITS = 60
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    """What the solvers solve.
+
+    Attributes:
+      names: of the G groups.
+      members: weights of each group; they share the scheme.
+      schemes: the S candidates.
+      loss: `float64[G, S]`, predicted loss increase of the whole group, nats per token. May be negative, need not be
+        monotone.
+      variance: `float64[G, S]`, squared standard error of `loss`.
+      size_bits: `int64[G, S]`, exact stored size of the whole group.
+      allowed: `bool[G, S]`; entries of the arrays above have no meaning where False.
+      paths: of all weights, in the order of the table; empty: in the order of the groups.
+      overhead_bits: what the file holds whatever is chosen (norms, headers). A budget given as a file size counts it;
+        `size_bits` and bits per weight do not.
+    """
+
+    names: tuple[str, ...]
+    members: tuple[tuple[WeightSpec, ...], ...]
+    schemes: tuple[Scheme, ...]
+    loss: np.ndarray
+    variance: np.ndarray
+    size_bits: np.ndarray
+    allowed: np.ndarray
+    paths: tuple[str, ...] = ()
+    overhead_bits: int = 0
+
+    def __post_init__(self) -> None:
+        shape = (len(self.names), len(self.schemes))
+        for field, dtype in (
+            ("loss", np.float64),
+            ("variance", np.float64),
+            ("size_bits", np.int64),
+            ("allowed", np.bool_),
+        ):
+            array = getattr(self, field)
+            if array.dtype != dtype or array.shape != shape:
+                expected = f"{np.dtype(dtype).name}{list(shape)}"
+                raise MpqError(
+                    f"problem.{field} is {array.dtype}{list(array.shape)}: it must be {expected}, [groups, schemes]"
+                )
+        if not self.names or len(self.members) != len(self.names) or len(set(self.names)) != len(self.names):
+            raise MpqError(
+                f"{len(self.names)} names for {len(self.members)} groups: give every group one name of its own"
+            )
+        for row in np.flatnonzero(~self.allowed.any(axis=1)):
+            raise MpqError(f"no scheme is allowed for {self.names[row]}: allow at least one of {_join(self.schemes)}")
+        bad = self.allowed & ~(np.isfinite(self.loss) & np.isfinite(self.variance) & (self.variance >= 0))
+        for row, column in np.argwhere(bad):
+            raise MpqError(
+                f"predicted loss of {self.names[row]} at {self.schemes[column]} is {self.loss[row, column]} with "
+                f"variance "
+                f"{self.variance[row, column]}: both must be finite; look at this weight's sensitivity"
+            )
+        if (self.allowed & (self.size_bits < 0)).any():
+            raise MpqError("a size is negative: sizes are bits")
+
+    @classmethod
+    def from_table(
+        cls,
+        table: SensitivityTable,
+        *,
+        pins: Mapping[str, Scheme | str] | None = None,
+        overhead_bits: int = 0,
+    ) -> "Problem":
+        """The problem that a sensitivity table poses: losses, variances and sizes summed over each fused group.
+
+        Variances add up as if the errors of different weights were independent.
+
+        Args:
+          table: rows are weights, columns schemes.
+          pins: regular expression that matches a whole weight path -> the scheme it must take; its fused group follows.
+          overhead_bits: see the class.
+
+        Raises:
+          MpqError: a loss or standard error is NaN or infinite; a pin matches nothing, names no scheme of the table,
+            contradicts another, or is no regular expression.
+        """
+        _check_table(table)
+        groups: dict[str, list[int]] = {}
+        for row, spec in enumerate(table.weights):
+            groups.setdefault(spec.group, []).append(row)
+        rows = list(groups.values())
+        size_bits = np.array([[spec.size_bits(scheme) for scheme in table.schemes] for spec in table.weights], np.int64)
+        total = lambda array: np.stack([array[index].sum(axis=0) for index in rows])
+        return cls(
+            names=tuple(groups),
+            members=tuple(tuple(table.weights[i] for i in index) for index in rows),
+            schemes=table.schemes,
+            loss=total(table.loss_increase),
+            variance=total(table.stderr**2),
+            size_bits=total(size_bits),
+            allowed=_apply_pins(table, rows, pins or {}),
+            paths=tuple(spec.path for spec in table.weights),
+            overhead_bits=overhead_bits,
+        )
+
+    @functools.cached_property
+    def num_weights(self) -> int:
+        """Number of quantized elements."""
+        return sum(spec.size for group in self.members for spec in group)
+
+    @functools.cached_property
+    def min_bits(self) -> int:
+        """Smallest reachable size."""
+        return int(np.where(self.allowed, self.size_bits, np.iinfo(np.int64).max).min(axis=1).sum())
+
+    @functools.cached_property
+    def max_bits(self) -> int:
+        """Size of the most generous allocation: every group at its largest allowed scheme."""
+        return int(np.where(self.allowed, self.size_bits, -1).max(axis=1).sum())
+
+    @functools.cached_property
+    def fixed_point(self) -> tuple[np.ndarray, int]:
+        """Losses as integers: `(int64[G, S], exponent)` with `loss ~= integer * 2**exponent`, 0 where not allowed.
+
+        The step is 2^-60 of the sum over groups of the largest |loss| (to a power of two), so no sum overflows, and
+        each
+        loss is rounded once, by at most half a step: a float64 sum of the same losses rounds more coarsely (2^-53).
+        """
+        loss = np.where(self.allowed, self.loss, 0.0)
+        try:
+            scale = math.fsum(np.abs(loss).max(axis=1))
+        except OverflowError:
+            scale = math.inf
+        if not math.isfinite(scale):
+            raise MpqError("the predicted losses are too large to be added: their sum exceeds 1e308")
+        exponent = math.frexp(scale)[1] - FIXED_POINT_BITS
+        return np.rint(np.ldexp(loss, -exponent)).astype(np.int64), exponent
+
+    def to_loss(self, fixed: int) -> float:
+        """Nats per token of a fixed-point sum; rounding to float64 keeps the order."""
+        return math.ldexp(fixed, self.fixed_point[1])
+
+    def format_size(self, bits: int) -> str:
+        """Size for a person: bytes of the file (what is stored whatever is chosen included) and bits per weight."""
+        always = f", {format_bits(self.overhead_bits)} of them whatever is chosen" if self.overhead_bits else ""
+        per_weight = f", {format_bpw(bits, self.num_weights)}" if self.num_weights else ""
+        return f"{format_bits(bits + self.overhead_bits)}{always}{per_weight}"
+
+    def check_budget(self, budget_bits: int) -> int:
+        """`budget_bits` as an int.
+
+        Raises:
+          MpqError: it is not a whole number, below the smallest reachable size, or above the most generous allocation.
+        """
+        if isinstance(budget_bits, bool | np.bool_) or not isinstance(budget_bits, int | np.integer):
+            raise MpqError(f"budget {budget_bits!r} is not a whole number of bits")
+        budget_bits = int(budget_bits)
+        if budget_bits < self.min_bits:
+            raise MpqError(
+                f"budget of {self.format_size(budget_bits)} is below the smallest reachable size, "
+                f"{self.format_size(self.min_bits)}: raise it, or add a smaller scheme"
+            )
+        if budget_bits > self.max_bits:
+            raise MpqError(
+                f"budget of {self.format_size(budget_bits)} is above the largest useful size, "
+                f"{self.format_size(self.max_bits)} "
+                "(every weight at its largest scheme): lower it, or add a larger scheme"
+            )
+        return budget_bits
+
+    def evaluate(self, choice: Sequence[int] | np.ndarray) -> tuple[int, int, float]:
+        """Size in bits, loss in fixed point and standard error in nats of one scheme index per group.
+
+        Raises:
+          MpqError: a scheme is chosen where it is not allowed.
+        """
+        index = np.asarray(choice, np.int64)
+        rows = np.arange(len(self.names))
+        for row in np.flatnonzero(~self.allowed[rows, index]):
+            raise MpqError(f"{self.schemes[index[row]]} is not allowed for {self.names[row]}")
+        fixed = int(self.fixed_point[0][rows, index].sum())
+        return int(self.size_bits[rows, index].sum()), fixed, math.sqrt(math.fsum(self.variance[rows, index]))
+
+    def allocation(
+        self, choice: Sequence[int] | np.ndarray, *, budget_bits: int, lower_bound: int, solver: str
+    ) -> Allocation:
+        """The `Allocation` of one scheme index per group; `lower_bound` in fixed point.
+
+        Raises:
+          MpqError: see `evaluate`; or the choice exceeds the budget.
+        """
+        size_bits, fixed, stderr = self.evaluate(choice)
+        if size_bits > budget_bits:
+            raise MpqError(
+                f"{solver}: the choice takes {self.format_size(size_bits)}, more than {self.format_size(budget_bits)}"
+            )
+        by_path = {
+            spec.path: self.schemes[int(index)]
+            for group, index in zip(self.members, choice, strict=True)
+            for spec in group
+        }
+        return Allocation(
+            choice={path: by_path[path] for path in self.paths or by_path},
+            loss=self.to_loss(fixed),
+            stderr=stderr,
+            size_bits=size_bits,
+            budget_bits=budget_bits,
+            lower_bound=self.to_loss(lower_bound),
+            status=Status.OPTIMAL if fixed <= lower_bound else Status.FEASIBLE,
+            solver=solver,
+        )
+
+
+def _check_table(table: SensitivityTable) -> None:
+    shape = (len(table.weights), len(table.schemes))
+    for name, array in (("loss_increase", table.loss_increase), ("stderr", table.stderr)):
+        if array.shape != shape or not table.weights or not table.schemes:
+            raise MpqError(
+                f"sensitivity table: {name} has shape {array.shape} for {shape[0]} weights and {shape[1]} schemes"
+            )
+        for row, column in np.argwhere(~np.isfinite(array)):
+            raise MpqError(
+                f"sensitivity table: {name} of {table.weights[row].path} at {table.schemes[column]} is "
+                f"{array[row, column]}: "
+                "compute the table again, and look at this weight if it persists"
+            )
+
+
+def _apply_pins(table: SensitivityTable, rows: list[list[int]], pins: Mapping[str, Scheme | str]) -> np.ndarray:
+    """`bool[G, S]`: what the pins leave of each group's schemes."""
+    texts = [str(scheme) for scheme in table.schemes]
+    paths = [spec.path for spec in table.weights]
+    allowed = np.ones((len(rows), len(texts)), np.bool_)
+    taken: dict[int, tuple[str, str]] = {}
+    for pattern, scheme in pins.items():
+        if str(scheme) not in texts:
+            raise MpqError(f"pin {pattern!r}: scheme {str(scheme)!r} is not in the table, which has {_join(texts)}")
+        try:
+            matched = {row for row, path in enumerate(paths) if re.fullmatch(pattern, path)}
+        except re.error as error:
+            raise MpqError(f"pin {pattern!r} is not a regular expression: {error}") from None
+        if not matched:
+            raise MpqError(
+                f"pin {pattern!r} matches no weight; write '.*' for the part that varies; there are {_join(paths)}"
+            )
+        for group, index in enumerate(rows):
+            if matched.isdisjoint(index):
+                continue
+            other, text = taken.setdefault(group, (pattern, str(scheme)))
+            if text != str(scheme):
+                raise MpqError(
+                    f"pins {other!r} ({text}) and {pattern!r} ({scheme}) contradict each other on {paths[index[0]]} "
+                    "and the weights fused with it: keep one of them"
+                )
+            allowed[group] = [candidate == text for candidate in texts]
+    return allowed
+
+
+def _join(items: Sequence[object], most: int = 40) -> str:
+    shown = ", ".join(str(item) for item in items[:most])
+    return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
