@@ -1,0 +1,13 @@
+"""Rounding algorithms: arrays in, `QTensor` out. `QUANTIZERS` is the table of all of them."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from mpq.quantize.candidates import Candidates as Candidates
+from mpq.quantize.candidates import apply_plan as apply_plan
+from mpq.quantize.candidates import dequantize as dequantize
+from mpq.quantize.gptq import GPTQ
+from mpq.quantize.quantizer import Quantizer
+from mpq.quantize.rtn import RTN
+
+QUANTIZERS: Mapping[str, Quantizer] = MappingProxyType({"rtn": RTN(), "gptq": GPTQ()})

@@ -1,0 +1,117 @@
+"""Quantized weights on demand: every (weight, scheme) pair is computed once, when it is first asked for."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpq.quantize.quantizer import Quantizer
+from mpq.types import LayerStats, MpqError, Params, QTensor, Scheme, WeightSpec
+
+dequantize = jax.jit(QTensor.dequantize)
+"""`float32[batch, k, n]` of a `QTensor`, compiled."""
+
+
+class Candidates:
+    """The weights of one model under any scheme, by one rounding algorithm.
+
+    Weights are computed one at a time, so a result depends on nothing but its own weight, gram and scheme: the same bits
+    whatever else was asked for before. Weights of equal shape share their compilations. Results are kept.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        weights: Sequence[WeightSpec],
+        quantizer: Quantizer,
+        stats: Mapping[str, LayerStats] | None = None,
+    ) -> None:
+        """Compute nothing yet.
+
+        Args:
+          params: the model's parameters.
+          weights: what `trace` found.
+          quantizer: rounding algorithm.
+          stats: calibration statistics by weight path; a weight without any is rounded without a gram.
+        """
+        self.quantizer = quantizer
+        self._params = params
+        self._weights = {spec.path: spec for spec in weights}
+        self._stats = stats or {}
+        self._checked: set[str] = set()
+        self._qtensors: dict[tuple[str, Scheme], QTensor] = {}
+
+    def qtensor(self, spec: WeightSpec, scheme: Scheme) -> QTensor:
+        """The quantized weight.
+
+        Raises:
+          MpqError: the weight is not one of this model's, or it or its gram holds NaN or infinity.
+        """
+        key = (spec.path, scheme)
+        if key not in self._qtensors:
+            weight, gram = self._inputs(spec)
+            self._qtensors[key] = self.quantizer(weight, scheme, gram)
+        return self._qtensors[key]
+
+    def dequantized(self, spec: WeightSpec, scheme: Scheme) -> jax.Array:
+        """What the quantized weight stands for, `float32[batch, k, n]`. Raises as `qtensor` does."""
+        return dequantize(self.qtensor(spec, scheme))
+
+    def choose(self, choice: Mapping[str, Scheme]) -> dict[str, QTensor]:
+        """The quantized weights of a plan: path -> scheme in, path -> `QTensor` out.
+
+        Raises:
+          MpqError: a path is not one of this model's weights; or as `qtensor` does.
+        """
+        if unknown := [path for path in choice if path not in self._weights]:
+            raise MpqError(f"the plan names {unknown[0]}, which is not one of the {len(self._weights)} weights: trace it again")
+        return {path: self.qtensor(self._weights[path], scheme) for path, scheme in choice.items()}
+
+    def squared_error(self, spec: WeightSpec, scheme: Scheme) -> float:
+        """Sum of squared differences to the weight. Raises as `qtensor` does."""
+        got = np.asarray(self.dequantized(spec, scheme), np.float64)
+        return float(np.sum((got - np.asarray(self._matrix(spec), np.float64)) ** 2))
+
+    def _matrix(self, spec: WeightSpec) -> jax.Array:
+        return spec.to_matrix(jnp.asarray(self._params[spec.param], jnp.float32))
+
+    def _inputs(self, spec: WeightSpec) -> tuple[jax.Array, jax.Array | None]:
+        """Weight and gram, checked once."""
+        if self._weights.get(spec.path) != spec:
+            raise MpqError(f"weight {spec.path} is not one of the {len(self._weights)} of this model: trace it again")
+        weight, stats = self._matrix(spec), self._stats.get(spec.path)
+        gram = None if stats is None else jnp.asarray(stats.gram, jnp.float32)
+        if spec.path not in self._checked:
+            if not jnp.isfinite(weight).all():
+                raise MpqError(f"weight {spec.path} holds NaN or infinity: mend the checkpoint before quantizing it")
+            if gram is not None and not jnp.isfinite(gram).all():
+                raise MpqError(f"the gram of weight {spec.path} holds NaN or infinity: calibrate again, on other text")
+            if gram is not None and gram.shape != (spec.batch, spec.k, spec.k):
+                want = [spec.batch, spec.k, spec.k]
+                raise MpqError(f"the gram of weight {spec.path} is {list(gram.shape)}, not {want}: calibrate this model")
+            self._checked.add(spec.path)
+        return weight, gram
+
+
+def apply_plan(
+    params: Params, weights: Sequence[WeightSpec], qtensors: Mapping[str, QTensor]
+) -> dict[str, jax.Array]:
+    """The parameters with quantized weights in the place of the original ones (fake quantization).
+
+    Args:
+      params: the model's parameters.
+      weights: what `trace` found.
+      qtensors: quantized weights by path; weights without one stay as they are.
+
+    Raises:
+      MpqError: a quantized weight is of no weight in `weights`.
+    """
+    known = {spec.path: spec for spec in weights}
+    if unknown := [path for path in qtensors if path not in known]:
+        raise MpqError(f"quantized weight {unknown[0]} is not one of the {len(known)} of this model: trace it again")
+    result = dict(params)
+    for path, qtensor in qtensors.items():
+        spec = known[path]
+        result[spec.param] = spec.from_matrix(dequantize(qtensor), result[spec.param])
+    return result

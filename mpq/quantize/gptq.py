@@ -1,0 +1,217 @@
+"""GPTQ: rows are rounded one after another, each making up for the errors of those before it.
+
+Frantar et al. 2022, arXiv:2210.17323, Alg. 1, in the form of Babai's nearest plane (Chen et al. 2025, arXiv:2507.18553), which gives
+the same codes without an inverse. Write the damped gram as H = R RT with R upper triangular. The layer's loss for the
+error e = w - q of one output column is then
+
+    tr(eT H e) = sum_j ( sum_{i <= j} R_ij e_i )^2,
+
+and row j, which comes after rows i < j, can only zero its own square: it rounds  w_j + (sum_{i < j} R_ij e_i) / R_jj.
+
+Differences from the paper:
+- Loops run over groups, over blocks of a group, and over the rows of a block. Scales of a group are chosen when all earlier rows
+  have had their effect on it, wherever blocks begin. So the result does not depend on `block_size`, up to float32 rounding.
+- Inputs that calibration never excited (zero on the gram's diagonal) are rounded to nearest, not set to zero: other text may excite them.
+- Output columns are independent; one whose loss comes out above RTN's, because clipping made the greedy order fail, gets RTN's codes
+  and scales. So the layer loss is never above RTN's, by construction.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpq.quantize import scales
+from mpq.quantize.rtn import RTN
+from mpq.types import MpqError, QTensor, Scheme
+
+_dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTQ:
+    """Error-compensating rounding with the gram of the layer's inputs.
+
+    Float formats are cast. Without a gram (a weight that is only looked up, never multiplied) it is RTN with the same scales.
+
+    Attributes:
+      damping: added to the gram's diagonal, as a fraction of its mean; raised tenfold until the factorization is finite.
+      act_order: round the rows of the largest E[x^2] first; scales are then those of the original weights.
+      block_size: rows whose effect on later blocks is applied at once. For speed only.
+      scale: as in `RTN`.
+      columns: output columns computed at once. They are independent, so this only bounds memory and lets weights of different n share
+        one compilation; raise it where launching many small steps costs more than computing.
+    """
+
+    damping: float = 0.01
+    act_order: bool = False
+    block_size: int = 128
+    scale: str = "mse"
+    columns: int = 256
+
+    def __post_init__(self) -> None:
+        scales.check_method(self.scale)
+        if not 0 <= self.damping < float("inf"):
+            raise MpqError(f"damping is {self.damping}: it must be a finite fraction of at least 0, such as 0.01")
+        if self.block_size < 1 or self.columns < 1:
+            raise MpqError(
+                f"block size {self.block_size} and columns {self.columns} must be at least 1, such as 128 and 256"
+            )
+
+    @property
+    def name(self) -> str:
+        """`gptq`."""
+        return "gptq"
+
+    def __call__(self, w: jax.Array, scheme: Scheme, gram: jax.Array | None = None) -> QTensor:
+        """Quantize `w` so that `x @ w` changes little.
+
+        Args:
+          w: `float32[batch, k, n]`, finite.
+          scheme: any scheme.
+          gram: `float32[batch, k, k]`, E[x xT], finite and positive semidefinite; or None.
+        """
+        if gram is None or not scheme.has_scale:
+            return RTN(self.scale)(w, scheme, gram)
+        block, place = _places(gram, scheme, self)
+        factor = _factor(gram, place, jnp.float32(self.damping))
+        n, tile = w.shape[-1], self.columns
+        w = jnp.pad(w, ((0, 0), (0, 0), (0, -n % tile)))
+        part = lambda start: jax.lax.dynamic_slice_in_dim(w, start, tile, axis=2)
+        arguments = (gram, place, factor, scheme, self.scale, block, self.act_order)
+        parts = [_quantize(part(start), *arguments) for start in range(0, n, tile)]
+        return jax.tree.map(lambda *a: jnp.concatenate(a, axis=-1)[..., :n], *parts)
+
+
+def _places(gram: jax.Array, scheme: Scheme, options: GPTQ) -> tuple[int, jax.Array]:
+    """Rows of a block, and `int32[batch, places]`: which row is rounded when, k where a place only fills up a block."""
+    batch, k = gram.shape[:2]
+    if options.act_order:
+        block = min(options.block_size, k)
+        order = jnp.argsort(-gram.diagonal(axis1=-2, axis2=-1), axis=-1, stable=True)
+        return block, jnp.pad(order, ((0, 0), (0, -k % block)), constant_values=k)
+    groups, size = scheme.num_groups(k), min(scheme.group_size or k, k)
+    block = min(options.block_size, size)
+    place = np.pad(np.arange(k), (0, groups * size - k), constant_values=k).reshape(groups, size)
+    place = np.pad(place, ((0, 0), (0, -size % block)), constant_values=k)  # every group is whole blocks
+    return block, jnp.broadcast_to(jnp.asarray(place.reshape(-1), jnp.int32), (batch, place.size))
+
+
+@jax.jit
+@functools.partial(jax.vmap, in_axes=(0, 0, None))
+def _factor(gram: jax.Array, place: jax.Array, damping: jax.Array) -> jax.Array:
+    """Upper triangular `R[places, places]` with R RT = gram + damping * mean(diagonal) * I; empty places are free of all others."""
+    mean = gram.diagonal().mean()
+    mean = jnp.where(mean > 0, mean, 1.0)
+    empty = jnp.diag(jnp.where(place == gram.shape[0], mean, 0.0))
+    gram = _place(_place(gram, place).T, place) + empty
+    unit = mean * jnp.eye(gram.shape[0])
+
+    def attempt(state):
+        damping, _ = state
+        lower = jax.lax.linalg.cholesky((gram + damping * unit)[::-1, ::-1], symmetrize_input=False)
+        return jnp.maximum(10 * damping, 1e-6), lower[::-1, ::-1]
+
+    # A gram that is positive semidefinite up to rounding is factored long before 1e3; any other ends as NaN, and so as RTN.
+    failed = lambda state: ~jnp.isfinite(state[1]).all() & (state[0] < 1e3)
+    return jax.lax.while_loop(failed, attempt, attempt((damping, gram)))[1]
+
+
+@functools.partial(jax.jit, static_argnames=("scheme", "method", "block", "act_order"))
+def _quantize(w, gram, place, factor, scheme: Scheme, method: str, block: int, act_order: bool) -> QTensor:
+    """The better of GPTQ and RTN for every output column of `w[batch, k, n]`, rows in the order of `place`."""
+    one = functools.partial(_one, scheme=scheme, method=method, block=block, act_order=act_order)
+    if len(w) == 1:  # the usual case compiles a quarter faster without the batch axis
+        return jax.tree.map(lambda a: a[None], one(w[0], gram[0], place[0], factor[0]))
+    return jax.vmap(one)(w, gram, place, factor)
+
+
+def _one(w, gram, place, factor, scheme: Scheme, method: str, block: int, act_order: bool) -> QTensor:
+    k, row_weight = w.shape[0], scales.row_weight(gram.diagonal())
+    nearest = scales.quantize(w, scheme, method, row_weight)
+    chain = factor.T / factor.diagonal()[:, None]  # [j, i] is R_ij / R_jj: what row j takes over of the error of row i
+    if act_order:
+        qvalue, scale, zero_point = _in_order(_place(w, place), chain, nearest, place, block)
+    else:
+        placed = _place(w, place), _place(row_weight[:, None], place)
+        qvalue, scale, zero_point = _in_groups(*placed, chain, scheme, scheme.num_groups(k), method, block)
+    got = QTensor(_unplace(qvalue, place, k), scale, zero_point, scheme)
+    keep = _layer_loss(w, got, gram) < _layer_loss(w, nearest, gram)  # False where not finite
+    return jax.tree.map(lambda a, b: jnp.where(keep[None], a, b), got, nearest)
+
+
+def _layer_loss(w: jax.Array, qtensor: QTensor, gram: jax.Array) -> jax.Array:
+    """`float32[n]`: eT gram e of every output column."""
+    error = w - qtensor.dequantize()
+    return jnp.sum(error * _dot(gram, error), axis=0)
+
+
+def _in_order(w, chain, nearest, place, block):
+    """Rows in any order, under the scales of `nearest`."""
+    k = nearest.qvalue.shape[0]
+    group = jnp.minimum(place, k - 1) // (nearest.scheme.group_size or k)
+    spread = jax.tree.map(lambda a: a[group], (nearest.scale.astype(jnp.float32), nearest.zero_point))
+    qvalue, _ = _round_rows(w, jnp.zeros_like(w), chain, *spread, block, nearest.scheme)
+    return qvalue, nearest.scale, nearest.zero_point
+
+
+def _in_groups(w, row_weight, chain, scheme, groups, method, block):
+    """Groups in storage order; each takes its scales when all earlier rows have had their effect on it."""
+    size, n = w.shape[0] // groups, w.shape[1]
+
+    def group(error, start):
+        rows = lambda a: jax.lax.dynamic_slice_in_dim(a, start, size)
+        here = jax.lax.dynamic_slice_in_dim(rows(chain), start, size, axis=1)
+        pull = _dot(rows(chain), error)  # rows not yet rounded have error 0
+        updated = rows(w) + jax.scipy.linalg.solve_triangular(here, pull, lower=True, unit_diagonal=True)
+        scale, zero_point = scales.fit_group(updated, scheme, method, rows(row_weight))
+        spread = jax.tree.map(lambda a: jnp.broadcast_to(a, (size, n)), (scale, zero_point))
+        qvalue, new = _round_rows(rows(w), pull, here, *spread, block, scheme)
+        return jax.lax.dynamic_update_slice_in_dim(error, new, start, 0), (qvalue, scale, zero_point)
+
+    _, (qvalue, scale, zero_point) = jax.lax.scan(group, jnp.zeros_like(w), jnp.arange(groups) * size)
+    return qvalue.reshape(-1, n), scale.astype(scheme.scale_dtype), zero_point
+
+
+def _round_rows(w, pull, chain, scale, zero_point, block, scheme):
+    """Rounds `w[rows, n]` row by row: block by block, so that most of the work is matrix products.
+
+    Args:
+      w, pull, scale, zero_point: `[rows, n]`; `pull` is what rows outside add to each row's target.
+      chain: `float32[rows, rows]`, the part of `_chain` among these rows.
+
+    Returns:
+      qvalue and error `w - dequantized`, each `[rows, n]`.
+    """
+
+    def one_row(error, row):
+        index, base, link, value, scale, zero_point = row
+        offset = 0.0 if zero_point is None else scheme.format.decode(zero_point)
+        qvalue = scheme.format.encode((base + _dot(link, error)) / scale + offset)
+        return error.at[index].set(value - (scheme.format.decode(qvalue) - offset) * scale), qvalue
+
+    def one_block(error, start):
+        rows = lambda a: jax.lax.dynamic_slice_in_dim(a, start, block)
+        here = jax.lax.dynamic_slice_in_dim(rows(chain), start, block, axis=1)
+        base = rows(w) + rows(pull) + _dot(rows(chain), error)
+        new, qvalue = jax.lax.scan(
+            one_row,
+            jnp.zeros((block, w.shape[1])),
+            (jnp.arange(block), base, here, *jax.tree.map(rows, (w, scale, zero_point))),
+        )
+        return jax.lax.dynamic_update_slice_in_dim(error, new, start, 0), qvalue
+
+    error, qvalue = jax.lax.scan(one_block, jnp.zeros_like(w), jnp.arange(0, w.shape[0], block))
+    return qvalue.reshape(w.shape), error
+
+
+def _place(a: jax.Array, place: jax.Array) -> jax.Array:
+    """Rows of `a[k, ...]` at their places; 0 where there is none."""
+    return a.at[place].get(mode="fill", fill_value=0)
+
+
+def _unplace(a: jax.Array, place: jax.Array, k: int) -> jax.Array:
+    """Inverse of `_place`."""
+    return jnp.zeros((k, *a.shape[1:]), a.dtype).at[place].set(a, mode="drop")

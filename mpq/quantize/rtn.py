@@ -1,0 +1,46 @@
+"""RTN: round every weight to the nearest level of its group."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from mpq.quantize import scales
+from mpq.types import QTensor, Scheme
+
+
+@dataclasses.dataclass(frozen=True)
+class RTN:
+    """Round to nearest. Float formats are cast.
+
+    Attributes:
+      scale: `absmax`, what the field calls RTN and needs no data; or `mse`, the scale of the smallest squared error of the
+        group, each row weighted by its E[x^2] where a gram is given.
+    """
+
+    scale: str = "absmax"
+
+    def __post_init__(self) -> None:
+        scales.check_method(self.scale)
+
+    @property
+    def name(self) -> str:
+        """`rtn`."""
+        return "rtn"
+
+    def __call__(self, w: jax.Array, scheme: Scheme, gram: jax.Array | None = None) -> QTensor:
+        """Quantize `w`.
+
+        Args:
+          w: `float32[batch, k, n]`, finite.
+          scheme: any scheme.
+          gram: `float32[batch, k, k]`, E[x xT], or None; only its diagonal is read.
+        """
+        return _rtn(w, None if gram is None else gram.diagonal(axis1=-2, axis2=-1), scheme, self.scale)
+
+
+@functools.partial(jax.jit, static_argnames=("scheme", "method"))
+def _rtn(w: jax.Array, diagonal: jax.Array | None, scheme: Scheme, method: str) -> QTensor:
+    weight = jnp.ones(w.shape[:-1]) if diagonal is None else scales.row_weight(diagonal)
+    return scales.quantize(w, scheme, method, weight)
