@@ -1,0 +1,171 @@
+"""What all metrics share: their interface, the quantization errors they score, and the checks on what they return."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpq.models.model import Model
+from mpq.trace import Trace
+from mpq.types import Dataset, MpqError, Params, Scheme, SensitivityTable, WeightSpec
+
+
+class Store(Protocol):
+    """Where a metric keeps finished items, so that an interrupted one continues. Values are plain (JSON) data.
+
+    A store belongs to one run of one metric: same model, data, quantizer, options and key.
+    """
+
+    def get(self, key: str) -> Any | None:
+        """The value, or None."""
+        ...
+
+    def put(self, key: str, value: Any) -> None:
+        """Keep `value`."""
+        ...
+
+
+class Named(Protocol):
+    """Anything with a name."""
+
+    @property
+    def name(self) -> str:
+        """The name."""
+        ...
+
+
+class CandidateSource(Protocol):
+    """Quantized weights by weight and scheme: `mpq.quantize.Candidates`."""
+
+    @property
+    def quantizer(self) -> Named:
+        """The rounding algorithm."""
+        ...
+
+    def dequantized(self, spec: WeightSpec, scheme: Scheme) -> jax.Array:
+        """`float32[batch, k, n]`."""
+        ...
+
+
+class Metric(Protocol):
+    """A frozen dataclass of options that predicts the loss increase of every (weight, scheme) pair.
+
+    Laws: nats per token; 0 with stderr 0 where the candidate equals the weight; the same key gives the same table; a
+      row
+    depends on its own weight's candidates alone; independent of the batch size up to rounding; padding never counts.
+    """
+
+    @property
+    def name(self) -> str:
+        """Key in `METRICS`."""
+        ...
+
+    def __call__(
+        self,
+        model: Model,
+        traced: Trace,
+        schemes: Sequence[Scheme],
+        candidates: CandidateSource,
+        data: Dataset,
+        *,
+        key: jax.Array,
+        batch_size: int,
+        store: Store | None = None,
+    ) -> SensitivityTable:
+        """Score every weight at every scheme."""
+        ...
+
+
+class MemoryStore:
+    """A `Store` that forgets when the process ends."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+
+    def get(self, key: str) -> Any | None:
+        """The value, or None."""
+        return self.values.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        """Keep `value`."""
+        self.values[key] = value
+
+
+def check_inputs(params: Params, weights: Sequence[WeightSpec], data: Dataset) -> None:
+    """Refuse what no metric can score.
+
+    Raises:
+      MpqError: no token counts, or a weight holds NaN or infinity.
+    """
+    if data.num_tokens == 0:
+        raise MpqError(f"{data.source} has no predicted token: give windows of at least two real tokens")
+    for spec in weights:
+        if not bool(jnp.isfinite(params[spec.param][spec.index]).all()):
+            raise MpqError(f"weight {spec.path} holds NaN or infinity: mend the checkpoint before analysing it")
+
+
+def substituted(params: Params, spec: WeightSpec, matrix: jax.Array) -> dict[str, jax.Array]:
+    """`params` with one weight replaced by `matrix[batch, k, n]`; equal tree and shapes, so nothing recompiles."""
+    return {**params, spec.param: spec.from_matrix(matrix, params[spec.param])}
+
+
+def quantization_error(
+    params: Params, spec: WeightSpec, schemes: Sequence[Scheme], candidates: CandidateSource
+) -> jax.Array:
+    """Candidate minus weight.
+
+    Returns:
+      `float32[schemes, batch, k, n]`.
+
+    Raises:
+      MpqError: a candidate holds NaN or infinity.
+    """
+    errors = _differences(spec.to_matrix(params[spec.param]), [candidates.dequantized(spec, s) for s in schemes])
+    finite = np.asarray(jnp.isfinite(errors).all(axis=(1, 2, 3)))
+    if not finite.all():
+        raise MpqError(
+            f"weight {spec.path} holds NaN or infinity when stored as {schemes[int(np.argmin(finite))]}: "
+            "its values leave the range of the format or of its scale; leave this scheme out"
+        )
+    return errors
+
+
+@jax.jit
+def _differences(weight: jax.Array, candidates: Sequence[jax.Array]) -> jax.Array:
+    return jnp.stack(candidates) - weight
+
+
+def make_table(
+    metric: str,
+    model: Model,
+    weights: Sequence[WeightSpec],
+    schemes: Sequence[Scheme],
+    candidates: CandidateSource,
+    data: Dataset,
+    loss_increase: np.ndarray,
+    stderr: np.ndarray,
+) -> SensitivityTable:
+    """The table, after a check that every entry is finite. A standard error may be NaN: unknown, from one document.
+
+    Raises:
+      MpqError: a loss increase is NaN or infinite; names the weight and the scheme.
+    """
+    bad = np.argwhere(~np.isfinite(loss_increase))
+    if len(bad):
+        row, column = bad[0]
+        raise MpqError(
+            f"the loss increase of weight {weights[row].path} at {schemes[column]} is {loss_increase[row, column]}: "
+            "the candidate leaves the range of float32; leave this scheme out"
+        )
+    return SensitivityTable(
+        weights=tuple(weights),
+        schemes=tuple(schemes),
+        loss_increase=np.asarray(loss_increase, np.float64),
+        stderr=np.asarray(stderr, np.float64),
+        metric=metric,
+        quantizer=candidates.quantizer.name,
+        model_digest=model.digest,
+        data_digest=data.digest,
+    )
