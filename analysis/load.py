@@ -1,0 +1,347 @@
+"""`results.json`, which a run writes and every figure reads: its schema, and a loader that checks it.
+
+The dataclasses below are the schema, one field for one key; `mpq.results` writes it. Losses and KL are in nats per
+token with standard errors over documents, sizes in bytes of the whole model, `bits_per_weight` counts every stored bit
+of the quantized weights over their number. A number that does not exist (the standard error of one document) is null.
+Keys beyond these are allowed and not read, so that a file may gain some without a new schema number.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from mpq.files import read_json
+from mpq.types import MpqError
+
+SCHEMA = 1
+_TYPE_NAMES = {
+    tuple: "a list",
+    Mapping: "an object",
+    float: "a number",
+    int: "a whole number",
+    str: "text",
+    bool: "true or false",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelInfo:
+    """The original model.
+
+    Attributes:
+      parameters: number of all its parameters.
+      weights: number of those in quantizable weights; bits per weight are over these.
+      reference_size_bytes: as stored originally.
+    """
+
+    name: str
+    parameters: int
+    weights: int
+    reference_size_bytes: int
+    digest: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DataInfo:
+    """One data set; `num_tokens` counts the predicted ones."""
+
+    source: str
+    digest: str
+    num_documents: int
+    num_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The original model on the test set."""
+
+    perplexity: float | None
+    nll: float
+    nll_stderr: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class FrontierInfo:
+    """Predicted loss of every point of the exact frontier, sizes ascending; `metric` is the one that allocates."""
+
+    metric: str
+    bits_per_weight: tuple[float, ...]
+    size_bytes: tuple[int, ...]
+    predicted_kl: tuple[float, ...]
+    predicted_stderr: tuple[float | None, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanResult:
+    """One plan, rounded by one method and measured on the test set; (`name`, `method`) is unique.
+
+    Attributes:
+      kind: `mixed` (a solution of the knapsack) or `uniform` (every weight under `scheme`).
+      handed_out: it is the plan that its budget ends with.
+      perplexity: None where it overflows.
+      choices: path of the weight -> scheme.
+    """
+
+    name: str
+    kind: Literal["mixed", "uniform"]
+    method: str
+    handed_out: bool
+    size_bytes: int
+    bits_per_weight: float
+    perplexity: float | None
+    nll: float
+    nll_stderr: float | None
+    kl: float
+    kl_stderr: float | None
+    top1_agreement: float
+    top1_stderr: float | None
+    num_documents: int
+    choices: Mapping[str, str]
+    scheme: str | None = None
+    predicted_kl: float | None = None
+    predicted_stderr: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A mixed plan against the best uniform scheme that fits its budget, paired by document.
+
+    Attributes:
+      baseline: that scheme; None if none fits, and then the numbers are None too.
+      kl_difference: KL of the plan less KL of the baseline: negative where mixing helps.
+      z: `kl_difference / stderr`.
+      method: rounding algorithm of both; None: the method of the plan's first entry.
+      budget: as it was asked for.
+    """
+
+    plan: str
+    baseline: str | None
+    bits_per_weight: float
+    kl_difference: float | None = None
+    stderr: float | None = None
+    z: float | None = None
+    method: str | None = None
+    budget: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Winner:
+    """What a budget ends with: of the mixed plan and all uniform ones that fit, the best on the selection set."""
+
+    plan: str
+    selection_kl: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class TableInfo:
+    """A sensitivity table: predicted loss increase of every weight (rows) alone under every scheme (columns)."""
+
+    weights: tuple[str, ...]
+    schemes: tuple[str, ...]
+    loss_increase: tuple[tuple[float, ...], ...]
+    stderr: tuple[tuple[float | None, ...], ...]
+    metric: str | None = None
+
+    @functools.cached_property
+    def _row(self) -> dict[str, int]:
+        return {path: row for row, path in enumerate(self.weights)}
+
+    def at(self, path: str, scheme: str) -> tuple[float, float | None] | None:
+        """Loss increase and standard error of a weight under a scheme; None if the table lacks either."""
+        if path not in self._row or scheme not in self.schemes:
+            return None
+        row, column = self._row[path], self.schemes.index(scheme)
+        return self.loss_increase[row][column], self.stderr[row][column]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightInfo:
+    """One quantizable weight `w[k, n]` of `size` values; weights of equal `group` share a scheme."""
+
+    path: str
+    group: str
+    k: int
+    n: int
+    kind: str
+    macs: int
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """Rank correlations of two metrics over all (weight, scheme) pairs."""
+
+    kendall_tau: float | None
+    spearman: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """All numbers of a run."""
+
+    schema: int
+    model: ModelInfo
+    data: Mapping[str, DataInfo]
+    frontier: FrontierInfo
+    plans: tuple[PlanResult, ...]
+    comparisons: tuple[Comparison, ...]
+    tables: Mapping[str, TableInfo]
+    weights: tuple[WeightInfo, ...]
+    agreement: Mapping[str, Agreement]
+    name: str = "run"
+    reference: Evaluation | None = None
+    winners: Mapping[str, Winner] = dataclasses.field(default_factory=dict)
+    seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def allocation_table(self) -> TableInfo | None:
+        """The table that the frontier was computed from."""
+        for key, table in self.tables.items():
+            if self.frontier.metric in (key, table.metric):
+                return table
+        return None
+
+    @property
+    def main_method(self) -> str:
+        """The rounding algorithm of what is handed out."""
+        handed_out = [plan.method for plan in self.plans if plan.handed_out]
+        return (handed_out or [self.plans[0].method])[0]
+
+    def plan(self, name: str, method: str | None = None) -> PlanResult | None:
+        """The plan of this name under a method (any, if None)."""
+        return next((p for p in self.plans if p.name == name and method in (None, p.method)), None)
+
+
+def load_result(path: str | os.PathLike[str]) -> Result:
+    """Read and check a `results.json`.
+
+    Raises:
+      MpqError: it is missing, no JSON, or a field is wrong; the field is named.
+    """
+    return parse_result(read_json(path, "results.json, as 'mpq run' writes it"))
+
+
+def parse_result(data: Mapping[str, Any]) -> Result:
+    """The checked result in plain data.
+
+    Raises:
+      MpqError: a field is missing, has the wrong type, or contradicts another one; the field is named.
+    """
+    if data.get("schema") != SCHEMA:
+        raise MpqError(f"result: schema is {data.get('schema')!r}, this version reads {SCHEMA}: run again")
+    result: Result = _read(Result, data, "")
+    for field, fault in _contradictions(result):
+        raise MpqError(f"result: {field} {fault}")
+    return result
+
+
+def _contradictions(result: Result) -> Iterator[tuple[str, str]]:
+    """Fields that disagree with each other: (field, what is wrong)."""
+    paths = {weight.path for weight in result.weights}
+    if sum(weight.size for weight in result.weights) != result.model.weights:
+        yield "model.weights", "is not the sum of weights[].size: it counts the values of all quantizable weights"
+    if not result.plans:
+        yield "plans", "is empty: a result has at least one plan"
+    seen = set()
+    for i, plan in enumerate(result.plans):
+        if (plan.name, plan.method) in seen:
+            yield f"plans[{i}].name", f"{plan.name!r} occurs twice with method {plan.method!r}"
+        seen.add((plan.name, plan.method))
+        if plan.kind == "uniform" and plan.scheme is None:
+            yield f"plans[{i}].scheme", "is missing: a uniform plan names its scheme"
+        if differing := sorted(paths ^ set(plan.choices)):
+            yield f"plans[{i}].choices", f"and weights differ in {differing[0]!r}"
+    yield from _frontier_contradictions(result.frontier)
+    for name, table in result.tables.items():
+        shape = (len(table.weights), len(table.schemes))
+        for field in ("loss_increase", "stderr"):
+            rows = getattr(table, field)
+            if len(rows) != shape[0] or any(len(row) != shape[1] for row in rows):
+                yield f"tables.{name}.{field}", f"has not the shape {list(shape)} of weights and schemes"
+        if odd := sorted(set(table.weights) - paths):
+            yield f"tables.{name}.weights", f"names {odd[0]!r}, which is not in weights"
+    for i, comparison in enumerate(result.comparisons):
+        yield from _comparison_contradictions(result, comparison, f"comparisons[{i}]")
+
+
+def _frontier_contradictions(frontier: FrontierInfo) -> Iterator[tuple[str, str]]:
+    length = len(frontier.bits_per_weight)
+    if length == 0:
+        yield "frontier.bits_per_weight", "is empty: a frontier has at least one point"
+    for field in ("size_bytes", "predicted_kl", "predicted_stderr"):
+        column = getattr(frontier, field)
+        if column is not None and len(column) != length:
+            yield f"frontier.{field}", f"has {len(column)} numbers, bits_per_weight {length}"
+    if list(frontier.bits_per_weight) != sorted(frontier.bits_per_weight):
+        yield "frontier.bits_per_weight", "is not ascending"
+
+
+def _comparison_contradictions(result: Result, comparison: Comparison, where: str) -> Iterator[tuple[str, str]]:
+    plan = result.plan(comparison.plan, comparison.method)
+    if plan is None:
+        yield f"{where}.plan", f"{comparison.plan!r} is not a plan of this result"
+        return
+    if comparison.baseline is None:
+        return
+    baseline = result.plan(comparison.baseline, plan.method)
+    if baseline is None:
+        yield f"{where}.baseline", f"{comparison.baseline!r} is not a plan of this result with method {plan.method!r}"
+        return
+    if comparison.kl_difference is None:
+        yield f"{where}.kl_difference", "is missing though there is a baseline"
+        return
+    # Paired over the same documents, the difference is that of the means up to rounding; a wrong sign or plan is not.
+    slack = 1e-6 * max(abs(plan.kl), abs(baseline.kl)) + 0.1 * (comparison.stderr or 0.0)
+    if abs(comparison.kl_difference - (plan.kl - baseline.kl)) > slack:
+        yield f"{where}.kl_difference", f"is not KL of {plan.name!r} less KL of {baseline.name!r}"
+
+
+def _read(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type `hint`; `where` is its place, such as `plans[0].kl`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:  # only `X | None` occurs
+        return None if value is None else _read(arguments[0], value, where)
+    if origin is Literal:
+        return value if value in arguments else _refuse(where, value, " or ".join(map(repr, arguments)))
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _read_object(hint, value, where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_read(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is Mapping and isinstance(value, Mapping):
+        return {key: _read(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value) if math.isfinite(value) else _refuse(where, value, "a finite number")
+    if hint in (int, str, bool) and type(value) is hint:
+        return value
+    names = {
+        tuple: "a list",
+        Mapping: "an object",
+        float: "a number",
+        int: "a whole number",
+        str: "text",
+        bool: "true or false",
+    }
+    return _refuse(where, value, names[origin or hint])
+
+
+def _read_object(cls: type, value: Any, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        return _refuse(where, value, "an object")
+    hints, arguments = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        place = f"{where}.{field.name}" if where else field.name
+        if field.name in value:
+            arguments[field.name] = _read(hints[field.name], value[field.name], place)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise MpqError(f"result: {place} is missing")
+    return cls(**arguments)
+
+
+def _refuse(where: str, value: Any, wanted: str) -> typing.NoReturn:
+    shown = repr(value)
+    raise MpqError(f"result: {where} is {shown if len(shown) <= 60 else shown[:57] + '...'}, not {wanted}")

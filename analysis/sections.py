@@ -1,0 +1,253 @@
+"""The sections of the report: each makes a list of HTML pieces from the result and the drawn figures."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from analysis.allocation import handed_out_plans, scheme_color
+from analysis.figure import Drawing
+from analysis.findings import next_scheme_note, verdict, z_score
+from analysis.html import definitions, escape, figure, paragraph, table
+from analysis.load import PlanResult, Result, TableInfo, WeightInfo, Winner
+from analysis.text import megabytes, significant, thin, with_error
+
+Drawings = Mapping[str, Drawing]
+
+_MAX_SLIDER_POINTS = 240
+_MAX_WEIGHT_ROWS = 400
+
+
+def frontier_section(result: Result, drawings: Drawings) -> list[str]:
+    """The Pareto curve and the budget slider."""
+    caption = (
+        "KL to the original over size. Line: predicted for the best plan of every size. Points: measured on text that "
+        "neither calibration nor selection saw. Filled: rounded by the method of the plans handed out."
+    )
+    start = _middle(result)
+    slider = (
+        f'<div class="slider" id="budget" data-start="{start}" hidden>'
+        '<label for="budget-input">Drag a budget along the frontier</label>'
+        '<input id="budget-input" type="range" min="0" max="1" step="1" value="0">'
+        '<output for="budget-input"></output></div>'
+    )
+    label = "Accuracy-size Pareto curve; the numbers are in the tables below"
+    return [figure(drawings["frontier"], "frontier", label, caption), slider]
+
+
+def mixing_section(result: Result, drawings: Drawings) -> list[str]:
+    """What mixing bought, budget by budget."""
+    rows = []
+    for c in result.comparisons:
+        plan = result.plan(c.plan, c.method)
+        assert plan is not None  # the loader checked it
+        baseline = result.plan(c.baseline, plan.method) if c.baseline else None
+        word = verdict(c)
+        mark = {"better": '<span class="good">▼ better</span>', "worse": '<span class="bad">▲ worse</span>'}
+        winner = result.winners.get(c.budget or "")
+        ends_with = _handed_out(plan, winner) if plan.method == result.main_method else significant(None)
+        rows.append(
+            [
+                escape(c.budget or c.plan),
+                escape(plan.method.upper()),
+                escape(c.baseline or "none fits"),
+                mark.get(word, f'<span class="keep">{escape(word)}</span>'),
+                escape(ends_with),
+                significant(plan.bits_per_weight),
+                with_error(plan.kl, plan.kl_stderr),
+                with_error(baseline.kl, baseline.kl_stderr) if baseline else significant(None),
+                with_error(c.kl_difference, c.stderr),
+                z_score(c.z),
+            ]
+        )
+    head = [
+        "budget",
+        "rounding",
+        "best uniform",
+        "mixing is",
+        "handed out",
+        "bits/weight",
+        "KL mixed",
+        "KL uniform",
+    ]
+    note = (
+        "KL in nats per token, ± one standard error over documents. The difference is paired by document; below zero "
+        "mixing loses less. A verdict needs two standard errors. What a budget ends with is chosen on other text."
+    )
+    title = "Mixed plans against the best uniform scheme that fits the same budget"
+    return [table(title, [*head, "difference", "z"], rows, 5), _note(note)]
+
+
+def plans_section(result: Result, drawings: Drawings) -> list[str]:
+    """Every plan and baseline with its numbers."""
+    rows = []
+    if result.reference is not None:
+        size = megabytes(result.model.reference_size_bytes)
+        dash = significant(None)
+        rows.append(["original", dash, size, dash, "0", significant(result.reference.perplexity, 4), "100"])
+    for plan in sorted(result.plans, key=lambda p: (p.bits_per_weight, p.name, p.method)):
+        tag = ' <span class="tag">handed out</span>' if plan.handed_out else ""
+        rows.append(
+            [
+                f"{escape(plan.name)}, {escape(plan.method.upper())}{tag}",
+                significant(plan.bits_per_weight),
+                megabytes(plan.size_bytes),
+                significant(plan.predicted_kl if plan.method == result.main_method else None),
+                with_error(plan.kl, plan.kl_stderr),
+                significant(plan.perplexity, 4),
+                with_error(100 * plan.top1_agreement, None if plan.top1_stderr is None else 100 * plan.top1_stderr),
+            ]
+        )
+    head = ["plan", "bits/weight", "size", "predicted KL", "KL", "perplexity", "same top-1 (%)"]
+    test = result.data.get("test")
+    count = f"{test.num_documents} documents, {test.num_tokens} tokens" if test else "the test set"
+    note = f"The prediction is of errors by {result.main_method.upper()}, hence for plans rounded by it only."
+    label = "Perplexity of every plan over size; the table has the same numbers"
+    caption = "Perplexity on the same text; its own standard error is common to all plans and not drawn."
+    drawn = figure(drawings["perplexity"], "perplexity", label, caption)
+    return [table(f"Every plan, measured on {count}", head, rows), _note(note), f'<div class="small">{drawn}</div>']
+
+
+def prediction_section(result: Result, drawings: Drawings) -> list[str]:
+    """How well the sum over weights predicted the measured loss."""
+    plans = [p for p in result.plans if p.method == result.main_method and p.kl > 0 and p.predicted_kl]
+    ratios = sorted(p.kl / p.predicted_kl for p in plans if p.predicted_kl)
+    text = "The prediction adds up what each weight loses alone; the measurement has all of them quantized at once. "
+    if ratios:
+        low, high = significant(ratios[0], 2), significant(ratios[-1], 2)
+        text += f"Measured over predicted lies between {low} and {high} over {len(ratios)} plans."
+    label = "Predicted over measured KL of every plan"
+    drawn = figure(drawings["agreement"], "agreement", label, "On the dashed line the prediction is right.")
+    return [paragraph(text), f'<div class="small">{drawn}</div>']
+
+
+def weights_section(result: Result, drawings: Drawings) -> list[str]:
+    """The scheme of every weight in the plans handed out."""
+    plans = handed_out_plans(result)
+    table_ = result.allocation_table
+    label = "Scheme of every weight in every plan handed out; the table below has the same content"
+    drawn = figure(drawings["allocation"], "allocation", label, "A cell: code width and group size of one weight.")
+    shown = _most_sensitive(result, plans)
+    rows = [
+        [
+            escape(w.path),
+            f'<span class="keep">{w.k} × {w.n}</span>',
+            escape(w.kind),
+            *(_choice(table_, w.path, plan) for plan in plans),
+        ]
+        for w in shown
+    ]
+    head = ["weight", "k × n", "read by", *(plan.name for plan in plans)]
+    note = (
+        "Below a scheme: the loss predicted for this weight alone, in thousandths of a nat per token. ≈: not "
+        "distinguishable from the next larger scheme, under which the loss is less than two standard errors lower."
+    )
+    if len(shown) < len(result.weights):
+        note += f" The {len(shown)} weights of {len(result.weights)} with the largest predicted loss are listed."
+    content = table("Scheme and predicted loss of every weight", head, rows, len(head))
+    return [drawn, _note(note), f"<details><summary>All weights, one by one</summary>{content}</details>"]
+
+
+def sensitivity_section(result: Result, drawings: Drawings) -> list[str]:
+    """The sensitivity tables and how well the metrics agree."""
+    rows = [
+        [escape(pair), significant(a.kendall_tau), significant(a.spearman)]
+        for pair, a in sorted(result.agreement.items())
+    ]
+    head = ["metrics", "Kendall's tau", "Spearman's rho"]
+    ranks = table("Do the metrics rank (weight, scheme) pairs alike?", head, rows) if rows else ""
+    label = "Predicted loss increase of every weight under every scheme, by metric"
+    return [figure(drawings["sensitivity"], "sensitivity", label, "Every weight quantized alone."), ranks]
+
+
+def provenance_section(result: Result, record: Mapping[str, Any] | None) -> list[str]:
+    """Model, data, versions and config."""
+    sets = [
+        [
+            escape(name),
+            escape(d.source),
+            f"<code>{escape(d.digest[:16])}</code>",
+            str(d.num_documents),
+            str(d.num_tokens),
+        ]
+        for name, d in sorted(result.data.items())
+    ]
+    model = {
+        "model": result.model.name,
+        "model digest": result.model.digest,
+        "parameters": f"{result.model.parameters:,}",
+        "in quantizable weights": f"{result.model.weights:,}",
+        "original size": megabytes(result.model.reference_size_bytes),
+    }
+    parts = [definitions(model), table("Data", ["set", "source", "digest", "documents", "tokens"], sets, 3)]
+    if result.seconds:
+        parts.append(definitions({f"{stage} (s)": significant(s) for stage, s in sorted(result.seconds.items())}))
+    if record is None:
+        return [*parts, paragraph("No record of the run was given.")]
+    brief = {key: record[key] for key in ("command", "commit", "dirty", "python", "platform") if key in record}
+    rest = {key: record[key] for key in sorted(record) if key not in brief}
+    return [*parts, definitions(brief), f"<details><summary>Full record</summary>{definitions(rest)}</details>"]
+
+
+def slider_data(result: Result) -> dict[str, Any]:
+    """What the page's script reads: frontier points and uniform baselines."""
+    frontier = result.frontier
+    errors = frontier.predicted_stderr or (None,) * len(frontier.bits_per_weight)
+    chosen = {plan.size_bytes for plan in handed_out_plans(result)}
+    kept = {*thin(frontier.bits_per_weight, _MAX_SLIDER_POINTS)}
+    kept |= {i for i, size in enumerate(frontier.size_bytes) if size in chosen}
+    points = [
+        [round(frontier.bits_per_weight[i], 4), frontier.size_bytes[i], frontier.predicted_kl[i], errors[i]]
+        for i in sorted(kept)
+    ]
+    uniform = [
+        [p.name, round(p.bits_per_weight, 4), p.size_bytes, p.kl]
+        for p in result.plans
+        if p.kind == "uniform" and p.method == result.main_method
+    ]
+    return {"frontier": points, "uniform": uniform}
+
+
+def _choice(table_: TableInfo | None, path: str, plan: PlanResult) -> str:
+    """The scheme of a weight, its predicted loss in thousandths, and whether more bits would show."""
+    scheme = plan.choices[path]
+    chip = f'<span class="chip" style="background:{scheme_color(scheme)}"></span>{escape(scheme)}'
+    entry = table_.at(path, scheme) if table_ else None
+    if table_ is None or entry is None:
+        return chip
+    loss, error = entry
+    shown = with_error(1e3 * loss, None if error is None else 1e3 * error)
+    larger = next_scheme_note(table_, path, scheme)
+    alike = f' <span class="sub">≈ {escape(larger)}</span>' if larger else ""
+    return f'<span class="keep">{chip}{alike}</span><br><span class="sub">{shown}</span>'
+
+
+def _most_sensitive(result: Result, plans: list[PlanResult]) -> list[WeightInfo]:
+    """All weights in their order; if they are too many for the page, those that lose most under `plans`."""
+    weights, table_ = list(result.weights), result.allocation_table
+    if len(weights) <= _MAX_WEIGHT_ROWS:
+        return weights
+
+    def loss(weight: WeightInfo) -> float:
+        entries = [table_.at(weight.path, plan.choices[weight.path]) for plan in plans] if table_ else []
+        return sum(entry[0] for entry in entries if entry)
+
+    kept = {weight.path for weight in sorted(weights, key=loss, reverse=True)[:_MAX_WEIGHT_ROWS]}
+    return [weight for weight in weights if weight.path in kept]
+
+
+def _middle(result: Result) -> int:
+    """Where the slider starts: at the plan in the middle of those handed out."""
+    plans = handed_out_plans(result)
+    wanted = plans[len(plans) // 2].size_bytes if plans else 0
+    sizes = [point[1] for point in slider_data(result)["frontier"]]
+    return min(range(len(sizes)), key=lambda i: abs(sizes[i] - wanted))
+
+
+def _note(text: str) -> str:
+    return paragraph(text, "note")
+
+
+def _handed_out(plan: PlanResult, winner: Winner | None) -> str:
+    """What the budget ends with: `mixed`, or the uniform scheme that was better on the selection set."""
+    if winner is None:
+        return "mixed" if plan.handed_out else "not mixed"
+    return "mixed" if winner.plan == plan.name else winner.plan
