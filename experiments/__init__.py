@@ -1,0 +1,1 @@
+"""Configs, benchmarks and the training of the reference model: what is run, never imported by `mpq`."""

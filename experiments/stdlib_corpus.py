@@ -1,6 +1,7 @@
 """Text of the reference model: the source of CPython's standard library, as installed on this machine.
 
-Files are documents. A file's split is decided by a hash of its path inside the library, so adding a file moves no other:
+Files are documents. A file's split is decided by a hash of its path inside the library, so adding a file moves no
+other:
 one in twenty is held out, and the held-out files alternate (by the same hash) between selection and test.
 """
 

@@ -1,7 +1,8 @@
 r"""Train the reference language model: a 5.8M-parameter Llama on the source of CPython's standard library.
 
 Run:     python -m experiments.train_reference --work DIR --out mpq/assets/reference_lm
-Writes:  the Hugging Face layout (`config.json`, bf16 `model.safetensors`, `tokenizer.json`), held-out texts, a model card.
+Writes:  the Hugging Face layout (`config.json`, bf16 `model.safetensors`, `tokenizer.json`), held-out texts, a model
+card.
 Resume:  type the same command again: the batch at step s depends on (seed, s) alone, and Orbax restores the exact step.
 
 Schedule: warmup, constant, then linear decay to zero (WSD; Hu et al. 2024, arXiv:2404.06395). Optimizer: Muon for
@@ -179,7 +180,7 @@ def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def batch_at(train: np.ndarray, training: Training, step: int, bos: int) -> np.ndarray:
-    """The batch of one step, `int32[batch, window]`: random windows of the stream, the first token of each set to BOS."""
+    """The batch of one step, `int32[batch, window]`: random windows of the stream, each with BOS as its first token."""
     rng = np.random.default_rng([training.seed, step])
     start = rng.integers(0, len(train) - training.window, size=training.batch)
     tokens = train[start[:, None] + np.arange(training.window)].astype(np.int32)

@@ -1,7 +1,9 @@
 """Text to windows of tokens: calibration, selection and test sets that never overlap.
 
-Windows, padding and masks are made here and nowhere else. A document's token ids, BOS in front, are cut into consecutive windows; the first
-token of every window is BOS, as it is when a model is used. A shorter last window is padded on the right and its padding never counts.
+Windows, padding and masks are made here and nowhere else. A document's token ids, BOS in front, are cut into
+consecutive windows; the first
+token of every window is BOS, as it is when a model is used. A shorter last window is padded on the right and its
+padding never counts.
 """
 
 import hashlib
@@ -80,7 +82,9 @@ def make_dataset(
             masks.append(np.arange(window) < len(ids))
             owner.append(index)
     if not inputs:
-        raise MpqError(f"{source} is too short: it gives no window of {window} tokens; give more text or a smaller window")
+        raise MpqError(
+            f"{source} is too short: it gives no window of {window} tokens; give more text or a smaller window"
+        )
     document = np.arange(len(owner)) if len(documents) == 1 else np.asarray(owner)
     return _dataset(np.stack(inputs), np.stack(masks), document, source, max_windows)
 
@@ -103,7 +107,9 @@ def split_documents(documents: Sequence[str], parts: tuple[float, ...] = (0.5, 0
     which = np.searchsorted(np.cumsum(parts)[:-1], middle)
     result = [[p for p, w in zip(pieces, which, strict=True) if w == part and p.strip()] for part in range(len(parts))]
     if not all(result):
-        raise MpqError(f"the text ({len(documents)} documents) is too short to split in {len(parts)} parts: give more of it")
+        raise MpqError(
+            f"the text ({len(documents)} documents) is too short to split in {len(parts)} parts: give more of it"
+        )
     return result
 
 

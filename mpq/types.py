@@ -1,6 +1,7 @@
 """The types that join the stages, and nothing else.
 
-Conventions, stated once. Weights are `w[k, n]` with `y = x @ w`; groups of weights that share a scale run along `k`; leading
+Conventions, stated once. Weights are `w[k, n]` with `y = x @ w`; groups of weights that share a scale run along `k`;
+leading
 axes are batch axes (experts, or equal shapes stacked). Losses are in nats per token (per image, per example). Sizes are
 Python ints in bits. Arrays that enter a table are NumPy float64. Everything is frozen.
 """
@@ -24,7 +25,8 @@ class MpqError(Exception):
 class NumberFormat(Protocol):
     """The grid of one element, before any scale.
 
-    `encode` maps values already divided by their scale to the nearest qvalue; `decode` is its inverse on qvalues. A format
+    `encode` maps values already divided by their scale to the nearest qvalue; `decode` is its inverse on qvalues. A
+    format
     without a scale (`bf16`) has `max_magnitude = None` and its qvalues are the values themselves.
     """
 
@@ -112,8 +114,10 @@ class Use:
 class WeightSpec:
     """One quantizable weight, as `trace` finds it.
 
-    The parameter array is `params[param]` (of it the slice `index`, for scanned layers); transposed by `permutation` and
-    reshaped to `[batch, k, n]` it is the canonical matrix view. Where the view divides one axis (the output channels of a
+    The parameter array is `params[param]` (of it the slice `index`, for scanned layers); transposed by `permutation`
+    and
+    reshaped to `[batch, k, n]` it is the canonical matrix view. Where the view divides one axis (the output channels
+    of a
     grouped convolution), the array is first reshaped to `factors`.
 
     Attributes:
@@ -162,7 +166,9 @@ class WeightSpec:
     def from_matrix(self, matrix: jax.Array, param: jax.Array) -> jax.Array:
         """`param` with this weight replaced by `matrix[batch, k, n]`; inverse of `to_matrix`."""
         permuted = tuple((self.factors or self.shape)[axis] for axis in self.permutation)
-        weight = matrix.reshape(permuted).transpose(np.argsort(self.permutation)).reshape(self.shape).astype(param.dtype)
+        weight = (
+            matrix.reshape(permuted).transpose(np.argsort(self.permutation)).reshape(self.shape).astype(param.dtype)
+        )
         return param.at[self.index].set(weight) if self.index else weight
 
 
@@ -199,8 +205,11 @@ class Dataset:
         for start in range(0, len(self.inputs), size):
             take = slice(start, start + size)
             fill = size - len(self.inputs[take])
-            pad = lambda a, value: np.concatenate([a[take], np.full((fill, *a.shape[1:]), value, a.dtype)])
-            yield Batch(pad(self.inputs, 0), pad(self.mask, False), pad(self.document, -1))
+            yield Batch(
+                _fill_up(self.inputs[take], fill, 0),
+                _fill_up(self.mask[take], fill, False),
+                _fill_up(self.document[take], fill, -1),
+            )
 
 
 @jax.tree_util.register_dataclass
@@ -224,7 +233,8 @@ class LayerStats:
     """What one calibration pass keeps for one weight; weights of one group share it.
 
     Attributes:
-      gram: `float32[batch, k, k]`, E[x xT] over counted positions. The Hessian of the layer's squared error is 2 * gram;
+      gram: `float32[batch, k, k]`, E[x xT] over counted positions. The Hessian of the layer's squared error is 2 *
+        gram;
         the 2 is never folded in. Embedding uses read one-hot rows and contribute nothing.
       absmax: `float32[batch, k]`, largest |x|.
       num_tokens: positions counted.
@@ -340,6 +350,10 @@ class EvalResult:
     num_documents: int
     num_tokens: int
     data_digest: str
+
+
+def _fill_up(array: np.ndarray, rows: int, value: int) -> np.ndarray:
+    return np.concatenate([array, np.full((rows, *array.shape[1:]), value, array.dtype)])
 
 
 def _whole_bytes(bits: int) -> int:

@@ -31,7 +31,7 @@ def rewrite_tensors(folder, change):
 
 
 def numpy_llama(weights, config, tokens):
-    """Forward pass in float64 NumPy, written from the paper alone: the oracle of the architecture and of the name map."""
+    """Forward pass in float64 NumPy, from the paper alone: the oracle of the architecture and of the name map."""
     w = {name: value.astype(np.float64) for name, value in weights.items()}
     heads, kv_heads, d = config["num_attention_heads"], config["num_key_value_heads"], config["hidden_size"]
     head_dim, time = d // heads, len(tokens)
@@ -119,7 +119,10 @@ def test_transformers_5_rope_parameters_are_read(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}, "MambaForCausalLM.*supported is LlamaForCausalLM"),
+        (
+            {"architectures": ["MambaForCausalLM"], "model_type": "mamba"},
+            "MambaForCausalLM.*supported is LlamaForCausalLM",
+        ),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification.*supported is"),
         ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu': supported is 'silu'"),
         ({"attention_bias": True}, "'attention_bias' is True"),
@@ -169,7 +172,7 @@ def test_truncated_weights_are_refused(folder):
 
 def test_a_pickle_is_refused_with_the_way_out(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(MpqError, match="pickle and unsafe.*save_pretrained"):
+    with pytest.raises(MpqError, match=r"pickle and unsafe.*save_pretrained"):
         load(str(folder))
 
 

@@ -1,6 +1,7 @@
 """Number formats, and the text form of schemes.
 
-`FORMATS` is the table of every element grid; `parse_scheme` reads `int4_g128`, `int3_g32_zp`, `int8_channel`, `nf4_g64`, `bf16`.
+`FORMATS` is the table of every element grid; `parse_scheme` reads `int4_g128`, `int3_g32_zp`, `int8_channel`,
+`nf4_g64`, `bf16`.
 """
 
 import re
@@ -28,7 +29,9 @@ FORMATS: Mapping[str, NumberFormat] = MappingProxyType(
     }
 )
 
-_TEXT = re.compile(r"(?P<format>[a-z]+\d+)(_(?P<granularity>channel|g[1-9]\d*))?(?P<zp>_zp)?(_s(?P<scale>float16|float32))?")
+_TEXT = re.compile(
+    r"(?P<format>[a-z]+\d+)(_(?P<granularity>channel|g[1-9]\d*))?(?P<zp>_zp)?(_s(?P<scale>float16|float32))?"
+)
 
 
 def parse_scheme(text: str) -> Scheme:
@@ -50,6 +53,8 @@ def parse_scheme(text: str) -> Scheme:
     if granularity is None:
         raise MpqError(f"scheme {text!r} lacks a granularity: write {text}_g64 or {text}_channel")
     if zero_point and not number_format.uniform:
-        raise MpqError(f"scheme {text!r} is wrong: a zero point goes with integer formats only, not {number_format.name}")
+        raise MpqError(
+            f"scheme {text!r} is wrong: a zero point goes with integer formats only, not {number_format.name}"
+        )
     group_size = None if granularity == "channel" else int(granularity[1:])
     return Scheme(number_format, group_size, zero_point, scale or "float16")

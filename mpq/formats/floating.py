@@ -39,8 +39,9 @@ class Float:
         return False
 
     def encode(self, x: jax.Array) -> jax.Array:
-        """`x` rounded to the dtype."""
-        return x.astype(self.dtype)
+        """`x` rounded to the dtype; what is beyond its range becomes its largest value."""
+        largest = float(jnp.finfo(self.dtype).max)
+        return jnp.clip(x, -largest, largest).astype(self.dtype)
 
     def decode(self, qvalue: jax.Array) -> jax.Array:
         """`float32`, same values."""

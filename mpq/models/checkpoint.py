@@ -1,4 +1,4 @@
-"""Read a model from a folder in the Hugging Face layout, a folder written by `mpq quantize`, a hub id, or `reference`."""
+"""Read a model from a folder in the Hugging Face layout, from the hub, or the one that ships with the package."""
 
 import importlib.resources
 import json
@@ -22,7 +22,7 @@ SHARD_INDEX, SINGLE_FILE, PICKLE = "model.safetensors.index.json", "model.safete
 
 
 def resolve(source: str) -> Path:
-    """The folder that `source` names: `reference`, an existing folder, or a hub id `owner/name[@revision]` (downloaded).
+    """The folder that `source` names: `reference`, a folder, or a hub id `owner/name[@revision]`, downloaded.
 
     Raises:
       MpqError: neither a folder nor a hub id that could be fetched.
@@ -32,7 +32,9 @@ def resolve(source: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
     if source.count("/") != 1 or source.startswith((".", "/")):
-        raise MpqError(f"model {source!r} is no folder here: give a checkpoint folder, a hub id 'owner/name', or 'reference'")
+        raise MpqError(
+            f"model {source!r} is no folder here: give a checkpoint folder, a hub id 'owner/name', or 'reference'"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -42,7 +44,9 @@ def resolve(source: str) -> Path:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MpqError(f"model {source!r} is no folder here and could not be fetched from the hub ({reason})") from error
+        raise MpqError(
+            f"model {source!r} is no folder here and could not be fetched from the hub ({reason})"
+        ) from error
 
 
 def load_checkpoint(folder: Path, families: Mapping[str, Family], name: str) -> Model:
@@ -88,7 +92,9 @@ def find_family(config: Mapping[str, Any], families: Mapping[str, Family]) -> Fa
     given = config.get("architectures") or ["(none)"]
     if family is None or given[0] not in family.architectures:
         supported = ", ".join(a for f in families.values() for a in f.architectures)
-        raise MpqError(f"architecture {given[0]!r} (model_type {config.get('model_type')!r}) is unknown: supported is {supported}")
+        raise MpqError(
+            f"architecture {given[0]!r} (model_type {config.get('model_type')!r}) is unknown: supported is {supported}"
+        )
     return family
 
 
@@ -104,9 +110,13 @@ def read_parameters(
     wanted = {family.tensor_name(path)[0]: path for path in shapes}
     tied = {"lm_head.weight"} if not any(path.startswith("lm_head") for path in shapes) else set()
     if missing := sorted(set(wanted) - set(where)):
-        raise MpqError(f"{folder} lacks the tensor {missing[0]!r} ({len(missing)} missing in all): is the checkpoint complete?")
+        raise MpqError(
+            f"{folder} lacks the tensor {missing[0]!r} ({len(missing)} missing in all): is the checkpoint complete?"
+        )
     if left_over := sorted(set(where) - set(wanted) - tied):
-        raise MpqError(f"{folder} holds the tensor {left_over[0]!r} that its config does not call for ({len(left_over)} in all)")
+        raise MpqError(
+            f"{folder} holds the tensor {left_over[0]!r} that its config does not call for ({len(left_over)} in all)"
+        )
     params: dict[str, jax.Array] = {}
     stored: dict[str, str] = {}
     for name, tensor in read_tensors({n: f for n, f in where.items() if n in wanted}):
@@ -141,10 +151,12 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     if not file.exists():
         hint = ""
         if (folder / PICKLE).exists():
-            hint = f": {PICKLE} is a pickle and unsafe to read; convert it with model.save_pretrained(OUT) of transformers"
+            hint = (
+                f": {PICKLE} is a pickle and unsafe to read; convert it with model.save_pretrained(OUT) of transformers"
+            )
         raise MpqError(f"{folder} holds no {SINGLE_FILE} and no {SHARD_INDEX}{hint}")
     with _opened(file) as handle:
-        return {name: file for name in handle.keys()}  # noqa: SIM118  # a safetensors handle is not iterable
+        return dict.fromkeys(handle.keys(), file)  # a safetensors handle is not iterable
 
 
 def read_tensors(where: Mapping[str, Path]) -> Iterator[tuple[str, np.ndarray]]:
@@ -169,7 +181,7 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
         return None
     try:
         return Tokenizer.from_str(json.dumps(read_json(file, "the tokenizer")))
-    except Exception as error:  # noqa: BLE001  # the tokenizers package raises plain Exception
+    except Exception as error:  # the tokenizers package raises plain Exception
         raise MpqError(f"{file} is no tokenizer that the tokenizers package can read ({error})") from error
 
 

@@ -12,8 +12,22 @@ C = TypeVar("C")
 
 # Keys of a `config.json` that do not change what a forward pass computes.
 NEUTRAL_KEYS = frozenset(
-    """_name_or_path architectures attention_dropout dtype eos_token_id id2label initializer_range label2id model_type
-    pad_token_id pretraining_tp torch_dtype transformers_version use_cache""".split()
+    [
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "model_type",
+        "pad_token_id",
+        "pretraining_tp",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    ]
 )
 
 
@@ -56,7 +70,9 @@ def parse_strictly(
             allowed = ", ".join(repr(v) for v in only[key])
             raise MpqError(f"config key {key!r} is {value!r}: supported is {allowed}")
         if key not in fields and key not in only and key not in NEUTRAL_KEYS:
-            raise MpqError(f"config key {key!r} (value {value!r}) is unknown for {into.__name__}: it may change the model")
+            raise MpqError(
+                f"config key {key!r} (value {value!r}) is unknown for {into.__name__}: it may change the model"
+            )
     values = {key: config[key] for key in fields if config.get(key) is not None}
     values = dict(defaults) | values
     for name, field in fields.items():

@@ -1,0 +1,1 @@
+"""Run configs: one figure or table each."""

@@ -1,0 +1,21 @@
+r"""Quickstart: the reference language model, every stage once.
+
+Run:     mpq run experiments/configs/quickstart.py   (what `make demo` ends in)
+Writes:  runs/quickstart-<digest>/: report.html, frontier.png, frontier.svg, plan.json, quantized/, results.json,
+record.json
+"""
+
+from mpq.config import RunConfig
+
+CONFIG = RunConfig(
+    name="quickstart",
+    model="reference",
+    data="reference",
+    schemes=("int2_g64", "int3_g64", "int4_g64", "int8_channel", "bf16"),
+    metrics=("kl", "fisher", "hessian_trace"),
+    allocate_by="kl",
+    method="gptq",
+    compare_methods=("rtn",),
+    budgets=("3.0bpw", "int3_g64", "3.5bpw", "int4_g64"),
+    hand_out="3.5bpw",
+)

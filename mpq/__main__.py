@@ -1,0 +1,5 @@
+"""`python -m mpq` is the `mpq` command."""
+
+from mpq.cli import main
+
+main()

@@ -1,0 +1,299 @@
+"""Stage files: what each stage writes and the next one reads. JSON for people and tools, safetensors for arrays.
+
+Every file says what it is, from which model and text it was made, and carries a checksum of its content; a truncated,
+edited, foreign or stale
+file is refused by name, never used.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as safetensors_bytes
+
+from mpq.evaluate import DocumentScores
+from mpq.files import read_json, write_bytes, write_json
+from mpq.formats import parse_scheme
+from mpq.models import Model
+from mpq.types import Allocation, LayerStats, MpqError, Scheme, SensitivityTable, Use, WeightSpec
+
+SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """A bit allocation as a file: the choice for every weight, and where it comes from.
+
+    Attributes:
+      name: for a person: `mixed@3.5bpw`, `int4_g64`.
+      choices: path -> scheme.
+      size_bits: of the quantized weights; `other_bits` of everything stored beside them.
+      num_weights: number of quantized values.
+      prediction: numbers of the allocation (`predicted_kl`, `lower_bound`, ...); None in a uniform plan.
+      model_digest: the model it was made for.
+    """
+
+    name: str
+    choices: Mapping[str, Scheme]
+    size_bits: int
+    other_bits: int
+    num_weights: int
+    prediction: Mapping[str, Any] | None
+    model_digest: str
+
+    @property
+    def size_bytes(self) -> int:
+        """The whole quantized model."""
+        return (self.size_bits + self.other_bits) // 8
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All bits of the quantized weights over their number."""
+        return self.size_bits / self.num_weights
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, the shape of `plan.json`."""
+        prediction = self.prediction or {}
+        return {
+            "name": self.name,
+            "size_bytes": self.size_bytes,
+            "bits_per_weight": self.bits_per_weight,
+            **{key: prediction.get(key) for key in PREDICTION_KEYS},
+            "choices": {path: str(scheme) for path, scheme in self.choices.items()},
+            "size_bits": self.size_bits,
+            "other_bits": self.other_bits,
+            "num_weights": self.num_weights,
+            "model_digest": self.model_digest,
+        }
+
+
+PREDICTION_KEYS = ("predicted_kl", "predicted_stderr", "lower_bound", "gap", "status", "solver", "metric", "quantizer")
+
+
+def other_bits(model: Model, weights: tuple[WeightSpec, ...]) -> int:
+    """Bits of the parameters that are not quantized, in the dtypes they are stored in."""
+    quantized = sum(w.size * 8 * np.dtype(numpy_dtype(model.stored[w.param])).itemsize for w in weights)
+    return 8 * model.size_bytes - quantized
+
+
+def plan_of_allocation(name: str, allocation: Allocation, table: SensitivityTable, beside: int) -> Plan:
+    """The plan file of a solved allocation; `beside` is `other_bits` of the model."""
+    prediction = {
+        "predicted_kl": allocation.loss,
+        "predicted_stderr": allocation.stderr,
+        "lower_bound": allocation.lower_bound,
+        "gap": allocation.gap,
+        "status": allocation.status.value,
+        "solver": allocation.solver,
+        "metric": table.metric,
+        "quantizer": table.quantizer,
+    }
+    return make_plan(name, allocation.choice, prediction, table.weights, beside, table.model_digest)
+
+
+def uniform_plan(scheme: Scheme, model: Model, weights: tuple[WeightSpec, ...]) -> Plan:
+    """Every weight under one scheme."""
+    return make_plan(
+        str(scheme), {w.path: scheme for w in weights}, None, weights, other_bits(model, weights), model.digest
+    )
+
+
+def make_plan(
+    name: str,
+    choices: Mapping[str, Scheme],
+    prediction: Mapping[str, Any] | None,
+    weights: tuple[WeightSpec, ...],
+    beside: int,
+    model_digest: str,
+) -> Plan:
+    """A plan with its sizes counted from the weights."""
+    size = sum(w.size_bits(choices[w.path]) for w in weights)
+    return Plan(name, dict(choices), size, beside, sum(w.size for w in weights), prediction, model_digest)
+
+
+def save_plan(path: Path, plan: Plan) -> None:
+    """Write `plan.json`."""
+    _write(path, "plan", plan.to_json())
+
+
+def load_plan(path: Path, model: Model, weights: tuple[WeightSpec, ...]) -> Plan:
+    """Read a plan made for `model`.
+
+    Raises:
+      MpqError: damaged, not a plan, or made for another model (says which weights differ).
+    """
+    body = _read(path, "plan")
+    choices = {p: parse_scheme(s) for p, s in body["choices"].items()}
+    ours = {w.path for w in weights}
+    if differing := sorted(ours ^ set(choices)):
+        side = "the plan lacks" if differing[0] in ours else "the plan also names"
+        raise MpqError(f"{path} was made for another model: {side} {differing[0]!r} ({len(differing)} weights differ)")
+    if body["model_digest"] != model.digest:
+        raise MpqError(
+            f"{path} was made for another model: the weights have the same names but other values "
+            f"(digest {body['model_digest'][:12]}, this one {model.digest[:12]}); allocate again for this model"
+        )
+    prediction = None if body["predicted_kl"] is None else {key: body[key] for key in PREDICTION_KEYS}
+    return make_plan(body["name"], choices, prediction, weights, other_bits(model, weights), model.digest)
+
+
+def save_table(path: Path, table: SensitivityTable, extra: Mapping[str, Any]) -> None:
+    """Write a sensitivity table. `extra` (such as `other_bits`) is kept for the next stage."""
+    _write(
+        path,
+        "sensitivity",
+        {
+            "metric": table.metric,
+            "quantizer": table.quantizer,
+            "model_digest": table.model_digest,
+            "data_digest": table.data_digest,
+            "schemes": [str(s) for s in table.schemes],
+            "weights": [weight_to_json(w) for w in table.weights],
+            "loss_increase": table.loss_increase.tolist(),
+            "stderr": [[None if np.isnan(v) else v for v in row] for row in table.stderr.tolist()],
+            **extra,
+        },
+    )
+
+
+def load_table(path: Path) -> tuple[SensitivityTable, dict[str, Any]]:
+    """Read a sensitivity table, and the whole file's content."""
+    body = _read(path, "sensitivity")
+    table = SensitivityTable(
+        weights=tuple(weight_from_json(w) for w in body["weights"]),
+        schemes=tuple(parse_scheme(s) for s in body["schemes"]),
+        loss_increase=np.asarray(body["loss_increase"], np.float64),
+        stderr=np.asarray([[np.nan if v is None else v for v in row] for row in body["stderr"]], np.float64),
+        metric=body["metric"],
+        quantizer=body["quantizer"],
+        model_digest=body["model_digest"],
+        data_digest=body["data_digest"],
+    )
+    return table, body
+
+
+def weight_to_json(weight: WeightSpec) -> dict[str, Any]:
+    """Plain data of one weight."""
+    return dataclasses.asdict(weight)
+
+
+def weight_from_json(body: Mapping[str, Any]) -> WeightSpec:
+    """Inverse of `weight_to_json`."""
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in body.items()}
+    return WeightSpec(**{**values, "uses": tuple(Use(**use) for use in body["uses"])})
+
+
+def save_stats(path: Path, stats: Mapping[str, LayerStats], model_digest: str, data_digest: str) -> None:
+    """Write calibration statistics; weights that share an input share one stored gram."""
+    arrays: dict[str, np.ndarray] = {}
+    index: dict[str, Any] = {}
+    stored: dict[int, str] = {}
+    for weight_path, s in stats.items():
+        owner = stored.setdefault(id(s.gram), weight_path)
+        if owner == weight_path:
+            arrays[f"gram/{owner}"] = np.asarray(s.gram, np.float32)
+            arrays[f"absmax/{owner}"] = np.asarray(s.absmax, np.float32)
+        index[weight_path] = {"owner": owner, "num_tokens": s.num_tokens}
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
+    header = {
+        "kind": "stats",
+        "schema": SCHEMA,
+        "model_digest": model_digest,
+        "data_digest": data_digest,
+        "weights": index,
+        "checksum": digest.hexdigest(),
+    }
+    write_bytes(path, safetensors_bytes(arrays, metadata={"mpq": json.dumps(header, sort_keys=True)}))
+
+
+def load_stats(path: Path, model_digest: str) -> dict[str, LayerStats]:
+    """Read calibration statistics made for the model with this digest.
+
+    Raises:
+      MpqError: damaged, no statistics, or made for another model.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = json.loads((file.metadata() or {}).get("mpq", "{}"))
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not iterable
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise MpqError(f"{path} is truncated or no file of statistics ({error}): run `mpq calibrate` again") from error
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(name.encode() + arrays[name].tobytes())
+    if header.get("kind") != "stats" or header.get("checksum") != digest.hexdigest():
+        raise MpqError(f"{path} is damaged or no file of statistics: run `mpq calibrate` again")
+    if header["model_digest"] != model_digest:
+        raise MpqError(
+            f"{path} was made for another model (digest {header['model_digest'][:12]}, this one {model_digest[:12]}): "
+            "run `mpq calibrate` for this model"
+        )
+    return {
+        weight: LayerStats(arrays[f"gram/{e['owner']}"], arrays[f"absmax/{e['owner']}"], e["num_tokens"])
+        for weight, e in header["weights"].items()
+    }
+
+
+def save_scores(path: Path, scores: DocumentScores) -> None:
+    """Write one evaluation, document by document."""
+    arrays = {f.name: getattr(scores, f.name) for f in dataclasses.fields(scores)}
+    _write(path, "scores", {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in arrays.items()})
+
+
+def load_scores(path: Path) -> DocumentScores:
+    """Read one evaluation."""
+    body = _read(path, "scores")
+    arrays = {
+        key: np.asarray(body[key], np.int64 if key == "document" else np.float64)
+        if isinstance(body[key], list)
+        else body[key]
+        for key in (f.name for f in dataclasses.fields(DocumentScores))
+    }
+    return DocumentScores(**arrays)
+
+
+def require_model(what: Path, digest: str, model: Model) -> None:
+    """Refuse a stage file that was made from another model.
+
+    Raises:
+      MpqError: the digests differ.
+    """
+    if digest != model.digest:
+        raise MpqError(
+            f"{what} was made for another model (digest {digest[:12]}, this one {model.digest[:12]}): "
+            "make it again for this model"
+        )
+
+
+def _write(path: Path, kind: str, body: Mapping[str, Any]) -> None:
+    body = {"kind": kind, "schema": SCHEMA, **body}
+    write_json(path, {**body, "checksum": _checksum(body)})
+
+
+def _read(path: Path, kind: str) -> dict[str, Any]:
+    body = read_json(path, f"a {kind} file")
+    if not isinstance(body, dict) or body.get("kind") != kind:
+        found = body.get("kind") if isinstance(body, dict) else type(body).__name__
+        raise MpqError(f"{path} is no {kind} file (it is {found!r}): give the file that the {kind} stage wrote")
+    if body.get("schema") != SCHEMA:
+        raise MpqError(f"{path} has schema {body.get('schema')!r}: this version reads {SCHEMA}; make the file again")
+    if body.pop("checksum", None) != _checksum(body):
+        raise MpqError(f"{path} was changed or damaged after it was written (its checksum differs): make it again")
+    return body
+
+
+def _checksum(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def numpy_dtype(name: str) -> Any:
+    """NumPy's dtype of a stored dtype name, `bfloat16` included."""
+    return ml_dtypes.bfloat16 if name == "bfloat16" else name

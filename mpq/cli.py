@@ -1,0 +1,234 @@
+"""The command line: one sub-command a stage, and `mpq run CONFIG`.
+
+Whatever a person can mend ends in one sentence on standard error and exit code 2. With `--json` standard output is
+one JSON object.
+"""
+
+import errno
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from mpq import commands
+from mpq.progress import shown
+from mpq.types import MpqError
+
+Out = Annotated[Path, tyro.conf.arg(aliases=["-o"], help="file or folder to write")]
+Source = tyro.conf.Positional[str]
+Json = Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(help="print one JSON object")]
+
+
+def inspect(model: Source, strict: tyro.conf.FlagCreatePairsOff[bool] = False, json: Json = False) -> None:
+    """List every weight: kind, shape, multiply-accumulates, fused group; and what is not quantized, with the reason.
+
+    Args:
+      model: checkpoint folder, hub id, or `reference`.
+      strict: fail if a matrix is claimed by no matmul, convolution or embedding.
+      json: print one JSON object.
+    """
+    _answer(lambda: commands.inspect(model, strict=strict), json, commands.show_inspection)
+
+
+def calibrate(
+    model: Source,
+    data: str,
+    out: Out,
+    window: int | None = None,
+    max_windows: int = 64,
+    batch_size: int = 8,
+    json: Json = False,
+) -> None:
+    """Collect the statistics that rounding uses: second moments and ranges of every weight's input.
+
+    Args:
+      model: checkpoint folder, hub id, or `reference`.
+      data: calibration text, or `reference`.
+      out: file of statistics to write.
+      window: tokens a window; default 256, or the model's context if that is shorter.
+      max_windows: use the first so many.
+      batch_size: windows a batch.
+      json: print one JSON object.
+    """
+    text = commands.Text(data, window, max_windows, batch_size)
+    _answer(lambda: commands.calibrate(model, text, out), json, commands.show_written)
+
+
+def sensitivity(
+    model: Source,
+    data: str,
+    out: Out,
+    metric: str = "fisher",
+    method: str = "rtn",
+    stats: Path | None = None,
+    schemes: tuple[str, ...] = ("int2_g64", "int3_g64", "int4_g64", "int8_channel", "bf16"),
+    window: int | None = None,
+    max_windows: int = 16,
+    batch_size: int = 8,
+    seed: int = 0,
+    json: Json = False,
+) -> None:
+    """Predict the loss increase of every weight under every scheme, with standard errors.
+
+    Args:
+      model: checkpoint folder, hub id, or `reference`.
+      data: calibration text, or `reference`.
+      out: sensitivity table to write.
+      metric: kl, fisher or hessian_trace.
+      method: rounding algorithm whose error is scored; gptq needs `stats`, or collects them itself.
+      stats: what `mpq calibrate` wrote.
+      schemes: candidates.
+      window: tokens a window; default 256, or the model's context if that is shorter.
+      max_windows: use the first so many.
+      batch_size: windows a batch.
+      seed: of random numbers.
+      json: print one JSON object.
+    """
+    text = commands.Text(data, window, max_windows, batch_size)
+    _answer(
+        lambda: commands.sensitivity(model, text, out, metric, method, stats, schemes, seed), json, commands.show_table
+    )
+
+
+def allocate(
+    table: Source,
+    out: Out,
+    bpw: float | None = None,
+    size: str | None = None,
+    max_kl: float | None = None,
+    frontier: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Solve the knapsack exactly for one budget.
+
+    Args:
+      table: what `mpq sensitivity` wrote.
+      out: plan to write.
+      bpw: bits per quantized weight, scales included.
+      size: of the whole model, such as 4MB.
+      max_kl: the smallest model whose predicted loss increase is at most this (nats per token).
+      frontier: picture of the whole frontier to write (.png or .svg).
+      json: print one JSON object.
+    """
+    _answer(lambda: commands.allocate(Path(table), out, bpw, size, max_kl, frontier), json, commands.show_plan)
+
+
+def quantize(
+    model: Source,
+    plan: Source,
+    out: Out,
+    data: str | None = None,
+    stats: Path | None = None,
+    method: str = "gptq",
+    window: int | None = None,
+    max_windows: int = 64,
+    batch_size: int = 8,
+    json: Json = False,
+) -> None:
+    """Write the quantized model: an Orbax folder of packed weights.
+
+    Args:
+      model: checkpoint folder, hub id, or `reference`.
+      plan: plan file, or the name of a uniform scheme such as int4_g64.
+      out: folder to write.
+      data: calibration text, or `reference`; gptq needs it or `stats`.
+      stats: what `mpq calibrate` wrote.
+      method: gptq or rtn.
+      window: tokens a window; default 256, or the model's context if that is shorter.
+      max_windows: use the first so many.
+      batch_size: windows a batch.
+      json: print one JSON object.
+    """
+    text = None if data is None else commands.Text(data, window, max_windows, batch_size)
+    _answer(lambda: commands.quantize(model, plan, out, text, stats, method), json, commands.show_written)
+
+
+def evaluate(
+    model: Source,
+    data: str,
+    reference: str | None = None,
+    window: int | None = None,
+    max_windows: int = 64,
+    batch_size: int = 8,
+    json: Json = False,
+) -> None:
+    """Perplexity, and against a reference KL and top-1 agreement, each with a standard error over documents.
+
+    Args:
+      model: checkpoint folder, folder written by `mpq quantize`, hub id, or `reference`.
+      data: held-out text, or `reference`.
+      reference: the unquantized model.
+      window: tokens a window; default 256, or the model's context if that is shorter.
+      max_windows: use the first so many.
+      batch_size: windows a batch.
+      json: print one JSON object.
+    """
+    text = commands.Text(data, window, max_windows, batch_size)
+    _answer(lambda: commands.evaluate(model, text, reference), json, commands.show_evaluation)
+
+
+def run(
+    config: Source,
+    model: str | None = None,
+    data: str | None = None,
+    set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(help="key=value of the config")] = (),
+    out: Out = Path("runs"),
+    json: Json = False,
+) -> None:
+    """The main job: analyse, allocate, quantize, evaluate, draw. Interrupted, it continues when typed again.
+
+    Args:
+      config: Python file that defines CONFIG.
+      model: instead of the config's.
+      data: text file instead of the config's.
+      set: override one field of the config; may be repeated.
+      out: folder that gets the run folder.
+      json: print one JSON object.
+    """
+    overrides = [f"{key}={value}" for key, value in (("model", model), ("data", data)) if value is not None]
+    _answer(lambda: commands.run(config, [*overrides, *set], out), json, commands.show_run)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "inspect": inspect,
+    "calibrate": calibrate,
+    "sensitivity": sensitivity,
+    "allocate": allocate,
+    "quantize": quantize,
+    "evaluate": evaluate,
+    "run": run,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the `mpq` command; exits with 0, or 2 with one sentence."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="mpq", description=__doc__, args=argv)
+    except MpqError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted: type the same command again to continue where it stopped")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        _fail(f"cannot write {error.filename or ''!r} ({error.strerror}): free some space or choose another folder")
+
+
+def _answer(
+    compute: Callable[[], dict[str, Any]], as_json: bool, show: Callable[[dict[str, Any], Console], None]
+) -> None:
+    with shown():
+        result = compute()
+    if as_json:
+        sys.stdout.write(json.dumps(result) + "\n")
+    else:
+        show(result, Console())
+
+
+def _fail(sentence: str) -> None:
+    sys.stderr.write(f"mpq: {' '.join(sentence.split())}\n")
+    sys.exit(2)

@@ -1,0 +1,265 @@
+"""What the sub-commands do: files in, a stage, files out, and the plain result that `--json` prints."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mpq import artifacts, show
+from mpq.allocate import Problem, solve_frontier
+from mpq.calibrate import calibrate as run_calibration
+from mpq.config import known, load_config
+from mpq.data import make_dataset, read_documents
+from mpq.evaluate import Reference, score
+from mpq.export import orbax
+from mpq.files import read_json
+from mpq.formats import parse_scheme
+from mpq.models import Model, load, resolve
+from mpq.pipeline import export_arguments
+from mpq.quantize import QUANTIZERS, Candidates
+from mpq.sensitivity import METRICS
+from mpq.trace import Trace
+from mpq.types import Dataset, LayerStats, MpqError
+from mpq.units import parse_size
+
+show_inspection, show_written, show_table = show.inspection, show.written, show.table
+show_plan, show_evaluation, show_run = show.plan, show.evaluation, show.run
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A text and how it is cut into windows. `source` is a file, or `reference`: the texts shipped with that model."""
+
+    source: str
+    window: int | None
+    max_windows: int
+    batch_size: int
+
+    def window_for(self, model: Model) -> int:
+        """Tokens a window: as asked, else 256 or the model's context if that is shorter."""
+        return min(256, model.context) if self.window is None else self.window
+
+    def dataset(self, model: Model, reference_set: str) -> Dataset:
+        """Windows for `model`.
+
+        Raises:
+          MpqError: no such text, too short for one window, or a window longer than the context.
+        """
+        window = self.window_for(model)
+        if window > model.context:
+            raise MpqError(f"window {window} is longer than the model's context of {model.context}: use at most that")
+        if self.batch_size < 1 or self.max_windows < 1:
+            raise MpqError("batch-size and max-windows must be at least 1")
+        path = (
+            resolve("reference") / "text" / f"{reference_set}.txt" if self.source == "reference" else Path(self.source)
+        )
+        return make_dataset(
+            read_documents(path),
+            model.tokenizer,
+            bos=model.bos,
+            window=window,
+            max_windows=self.max_windows,
+            source=self.source,
+        )
+
+
+def inspect(model_source: str, *, strict: bool) -> dict[str, Any]:
+    """Weights and what was not taken."""
+    model = load(model_source)
+    traced = model.trace()
+    matrices = [s for s in traced.skipped if len(model.params[s.path].shape) >= 2]
+    if strict and matrices:
+        raise MpqError(f"{len(matrices)} matrices are not quantized, first {matrices[0].path!r}: {matrices[0].reason}")
+    width = {path: np.dtype(artifacts.numpy_dtype(d)).itemsize for path, d in model.stored.items()}
+    return {
+        "model": model.name,
+        "digest": model.digest,
+        "parameters": model.num_parameters,
+        "size_bytes": model.size_bytes,
+        "weights": [
+            {
+                "path": w.path,
+                "kind": w.kind,
+                "k": w.k,
+                "n": w.n,
+                "batch": w.batch,
+                "uses": len(w.uses),
+                "macs_per_token": w.macs / model.context,
+                "group": w.group,
+                "size_bytes": w.size * width[w.param],
+            }
+            for w in traced.weights
+        ],
+        "skipped": [{"path": s.path, "reason": s.reason} for s in traced.skipped],
+    }
+
+
+def calibrate(model_source: str, text: Text, out: Path) -> dict[str, Any]:
+    """Statistics of every weight's input."""
+    model = load(model_source)
+    data = text.dataset(model, "calibration")
+    stats = run_calibration(model.trace(text.batch_size, text.window_for(model)), model.params, data, text.batch_size)
+    artifacts.save_stats(out, stats, model.digest, data.digest)
+    return {"out": str(out), "weights": len(stats), "num_tokens": data.num_tokens, "size_bytes": out.stat().st_size}
+
+
+def sensitivity(
+    model_source: str,
+    text: Text,
+    out: Path,
+    metric: str,
+    method: str,
+    stats: Path | None,
+    schemes: tuple[str, ...],
+    seed: int,
+) -> dict[str, Any]:
+    """The table of predicted loss increases."""
+    measure = known("metric", metric, METRICS)
+    known("method", method, QUANTIZERS)
+    parsed = tuple(parse_scheme(s) for s in schemes)
+    model = load(model_source)
+    data = text.dataset(model, "calibration")
+    traced = model.trace(text.batch_size, text.window_for(model))
+    candidates = _candidates(model, traced, method, data, stats, text.batch_size)
+    table = measure(model, traced, parsed, candidates, data, key=jax.random.key(seed), batch_size=text.batch_size)
+    artifacts.save_table(out, table, {"other_bits": artifacts.other_bits(model, traced.weights)})
+    return {
+        "out": str(out),
+        "metric": table.metric,
+        "schemes": [str(s) for s in table.schemes],
+        "weights": [w.path for w in table.weights],
+        "loss_increase": table.loss_increase.tolist(),
+        "stderr": np.where(np.isnan(table.stderr), None, table.stderr).tolist(),
+    }
+
+
+def allocate(
+    table_path: Path, out: Path, bpw: float | None, size: str | None, max_kl: float | None, picture: Path | None
+) -> dict[str, Any]:
+    """One plan, from the exact frontier."""
+    given = {"bpw": bpw, "size": size, "max-kl": max_kl}
+    asked = [name for name, value in given.items() if value is not None]
+    if len(asked) != 1:
+        raise MpqError(f"give exactly one of --bpw, --size and --max-kl (given: {', '.join(asked) or 'none'})")
+    table, body = artifacts.load_table(table_path)
+    frontier = solve_frontier(Problem.from_table(table))
+    beside = int(body["other_bits"])
+    if bpw is not None:
+        name, allocation = f"mixed@{bpw:g}bpw", frontier.at(bpw=bpw)
+    elif size is not None:
+        name, allocation = f"mixed@{size}", frontier.at(bits=parse_size(size) - beside)
+    else:
+        name, allocation = f"mixed@kl{max_kl:g}", frontier.at(loss=max_kl)
+    plan = artifacts.plan_of_allocation(name, allocation, table, beside)
+    artifacts.save_plan(out, plan)
+    if picture is not None:
+        from analysis.pareto import draw_prediction
+
+        values = sum(w.size for w in table.weights)
+        draw_prediction([int(b) / values for b in frontier.size_bits], frontier.loss.tolist(), plan.to_json(), picture)
+    return {"out": str(out), **plan.to_json()}
+
+
+def quantize(
+    model_source: str, plan_source: str, out: Path, text: Text | None, stats: Path | None, method: str
+) -> dict[str, Any]:
+    """The quantized model as an Orbax folder."""
+    known("method", method, QUANTIZERS)
+    model = load(model_source)
+    window, batch = (text.window_for(model), text.batch_size) if text else (model.context, 1)
+    traced = model.trace(batch, window)
+    if Path(plan_source).exists():
+        plan = artifacts.load_plan(Path(plan_source), model, traced.weights)
+    else:
+        plan = artifacts.uniform_plan(_scheme_or_plan(plan_source), model, traced.weights)
+    if out.exists():
+        raise MpqError(f"{out} exists already: choose another folder or remove it")
+    data = text.dataset(model, "calibration") if text else None
+    candidates = _candidates(model, traced, method, data, stats, batch)
+    written = orbax.save(out, **export_arguments(model, traced.weights, candidates.choose(plan.choices), plan))
+    return {
+        "out": str(out),
+        "plan": plan.name,
+        "method": method,
+        "size_bytes": plan.size_bytes,
+        "payload_bytes": written,
+        "bits_per_weight": plan.bits_per_weight,
+    }
+
+
+def evaluate(model_source: str, text: Text, reference_source: str | None) -> dict[str, Any]:
+    """Quality on a text."""
+    model = load(model_source)
+    data = text.dataset(model, "test")
+    reference = None
+    if reference_source is not None:
+        original = load(reference_source)
+        if original.config != model.config:
+            raise MpqError(f"{reference_source} is no reference for {model_source}: their configs differ")
+        reference = Reference(original, data, text.batch_size)
+    result = score(model, model.params, data, reference=reference, batch_size=text.batch_size).summary()
+    body = dataclasses.asdict(result)
+    size, bpw = _sizes(model, model_source)
+    return {**body, "size_bytes": size, "bits_per_weight": bpw}
+
+
+def run(config_path: str, overrides: list[str], root: Path) -> dict[str, Any]:
+    """The main job. Imports the drawing only here: nothing else of `mpq` knows it."""
+    from analysis.report import write_run
+    from mpq import pipeline, results
+
+    config = load_config(config_path, overrides)
+    this = pipeline.prepare(config, root)
+    command = " ".join(["mpq run", config_path, *(f"--set {o}" for o in overrides)])
+    body = results.finish(this, command)
+    write_run(this.folder)
+    keep = (
+        "perplexity",
+        "nll",
+        "nll_stderr",
+        "kl",
+        "kl_stderr",
+        "top1_agreement",
+        "num_documents",
+        "size_bytes",
+        "bits_per_weight",
+    )
+    rows = {
+        kind: {f"{p['name']} {p['method']}": {k: p[k] for k in keep} for p in body["plans"] if p["kind"] == kind}
+        for kind in ("mixed", "uniform")
+    }
+    return {"run": str(this.folder), "plans": rows["mixed"], "uniform": rows["uniform"], "results": body}
+
+
+def _candidates(
+    model: Model, traced: Trace, method: str, data: Dataset | None, stats: Path | None, batch_size: int
+) -> Candidates:
+    """Quantized weights; statistics come from the file, else from the text, and RTN needs none."""
+    collected: dict[str, LayerStats] = {}
+    if stats is not None:
+        collected = artifacts.load_stats(stats, model.digest)
+    elif method != "rtn":
+        if data is None:
+            raise MpqError(f"method {method!r} needs calibration: give --data TEXT or --stats FILE")
+        collected = run_calibration(traced, model.params, data, batch_size)
+    return Candidates(model.params, traced.weights, QUANTIZERS[method], collected)
+
+
+def _scheme_or_plan(text: str) -> Any:
+    try:
+        return parse_scheme(text)
+    except MpqError as error:
+        raise MpqError(f"plan {text!r} is neither a file nor a scheme: {error}") from error
+
+
+def _sizes(model: Model, source: str) -> tuple[int, float]:
+    """Bytes of the whole model, and bits per quantized weight (for an unquantized model: as stored)."""
+    manifest = resolve(source) / orbax.MANIFEST
+    if manifest.exists():
+        plan = read_json(manifest, "the quantized model's manifest")["plan"]
+        return plan["size_bytes"], plan["bits_per_weight"]
+    weights = model.trace().weights
+    bits = 8 * model.size_bytes - artifacts.other_bits(model, weights)
+    return model.size_bytes, bits / sum(w.size for w in weights)

@@ -1,0 +1,319 @@
+"""The stages in a row: `run(config)` and the run folder. The one place that decides what is computed and kept on disk.
+
+A run folder is named by the digest of everything its content depends on (config, model, texts, versions, the source
+of this package), so a
+file found in it is a finished stage of this very run: an interrupted run continues, and gives the same bytes.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+import mpq
+from mpq.allocate import Frontier, Problem, solve_frontier
+from mpq.artifacts import (
+    Plan,
+    load_plan,
+    load_scores,
+    load_stats,
+    load_table,
+    other_bits,
+    plan_of_allocation,
+    save_plan,
+    save_scores,
+    save_stats,
+    save_table,
+    uniform_plan,
+)
+from mpq.calibrate import calibrate
+from mpq.config import RunConfig
+from mpq.data import make_dataset, read_documents, require_disjoint, split_documents, take
+from mpq.evaluate import DocumentScores, Reference, score
+from mpq.export import orbax
+from mpq.formats import parse_scheme
+from mpq.models import Model, load, resolve
+from mpq.quantize import QUANTIZERS, Candidates, apply_plan
+from mpq.record import timed
+from mpq.sensitivity import METRICS
+from mpq.store import ItemStore
+from mpq.trace import Trace
+from mpq.types import Dataset, MpqError, SensitivityTable, WeightSpec
+from mpq.units import parse_size
+
+T = TypeVar("T")
+SETS = ("calibration", "selection", "test")
+
+
+def datasets(model: Model, config: RunConfig) -> dict[str, Dataset]:
+    """The calibration, selection and test sets of a run; no window is in two of them.
+
+    Raises:
+      MpqError: a text is missing, too short, or overlaps with another.
+    """
+    if config.data == "reference":
+        folder = resolve("reference") / "text"
+        documents = [read_documents(folder / f"{name}.txt") for name in SETS]
+    else:
+        documents = split_documents(read_documents(Path(config.data)))
+    if config.window > model.context:
+        raise MpqError(
+            f"window {config.window} is longer than the model's context of {model.context}: use at most that"
+        )
+    limits = (config.calibration_windows, config.selection_windows, config.test_windows)
+    sets = {
+        name: make_dataset(
+            texts,
+            model.tokenizer,
+            bos=model.bos,
+            window=config.window,
+            max_windows=limit,
+            windows_per_document=config.windows_per_document,
+            source=f"{config.data} ({name})",
+        )
+        for name, texts, limit in zip(SETS, documents, limits, strict=True)
+    }
+    require_disjoint(**sets)
+    return sets
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """One run: its inputs and its folder. Every property is a stage, computed once and kept in the folder."""
+
+    config: RunConfig
+    model: Model
+    sets: Mapping[str, Dataset]
+    folder: Path
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Wall time by stage, of what this process computed."""
+
+    @functools.cached_property
+    def traced(self) -> Trace:
+        """The traced model, on batches of the run's shape."""
+        return self.model.trace(self.config.batch_size, self.config.window)
+
+    @functools.cached_property
+    def candidates(self) -> dict[str, Candidates]:
+        """Quantized weights by rounding algorithm, made when asked for."""
+        stats = self._stage(
+            "stats.safetensors",
+            lambda path: load_stats(path, self.model.digest),
+            lambda: calibrate(self.traced, self.model.params, self.sets["calibration"], self.config.batch_size),
+            lambda path, s: save_stats(path, s, self.model.digest, self.sets["calibration"].digest),
+        )
+        return {m: Candidates(self.model.params, self.traced.weights, QUANTIZERS[m], stats) for m in self.methods}
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Rounding algorithms, the one that is handed out first."""
+        return tuple(dict.fromkeys((self.config.method, *self.config.compare_methods)))
+
+    @functools.cached_property
+    def tables(self) -> dict[str, SensitivityTable]:
+        """Sensitivity tables of the method that is handed out, by metric."""
+        return {metric: self._table(metric, self.config.method) for metric in self.config.metrics}
+
+    @functools.cached_property
+    def allocation_tables(self) -> dict[str, SensitivityTable]:
+        """By rounding algorithm, the table that its plans are solved from, made of its own errors."""
+        compared = {m: self._table(self.config.compare_by, m) for m in self.methods[1:]}
+        return {self.config.method: self.tables[self.config.allocate_by], **compared}
+
+    @functools.cached_property
+    def frontiers(self) -> dict[str, Frontier]:
+        """Every non-dominated plan, by rounding algorithm."""
+        return {m: solve_frontier(Problem.from_table(table)) for m, table in self.allocation_tables.items()}
+
+    @functools.cached_property
+    def uniform(self) -> dict[str, Plan]:
+        """Uniform plans by scheme."""
+        return {s: uniform_plan(parse_scheme(s), self.model, self.traced.weights) for s in self.config.schemes}
+
+    @functools.cached_property
+    def mixed(self) -> dict[str, dict[str, Plan]]:
+        """The solution of the knapsack, by rounding algorithm and budget."""
+        return {m: {budget: self._solve(budget, m) for budget in self.config.budgets} for m in self.methods}
+
+    def scores(self, plan: Plan, method: str, which: str) -> DocumentScores:
+        """A plan's quality on the selection or test set."""
+
+        def make() -> DocumentScores:
+            params = apply_plan(self.model.params, self.traced.weights, self.qtensors(plan, method))
+            return score(self.model, params, self.sets[which], reference=self.reference(which), batch_size=0)
+
+        return self._stage(f"scores/{which}-{method}-{plan.name}.json", load_scores, make, save_scores)
+
+    def reference_scores(self, which: str) -> DocumentScores:
+        """The unquantized model's own quality: KL 0, agreement 1."""
+        make = lambda: score(
+            self.model, self.model.params, self.sets[which], reference=self.reference(which), batch_size=0
+        )
+        return self._stage(f"scores/{which}-original.json", load_scores, make, save_scores)
+
+    def qtensors(self, plan: Plan, method: str) -> dict[str, Any]:
+        """Path -> quantized weight."""
+        return self.candidates[method].choose(plan.choices)
+
+    def winner(self, budget: str) -> tuple[Plan, dict[str, float]]:
+        """Do no harm: of the solution and every uniform plan that fits the budget, the best KL on the selection set.
+
+        Returns:
+          The plan to hand out, and the KL on the selection set of every plan that was considered.
+        """
+        mixed = self.mixed[self.config.method][budget]
+        limit = budget_bits(budget, self.model, self.traced, self.uniform)
+        fitting = [mixed, *(p for p in self.uniform.values() if p.size_bits <= limit)]
+        kl = {p.name: _kl(self.scores(p, self.config.method, "selection")) for p in fitting}
+        return min(fitting, key=lambda p: kl[p.name]), kl
+
+    def export(self) -> Path:
+        """Write the winner of `hand_out` as an Orbax folder of packed weights."""
+        plan, _ = self.winner(self.config.hand_out)
+        path = self.folder / "quantized"
+        if not path.exists():
+            orbax.save(
+                path, **export_arguments(self.model, self.traced.weights, self.qtensors(plan, self.config.method), plan)
+            )
+        return path
+
+    def _solve(self, budget: str, method: str) -> Plan:
+        def make() -> Plan:
+            limit = budget_bits(budget, self.model, self.traced, self.uniform)
+            allocation = self.frontiers[method].at(bits=limit)
+            beside = other_bits(self.model, self.traced.weights)
+            return plan_of_allocation(f"mixed@{budget}", allocation, self.allocation_tables[method], beside)
+
+        load_it = lambda path: load_plan(path, self.model, self.traced.weights)
+        return self._stage(f"plans/{method}-mixed@{budget}.json", load_it, make, save_plan)
+
+    def _table(self, metric: str, method: str) -> SensitivityTable:
+        windows = dict(self.config.sensitivity_windows).get(metric, self.config.batch_size)
+        data = take(self.sets["calibration"], windows)
+        name = f"sensitivity-{metric}-{method}"
+
+        def make() -> SensitivityTable:
+            return METRICS[metric](
+                self.model,
+                self.traced,
+                tuple(parse_scheme(s) for s in self.config.schemes),
+                self.candidates[method],
+                data,
+                key=jax.random.key(self.config.seed),
+                batch_size=min(self.config.batch_size, len(data.inputs)),
+                store=ItemStore(self.folder / f"{name}.items.jsonl", self.folder.name),
+            )
+
+        extra = {"other_bits": other_bits(self.model, self.traced.weights)}
+        save = lambda path, table: save_table(path, table, extra)
+        return self._stage(f"{name}.json", lambda path: load_table(path)[0], make, save)
+
+    @functools.cache  # noqa: B019  # a run lives as long as the process; the references are meant to be kept
+    def reference(self, which: str) -> Reference:
+        """The unquantized model's outputs on the selection or test set, computed once."""
+        return Reference(self.model, self.sets[which], self.config.batch_size)
+
+    def _stage(
+        self, name: str, load_it: Callable[[Path], T], make: Callable[[], T], save: Callable[[Path, T], None]
+    ) -> T:
+        path = self.folder / name
+        if path.exists():
+            return load_it(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with timed(self.seconds, name.split("/")[0].split(".")[0]):
+            value = make()
+            save(path, value)
+        return value
+
+
+def prepare(config: RunConfig, root: Path) -> Run:
+    """Load model and texts, and name the run folder.
+
+    Raises:
+      MpqError: whatever is wrong with the config, the model or the text.
+    """
+    config.check()
+    model = load(config.model)
+    sets = datasets(model, config)
+    inputs = {
+        "config": dataclasses.asdict(config),
+        "model": model.digest,
+        "data": {name: data.digest for name, data in sets.items()},
+        "versions": [platform.python_version(), jax.__version__, np.__version__, source_digest()],
+    }
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
+    folder = root / f"{config.name}-{digest}"
+    run = Run(config, model, sets, folder)
+    for budget in config.budgets:
+        budget_bits(budget, model, run.traced, run.uniform)
+    folder.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def budget_bits(budget: str, model: Model, traced: Trace, uniform: Mapping[str, Plan]) -> int:
+    """Bits that the quantized weights may take.
+
+    Args:
+      budget: `3.5bpw`; a size of the whole model such as `4MB`; or the name of a uniform scheme: exactly its size.
+      model: what is quantized.
+      traced: its trace.
+      uniform: uniform plans by scheme.
+
+    Raises:
+      MpqError: none of the three, or more than the original takes.
+    """
+    if budget in uniform:
+        return uniform[budget].size_bits
+    values = sum(w.size for w in traced.weights)
+    beside = other_bits(model, traced.weights)
+    if budget.endswith("bpw"):
+        try:
+            bits = int(float(budget.removesuffix("bpw")) * values)
+        except ValueError as error:
+            raise MpqError(f"budget {budget!r} is wrong: write 3.5bpw, 4MB, or a scheme such as int4_g64") from error
+    else:
+        bits = parse_size(budget) - beside
+    original = 8 * model.size_bytes
+    if bits + beside > original:
+        given = (bits + beside) / 8e6
+        raise MpqError(
+            f"budget {budget!r} ({given:.3f} MB) is above the original's {original / 8e6:.3f} MB: ask for less"
+        )
+    return bits
+
+
+def export_arguments(
+    model: Model, weights: tuple[WeightSpec, ...], qtensors: Mapping[str, Any], plan: Plan
+) -> dict[str, Any]:
+    """Everything `mpq.export.orbax.save` wants."""
+    return {
+        "params": model.params,
+        "stored": model.stored,
+        "weights": weights,
+        "qtensors": qtensors,
+        "plan_json": plan.to_json(),
+        "config": dict(model.config),
+        "tokenizer_json": None if model.tokenizer is None else model.tokenizer.to_str(),
+    }
+
+
+def source_digest() -> str:
+    """sha256 over the source of this package: a stage made by other code is not reused."""
+    digest = hashlib.sha256()
+    root = Path(mpq.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _kl(scores: DocumentScores) -> float:
+    kl = scores.summary().kl
+    assert kl is not None  # every score of a run has the reference
+    return kl

@@ -1,0 +1,240 @@
+"""`results.json`: every number of a run in one plain file, from which figures and report are drawn."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from scipy import stats as scipy_stats
+
+from mpq.allocate import Frontier
+from mpq.artifacts import Plan, other_bits, save_plan
+from mpq.evaluate import DocumentScores, score
+from mpq.export import orbax
+from mpq.files import write_json
+from mpq.pipeline import Run, budget_bits
+from mpq.progress import track
+from mpq.record import Costs, RunRecord, timed
+from mpq.types import MpqError, SensitivityTable
+
+SCHEMA = 1
+
+
+def finish(run: Run, command: str) -> dict[str, Any]:
+    """Compute what is missing, export the winner, check the export, and write the results, the record and the plan.
+
+    Raises:
+      MpqError: the exported model differs from the evaluated one, in size or in what it computes.
+    """
+    body = collect(run)
+    with timed(run.seconds, "export"):
+        body["exported"] = check_export(run)
+    plan, _ = run.winner(run.config.hand_out)
+    save_plan(run.folder / "plan.json", plan)
+    write_json(run.folder / "results.json", body)
+    inputs = {"model": run.model.digest} | {f"data/{name}": data.digest for name, data in run.sets.items()}
+    record = RunRecord.collect(
+        dataclasses.asdict(run.config), seeds={"all": run.config.seed}, inputs=inputs, command=command
+    )
+    write_json(run.folder / "record.json", record.to_json())
+    write_json(run.folder / "costs.json", Costs.collect(run.seconds).to_json())
+    return body
+
+
+def check_export(run: Run) -> dict[str, Any]:
+    """Load what was written to disk, and hold its size and its outputs against the plan and the evaluated model.
+
+    Raises:
+      MpqError: they differ.
+    """
+    plan, _ = run.winner(run.config.hand_out)
+    path = run.export()
+    payload = orbax.payload_bytes(path)
+    if payload != plan.size_bytes:
+        raise MpqError(
+            f"{path} holds {payload} bytes of weights and the plan says {plan.size_bytes}: "
+            "remove the folder and run again"
+        )
+    loaded = orbax.load(path).dequantized()
+    exported = score(run.model, loaded, run.sets["test"], reference=run.reference("test"), batch_size=0)
+    expected = run.scores(plan, run.config.method, "test")
+    if not np.array_equal(exported.nll, expected.nll):
+        raise MpqError(
+            f"{path} computes other outputs than the plan that was evaluated: remove the folder and run again"
+        )
+    return {"plan": plan.name, "method": run.config.method, "payload_bytes": payload, **evaluation(exported)}
+
+
+def collect(run: Run) -> dict[str, Any]:
+    """Evaluate every plan on the test set and put all numbers together; `analysis/load.py` documents the schema."""
+    weights = run.traced.weights
+    tables, _ = run.tables, run.frontiers  # in this order, so that costs are booked to the stage that causes them
+    winners = {budget: run.winner(budget) for budget in run.config.budgets}
+    handed_out = {winner.name for winner, _ in winners.values()}
+    pairs = [(plan, m) for m in run.methods for plan in (*run.mixed[m].values(), *run.uniform.values())]
+    scores = {(plan.name, m): run.scores(plan, m, "test") for plan, m in track(pairs, "measure plans")}
+    return {
+        "schema": SCHEMA,
+        "name": run.config.name,
+        "model": {
+            "name": run.model.name,
+            "digest": run.model.digest,
+            "parameters": run.model.num_parameters,
+            "weights": sum(w.size for w in weights),
+            "reference_size_bytes": run.model.size_bytes,
+        },
+        "data": {
+            name: {
+                "source": data.source,
+                "digest": data.digest,
+                "num_documents": data.num_documents,
+                "num_tokens": data.num_tokens,
+            }
+            for name, data in run.sets.items()
+        },
+        "reference": evaluation(run.reference_scores("test")),
+        "frontier": frontier(run),
+        "plans": [
+            plan_entry(run, plan, m, scores[plan.name, m], plan.name in handed_out and m == run.config.method)
+            for plan, m in pairs
+        ],
+        "winners": {budget: {"plan": winner.name, "selection_kl": kl} for budget, (winner, kl) in winners.items()},
+        "comparisons": [compare(run, budget, m, scores) for m in run.methods for budget in run.config.budgets],
+        "tables": {metric: table_entry(table) for metric, table in tables.items()},
+        "weights": [
+            {"path": w.path, "group": w.group, "k": w.k, "n": w.n, "kind": w.kind, "macs": w.macs, "size": w.size}
+            for w in weights
+        ],
+        "agreement": agreement(tables),
+    }
+
+
+def plan_entry(run: Run, plan: Plan, method: str, scores: DocumentScores, handed_out: bool) -> dict[str, Any]:
+    """One row: a plan, rounded by one method, measured on the test set."""
+    uniform = plan.prediction is None
+    predicted, stderr = predict(plan, run.allocation_tables[method])
+    return {
+        "name": plan.name,
+        "kind": "uniform" if uniform else "mixed",
+        "scheme": plan.name if uniform else None,
+        "method": method,
+        "handed_out": handed_out,
+        "predicted_kl": predicted,
+        "predicted_stderr": stderr,
+        **evaluation(scores),
+        "size_bytes": plan.size_bytes,
+        "bits_per_weight": plan.bits_per_weight,
+        "choices": {path: str(scheme) for path, scheme in plan.choices.items()},
+    }
+
+
+def evaluation(scores: DocumentScores) -> dict[str, Any]:
+    """The keys of `mpq evaluate`, without sizes."""
+    result = scores.summary()
+    keys = (
+        "perplexity",
+        "nll",
+        "nll_stderr",
+        "kl",
+        "kl_stderr",
+        "top1_agreement",
+        "top1_stderr",
+        "num_documents",
+        "num_tokens",
+    )
+    return {key: _number(getattr(result, key)) for key in keys}
+
+
+def predict(plan: Plan, table: SensitivityTable) -> tuple[float, float | None]:
+    """Predicted loss increase of a plan: the sum over weights, and its standard error, errors taken as independent."""
+    column = {str(scheme): i for i, scheme in enumerate(table.schemes)}
+    picks = [(row, column[str(plan.choices[w.path])]) for row, w in enumerate(table.weights)]
+    loss = float(sum(table.loss_increase[pick] for pick in picks))
+    return loss, _number(float(np.sqrt(sum(table.stderr[pick] ** 2 for pick in picks))))
+
+
+def compare(run: Run, budget: str, method: str, scores: Mapping[tuple[str, str], DocumentScores]) -> dict[str, Any]:
+    """The mixed plan of a budget against the best uniform one that fits, by KL on the test set, paired by document."""
+    plan = run.mixed[method][budget]
+    limit = budget_bits(budget, run.model, run.traced, run.uniform)
+    fitting = [p for p in run.uniform.values() if p.size_bits <= limit]
+    if not fitting:
+        return {
+            "budget": budget,
+            "plan": plan.name,
+            "method": method,
+            "bits_per_weight": plan.bits_per_weight,
+            "baseline": None,
+        }
+    kl = {p.name: scores[p.name, method].summary().kl or 0.0 for p in fitting}
+    baseline = min(fitting, key=lambda p: kl[p.name])
+    difference, stderr = scores[plan.name, method].difference(scores[baseline.name, method], "kl")
+    return {
+        "budget": budget,
+        "plan": plan.name,
+        "method": method,
+        "bits_per_weight": plan.bits_per_weight,
+        "size_bytes": plan.size_bytes,
+        "baseline": baseline.name,
+        "baseline_bits_per_weight": baseline.bits_per_weight,
+        "baseline_kl": kl[baseline.name],
+        "plan_kl": scores[plan.name, method].summary().kl,
+        "kl_difference": difference,
+        "stderr": _number(stderr),
+        "z": _number(difference / stderr) if stderr and stderr > 0 else None,
+    }
+
+
+def frontier(run: Run) -> dict[str, Any]:
+    """Predicted loss of every point of the exact frontier."""
+    values = sum(w.size for w in run.traced.weights)
+    beside = other_bits(run.model, run.traced.weights)
+    front = run.frontiers[run.config.method]
+    size = [int(bits) for bits in front.size_bits]
+    return {
+        "metric": run.tables[run.config.allocate_by].metric,
+        "bits_per_weight": [bits / values for bits in size],
+        "size_bytes": [(bits + beside) // 8 for bits in size],
+        "predicted_kl": [float(loss) for loss in front.loss],
+        "predicted_stderr": frontier_stderr(front),
+    }
+
+
+def frontier_stderr(front: Frontier, chunk: int = 4096) -> list[float | None]:
+    """Standard error of the predicted loss of every point, errors of weights taken as independent."""
+    groups = np.arange(len(front.problem.names))
+    result: list[float | None] = []
+    for start in range(0, len(front), chunk):
+        choices = front.choices(np.arange(start, min(start + chunk, len(front))))
+        errors = np.sqrt(front.problem.variance[groups, choices].sum(axis=1))
+        result += [_number(error) for error in errors.tolist()]
+    return result
+
+
+def table_entry(table: SensitivityTable) -> dict[str, Any]:
+    """A sensitivity table as plain data."""
+    return {
+        "metric": table.metric,
+        "weights": [w.path for w in table.weights],
+        "schemes": [str(s) for s in table.schemes],
+        "loss_increase": table.loss_increase.tolist(),
+        "stderr": [[_number(v) for v in row] for row in table.stderr.tolist()],
+    }
+
+
+def agreement(tables: Mapping[str, SensitivityTable]) -> dict[str, dict[str, float | None]]:
+    """Rank correlations between metrics over all (weight, scheme) pairs that either finds above zero."""
+    result = {}
+    for (a, first), (b, second) in itertools.combinations(tables.items(), 2):
+        x, y = first.loss_increase.ravel(), second.loss_increase.ravel()
+        keep = (x != 0) | (y != 0)
+        tau = scipy_stats.kendalltau(x[keep], y[keep]).statistic
+        rho = scipy_stats.spearmanr(x[keep], y[keep]).statistic
+        result[f"{b} vs {a}"] = {"kendall_tau": _number(float(tau)), "spearman": _number(float(rho))}
+    return result
+
+
+def _number(value: Any) -> Any:
+    """None for what JSON cannot say (NaN, infinity)."""
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,0 +1,262 @@
+"""The command line: every stage on a tiny model, and one sentence with exit code 2 for whatever is wrong."""
+
+import errno
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from mpq import cli
+from mpq.models import load
+from tests import tiny
+
+WINDOW = ["--window", "32", "--batch-size", "4"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model and two texts."""
+    root = tmp_path_factory.mktemp("cli")
+    tiny.write_folder(root / "model")
+    (root / "calibration.txt").write_text(tiny.text(seed=1))
+    (root / "test.txt").write_text(tiny.text(seed=2))
+    return root
+
+
+@pytest.fixture
+def mpq(capsys, place, monkeypatch):
+    """Runs a command; gives exit code, the JSON it printed (or None), and what it said on standard error."""
+    monkeypatch.chdir(place)
+
+    def call(*arguments):
+        try:
+            cli.main([str(a) for a in arguments])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, json.loads(out) if code == 0 and "--json" in arguments else None, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def stages(place):
+    """Statistics, tables and plans, each made once by its command."""
+    here = lambda name: str(place / name)
+    text = ["--data", here("calibration.txt"), *WINDOW]
+    cli.main(["calibrate", here("model"), *text, "-o", here("stats"), "--json"])
+    schemes = ["--schemes", "int2_g16", "int4_g16", "int8_channel", "fp32"]
+    cli.main(["sensitivity", here("model"), *text, "--metric", "kl", *schemes, "-o", here("table"), "--json"])
+    cli.main(["allocate", here("table"), "--bpw", "6", "-o", here("plan"), "--json"])
+    cli.main(["quantize", here("model"), here("plan"), "--stats", here("stats"), "-o", here("quantized"), "--json"])
+    return place
+
+
+def test_inspect_counts_what_the_config_implies(mpq):
+    code, body, _ = mpq("inspect", "model", "--json")
+    assert code == 0
+    assert len(body["weights"]) == 2 * 7 + 1
+    assert body["parameters"] == sum(v.size for v in tiny.tensors().values())
+    head = next(w for w in body["weights"] if w["uses"] == 2)
+    assert (head["kind"], head["k"], head["n"]) == ("embedding+matmul", 32, 96)
+    groups = {w["path"].split(".")[-2]: w["group"] for w in body["weights"] if w["path"].startswith("layers.1.")}
+    assert groups["q_proj"] == groups["k_proj"] == groups["v_proj"] != groups["o_proj"]
+    assert groups["gate_proj"] == groups["up_proj"] != groups["down_proj"]
+    assert {s["path"] for s in body["skipped"]} == {p for p in load("model").params if "norm" in p}
+
+
+@pytest.mark.parametrize("command", ["inspect", "evaluate"])
+def test_a_person_gets_a_table(capsys, place, monkeypatch, command):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("COLUMNS", "200")
+    cli.main([command, "model", *([] if command == "inspect" else ["--data", "test.txt", *WINDOW])])
+    out = capsys.readouterr().out
+    assert ("layers.0.self_attn.q_proj.kernel" in out) if command == "inspect" else ("perplexity" in out)
+
+
+def test_the_plan_keeps_its_budget_and_its_groups(mpq, stages):
+    code, body, _ = mpq("allocate", "table", "--bpw", "5", "-o", "plan5", "--json")
+    assert code == 0
+    assert {"size_bytes", "bits_per_weight", "predicted_kl", "predicted_stderr", "lower_bound", "gap", "status"} <= set(
+        body
+    )
+    assert body["bits_per_weight"] <= 5
+    assert body["status"] == "optimal"
+    choices = body["choices"]
+    assert choices["layers.0.self_attn.q_proj.kernel"] == choices["layers.0.self_attn.v_proj.kernel"]
+    size = mpq("allocate", "table", "--size", f"{body['size_bytes']}B", "-o", "plan5s", "--json")[1]
+    assert size["choices"] == choices
+    loose = mpq("allocate", "table", "--max-kl", body["predicted_kl"] + 1e-12, "-o", "plan5k", "--json")[1]
+    assert loose["size_bytes"] == body["size_bytes"]
+
+
+def test_the_quantized_folder_is_what_the_plan_says_and_evaluates(mpq, stages):
+    plan = json.loads((stages / "plan").read_text())
+    code, body, _ = mpq("evaluate", "quantized", "--data", "test.txt", "--reference", "model", *WINDOW, "--json")
+    assert code == 0
+    assert set(body) >= {"perplexity", "nll", "nll_stderr", "kl", "kl_stderr", "top1_agreement", "num_documents"}
+    assert (body["size_bytes"], body["bits_per_weight"]) == (plan["size_bytes"], plan["bits_per_weight"])
+    assert 0 < body["kl"] < 1
+    same = mpq("evaluate", "model", "--data", "test.txt", "--reference", "model", *WINDOW, "--json")[1]
+    assert same["kl"] == pytest.approx(0, abs=1e-6)
+    assert same["top1_agreement"] == 1
+    assert same["perplexity"] != body["perplexity"]
+
+
+def test_a_finer_scheme_is_closer_to_the_original(mpq, stages):
+    kl = {}
+    for scheme in ("int2_g16", "int4_g16", "int8_channel"):
+        assert mpq("quantize", "model", scheme, "--method", "rtn", "-o", f"q-{scheme}", "--json")[0] == 0
+        kl[scheme] = mpq("evaluate", f"q-{scheme}", "--data", "test.txt", "--reference", "model", *WINDOW, "--json")[1][
+            "kl"
+        ]
+    assert kl["int2_g16"] > 4 * kl["int4_g16"] > 16 * kl["int8_channel"] > 0
+
+
+def test_evaluation_without_reference_has_no_kl(mpq):
+    body = mpq("evaluate", "model", "--data", "test.txt", *WINDOW, "--json")[1]
+    assert body["kl"] is None
+    assert body["size_bytes"] == 4 * sum(v.size for v in tiny.tensors().values())
+    assert body["bits_per_weight"] == 32
+
+
+BAD = {
+    "a folder without a config": (["inspect", "empty"], r"config\.json"),
+    "no such model": (["inspect", "./nothing"], "is no folder here"),
+    "no such text": (["evaluate", "model", "--data", "no.txt"], "cannot be read"),
+    "text too short": (["evaluate", "model", "--data", "short.txt", *WINDOW], "too short"),
+    "window too long": (
+        ["evaluate", "model", "--data", "test.txt", "--window", "999"],
+        "longer than the model's context of 64",
+    ),
+    "batch of none": (["evaluate", "model", "--data", "test.txt", "--batch-size", "0"], "must be at least 1"),
+    "unknown metric": (
+        ["sensitivity", "model", "--data", "test.txt", "--metric", "magic", "-o", "x"],
+        "unknown metric 'magic': the valid ones are kl, fisher, hessian_trace",
+    ),
+    "unknown scheme": (
+        ["sensitivity", "model", "--data", "test.txt", "--schemes", "int9_g3", "-o", "x"],
+        "unknown scheme 'int9_g3': allowed is a format of int2",
+    ),
+    "unknown method": (
+        ["quantize", "model", "int4_g32", "--method", "magic", "-o", "x"],
+        "the valid ones are rtn, gptq",
+    ),
+    "gptq without data": (["quantize", "model", "int4_g32", "-o", "x"], "needs calibration: give --data"),
+    "no such plan": (["quantize", "model", "plam.json", "-o", "x"], "neither a file nor a scheme"),
+    "output exists": (["quantize", "model", "int4_g32", "--method", "rtn", "-o", "quantized"], "exists already"),
+    "budget too small": (["allocate", "table", "--bpw", "1", "-o", "x"], "smallest"),
+    "budget too small in bytes": (["allocate", "table", "--size", "1kB", "-o", "x"], "smallest"),
+    "budget above the original": (["allocate", "table", "--bpw", "99", "-o", "x"], "largest|above"),
+    "budget that is no size": (["allocate", "table", "--size", "many", "-o", "x"], "many"),
+    "two budgets": (["allocate", "table", "--bpw", "4", "--size", "1MB", "-o", "x"], "exactly one of"),
+    "no budget": (["allocate", "table", "-o", "x"], "exactly one of"),
+    "unreachable loss": (["allocate", "table", "--max-kl", "-1", "-o", "x"], "smallest|reach"),
+    "plan of another model": (["quantize", "other", "plan", "--method", "rtn", "-o", "x"], "made for another model"),
+    "statistics of another model": (
+        ["quantize", "other", "int4_g32", "--stats", "stats", "-o", "x"],
+        "made for another model",
+    ),
+    "stale table": (["allocate", "stale", "--bpw", "4", "-o", "x"], "checksum differs"),
+    "truncated table": (["allocate", "truncated", "--bpw", "4", "-o", "x"], "truncated|JSON"),
+    "a plan is no table": (["allocate", "plan", "--bpw", "4", "-o", "x"], "is no sensitivity file"),
+    "no such config": (["run", "no.py"], "does not exist"),
+    "reference of another shape": (
+        ["evaluate", "model", "--data", "test.txt", "--reference", "wide", *WINDOW],
+        "their configs differ",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def broken(stages):
+    (stages / "empty").mkdir()
+    (stages / "short.txt").write_text("")
+    tiny.write_folder(stages / "other", weights=tiny.tensors(seed=5))
+    tiny.write_folder(stages / "wide", {**tiny.CONFIG, "intermediate_size": 96})
+    table = (stages / "table").read_text()
+    (stages / "stale").write_text(table.replace('"metric"', '"metrics"', 1))
+    (stages / "truncated").write_text(table[:-40])
+    return stages
+
+
+@pytest.mark.parametrize("case", BAD, ids=list(BAD))
+def test_bad_input_ends_in_one_sentence(mpq, broken, case):
+    arguments, message = BAD[case]
+    before = sorted(p.name for p in broken.iterdir())
+    code, _, err = mpq(*arguments)
+    assert code == 2
+    import re
+
+    assert re.search(message, err), err
+    assert "Traceback" not in err
+    assert [line for line in err.splitlines() if line.startswith("mpq: ")] == [err.splitlines()[-1]]
+    assert sorted(p.name for p in broken.iterdir()) == before
+
+
+def test_strict_inspection_fails_on_a_matrix_that_nothing_claims(mpq, monkeypatch):
+    from mpq import commands
+
+    class Unclaimed:
+        weights = ()
+        skipped = (type("Skipped", (), {"path": "embed_tokens.embedding", "reason": "it is added, not multiplied"})(),)
+
+    monkeypatch.setattr(commands.Model, "trace", lambda self: Unclaimed())
+    code, _, err = mpq("inspect", "model", "--strict")
+    assert code == 2
+    assert "'embed_tokens.embedding': it is added" in err
+
+
+def test_a_weight_that_is_not_finite_is_named(mpq, place):
+    weights = tiny.tensors()
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = np.inf
+    tiny.write_folder(place / "infinite", weights=weights)
+    code, _, err = mpq("evaluate", "infinite", "--data", "test.txt", *WINDOW)
+    assert code == 2
+    assert "model.layers.0.mlp.up_proj.weight" in err
+
+
+def test_an_interrupt_is_one_sentence(mpq, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.commands, "evaluate", interrupt)
+    code, _, err = mpq("evaluate", "model", "--data", "test.txt")
+    assert code == 2
+    assert "type the same command again" in err
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(mpq, stages, monkeypatch):
+    import os
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "out")
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, _, err = mpq("allocate", "table", "--bpw", "6", "-o", "full-plan")
+    assert code == 2
+    assert "No space left" in err or "disk is full" in err or "full" in err
+    assert not [p for p in stages.iterdir() if "full-plan" in p.name]
+
+
+def test_other_errors_of_the_system_are_not_hidden(mpq, monkeypatch):
+    def odd(*_):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(cli.commands, "evaluate", odd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        mpq("evaluate", "model", "--data", "test.txt")
+
+
+def test_sharded_and_single_checkpoints_evaluate_alike(mpq, place):
+    tensors = tiny.tensors()
+    folder = tiny.write_folder(place / "sharded")
+    (folder / "model.safetensors").unlink()
+    where = {name: f"part-{i % 3}.safetensors" for i, name in enumerate(sorted(tensors))}
+    for part in set(where.values()):
+        save_file({n: v for n, v in tensors.items() if where[n] == part}, folder / part)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    one, two = (mpq("evaluate", m, "--data", "test.txt", *WINDOW, "--json")[1] for m in ("model", "sharded"))
+    assert one == two

@@ -1,0 +1,195 @@
+"""The main job on a tiny model: everything is written, numbers agree, and an interrupted run gives the same bytes."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mpq import pipeline, results
+from mpq.config import RunConfig
+from mpq.export import orbax
+from mpq.store import ItemStore
+from mpq.types import MpqError
+from tests import tiny
+
+DETERMINISTIC = ("results.json", "plan.json", "record.json", "sensitivity-kl-gptq.json", "stats.safetensors")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pipeline")
+    tiny.write_folder(root / "model")
+    (root / "text.txt").write_text(tiny.text(documents=200))
+    return RunConfig(
+        name="tiny",
+        model=str(root / "model"),
+        data=str(root / "text.txt"),
+        schemes=("int2_g16", "int3_g16", "int4_g16", "int8_channel"),
+        budgets=("3.5bpw", "int4_g16", "20kB"),
+        hand_out="3.5bpw",
+        window=32,
+        batch_size=4,
+        calibration_windows=24,
+        sensitivity_windows=(("kl", 8), ("fisher", 8), ("hessian_trace", 4)),
+        selection_windows=12,
+        test_windows=24,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    run = pipeline.prepare(config, tmp_path_factory.mktemp("runs"))
+    return run, results.finish(run, "mpq run tiny")
+
+
+def content(folder):
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "costs.json"]
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+
+
+def test_every_file_is_there(finished):
+    run, _ = finished
+    names = {p.name for p in run.folder.iterdir()}
+    assert {*DETERMINISTIC, "costs.json", "quantized", "plans", "scores"} <= names
+
+
+def test_plans_keep_their_budgets(finished):
+    run, body = finished
+    weights = run.traced.weights
+    limits = {"3.5bpw": int(3.5 * body["model"]["weights"]), "int4_g16": run.uniform["int4_g16"].size_bits}
+    for budget, limit in limits.items():
+        assert run.mixed["gptq"][budget].size_bits <= limit
+    assert run.mixed["gptq"]["20kB"].size_bytes <= 20_000
+    for plan in (p for m in run.methods for p in run.mixed[m].values()):
+        assert plan.size_bits == sum(w.size_bits(plan.choices[w.path]) for w in weights)
+
+
+def test_the_winner_is_never_worse_than_a_uniform_scheme_that_fits(finished):
+    _, body = finished
+    for budget, winner in body["winners"].items():
+        assert winner["selection_kl"][winner["plan"]] == min(winner["selection_kl"].values())
+        assert f"mixed@{budget}" in winner["selection_kl"]
+
+
+def test_the_exported_folder_is_the_plan_to_the_byte_and_computes_the_same(finished):
+    run, body = finished
+    plan, _ = run.winner(run.config.hand_out)
+    exported = body["exported"]
+    assert exported["payload_bytes"] == plan.size_bytes == orbax.payload_bytes(run.folder / "quantized")
+    row = next(p for p in body["plans"] if p["name"] == plan.name and p["method"] == "gptq")
+    assert exported["kl"] == row["kl"]
+
+
+def test_an_export_that_differs_is_refused(finished, monkeypatch):
+    run, _ = finished
+    monkeypatch.setattr(orbax, "payload_bytes", lambda path: 1)
+    with pytest.raises(MpqError, match="holds 1 bytes of weights and the plan says"):
+        results.check_export(run)
+    monkeypatch.undo()
+    wrong = {"scale": lambda p: {k: v * 1.01 for k, v in p.items()}}["scale"](run.model.params)
+    monkeypatch.setattr(orbax, "load", lambda path: type("Loaded", (), {"dequantized": lambda self: wrong})())
+    with pytest.raises(MpqError, match="computes other outputs"):
+        results.check_export(run)
+
+
+def test_the_prediction_of_a_mixed_plan_is_the_solver_s(finished):
+    run, body = finished
+    for row in body["plans"]:
+        if row["kind"] == "mixed":
+            budget = row["name"].removeprefix("mixed@")
+            assert row["predicted_kl"] == pytest.approx(
+                run.mixed[row["method"]][budget].prediction["predicted_kl"], rel=1e-9
+            )
+
+
+def test_numbers_on_the_test_set_are_plausible(finished):
+    _, body = finished
+    kl = {(p["name"], p["method"]): p["kl"] for p in body["plans"]}
+    assert kl["int2_g16", "gptq"] > kl["int4_g16", "gptq"] > kl["int8_channel", "gptq"] > 0
+    assert body["reference"]["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_same_config_gives_the_same_bytes(finished, config, tmp_path):
+    run, _ = finished
+    again = pipeline.prepare(config, tmp_path)
+    results.finish(again, "mpq run tiny")
+    assert again.folder.name == run.folder.name
+    assert content(again.folder) == content(run.folder)
+
+
+class Stop(BaseException):
+    """What a kill looks like from inside."""
+
+
+@pytest.mark.parametrize("after", [2, 21])
+def test_an_interrupted_run_continues_and_gives_the_same_bytes(finished, config, tmp_path, monkeypatch, after):
+    puts = []
+    original = ItemStore.put
+
+    def put(self, key, value):
+        original(self, key, value)
+        puts.append(key)
+        if len(puts) == after:
+            raise Stop
+
+    monkeypatch.setattr(ItemStore, "put", put)
+    with pytest.raises(Stop):
+        results.finish(pipeline.prepare(config, tmp_path), "mpq run tiny")
+    done = len(puts)
+    results.finish(again := pipeline.prepare(config, tmp_path), "mpq run tiny")
+    assert len(set(puts)) == len(puts) > done  # nothing is computed twice
+    assert content(again.folder) == content(finished[0].folder)
+
+
+def test_another_config_gets_another_folder(finished, config, tmp_path):
+    import dataclasses
+
+    other = pipeline.prepare(dataclasses.replace(config, seed=1), tmp_path)
+    assert other.folder.name != finished[0].folder.name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budgets": ("99bpw",), "hand_out": "99bpw"}, "is above the original's"),
+        ({"budgets": ("xbpw",), "hand_out": "xbpw"}, "write 3.5bpw, 4MB, or a scheme"),
+        ({"window": 4096}, "longer than the model's context of 64"),
+        ({"model": "./none"}, "is no folder here"),
+        ({"data": "none.txt"}, "cannot be read"),
+    ],
+)
+def test_a_wrong_run_is_refused_before_anything_is_written(config, tmp_path, change, message):
+    import dataclasses
+
+    with pytest.raises(MpqError, match=message):
+        pipeline.prepare(dataclasses.replace(config, **change), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_budget_below_the_smallest_size_says_that_size(config, tmp_path):
+    import dataclasses
+
+    run = pipeline.prepare(dataclasses.replace(config, budgets=("1bpw",), hand_out="1bpw"), tmp_path)
+    with pytest.raises(MpqError, match="smallest"):
+        results.finish(run, "")
+
+
+def test_a_damaged_stage_file_is_refused(finished, config, tmp_path):
+    import shutil
+
+    shutil.copytree(finished[0].folder, tmp_path / finished[0].folder.name)
+    file = tmp_path / finished[0].folder.name / "sensitivity-kl-gptq.json"
+    body = json.loads(file.read_text())
+    body["loss_increase"][0][0] = 0.0
+    file.write_text(json.dumps(body))
+    with pytest.raises(MpqError, match="checksum differs"):
+        _ = pipeline.prepare(config, tmp_path).tables
+
+
+def test_comparisons_are_paired(finished):
+    run, body = finished
+    row = next(c for c in body["comparisons"] if (c["budget"], c["method"]) == ("int4_g16", "gptq"))
+    a = run.scores(run.mixed["gptq"]["int4_g16"], "gptq", "test")
+    b = run.scores(run.uniform[row["baseline"]], "gptq", "test")
+    np.testing.assert_allclose(row["kl_difference"], (a.kl - b.kl).sum() / a.tokens.sum(), rtol=1e-9)
+    assert row["stderr"] > 0
