@@ -280,9 +280,10 @@ def _write(path: Path, kind: str, body: Mapping[str, Any]) -> None:
 
 def _read(path: Path, kind: str) -> dict[str, Any]:
     body = read_json(path, f"a {kind} file")
-    if not isinstance(body, dict) or body.get("kind") != kind:
-        found = body.get("kind") if isinstance(body, dict) else type(body).__name__
-        raise MpqError(f"{path} is no {kind} file (it is {found!r}): give the file that the {kind} stage wrote")
+    if body.get("kind") != kind:
+        raise MpqError(
+            f"{path} is no {kind} file (it is {body.get('kind')!r}): give the file that the {kind} stage wrote"
+        )
     if body.get("schema") != SCHEMA:
         raise MpqError(f"{path} has schema {body.get('schema')!r}: this version reads {SCHEMA}; make the file again")
     if body.pop("checksum", None) != _checksum(body):

@@ -37,8 +37,8 @@ def calibrate(traced: Trace, params: Params, data: Dataset, batch_size: int) -> 
 
     Padding (`data.mask` False) never counts, whatever the batching. Where an operation's rows are the positions of the
     windows, the mask says which count; where they are otherwise divided evenly among the windows (output positions of a
-    strided convolution, one pooled row a window), the rows of windows that hold a real position; where they cannot be
-    matched to windows (rows routed to experts), all.
+    strided convolution, one pooled row a window, one row a window in each step of a recurrence), the rows of windows
+    that hold a real position; where they cannot be matched to windows (rows routed to experts), all.
 
     Args:
       traced: the model, traced for any batch size.
@@ -66,13 +66,14 @@ def calibrate(traced: Trace, params: Params, data: Dataset, batch_size: int) -> 
     num_batches = -(-len(data.inputs) // batch_size)
     for number, batch in enumerate(track(data.batches(batch_size), "calibrate", num_batches)):
         sums, seen = _add(traced, params, sums, batch.inputs, batch.mask)
-        for name, (count, finite) in jax.device_get(seen).items():
-            if not finite:
+        seen = jax.device_get(seen)
+        for name in owners:  # in the order of execution: what is not finite first made the rest so
+            if not seen[name].finite:
                 raise MpqError(
                     f"The input of weight {owners[name].spec.path} is not finite, or too large to square in float32, "
                     f"in batch {number} of {data.source}: check the model on these inputs."
                 )
-            counts[name] += int(count)
+            counts[name] += int(seen[name].positions)
     return _stats(traced, jax.device_get(sums), counts)
 
 
@@ -96,7 +97,7 @@ def _add(
         shadow = larger - total
         rest = rest + ((total - (larger - shadow)) + (gram - shadow))
         # |x_i x_j| <= max(x_i^2, x_j^2): a sum that overflows does so on the diagonal too, and NaN always shows there.
-        finite &= jnp.isfinite(jnp.trace(gram, axis1=1, axis2=2)).all()
+        finite &= jnp.isfinite(jnp.diagonal(larger, axis1=1, axis2=2)).all()
         absmax = jnp.maximum(absmax, jnp.abs(rows).max(axis=1, initial=0.0))
         return state | {name: (_Sums(larger, rest, absmax), _Seen(count + counted.sum(dtype=jnp.int32), finite))}
 
@@ -112,7 +113,7 @@ def _counted(site: Site, mask: jax.Array) -> jax.Array:
     if tokens == mask.size:
         time_major = shape == mask.shape[::-1] and shape != mask.shape
         return (mask.T if time_major else mask).reshape(-1)
-    if tokens % num_windows == 0 and (shape[0] == num_windows or len(shape) == 1):
+    if tokens % num_windows == 0 and (shape[:1] == (num_windows,) or len(shape) == 1):
         return jnp.repeat(mask.any(axis=tuple(range(1, mask.ndim))), tokens // num_windows)
     return jnp.ones(tokens, bool)
 

@@ -67,7 +67,7 @@ def make_dataset(
       source: for a person.
 
     Raises:
-      MpqError: no tokenizer, or the text gives not one window.
+      MpqError: no tokenizer, or the text has fewer tokens than one window takes.
     """
     if tokenizer is None:
         raise MpqError("the model folder has no tokenizer.json, so text cannot be read: put one beside config.json")
@@ -81,10 +81,10 @@ def make_dataset(
             inputs.append(np.pad(ids, (0, window - len(ids))))
             masks.append(np.arange(window) < len(ids))
             owner.append(index)
-    if not inputs:
-        raise MpqError(
-            f"{source} is too short: it gives no window of {window} tokens; give more text or a smaller window"
-        )
+    tokens = sum(int(mask.sum()) for mask in masks)
+    if tokens < window:
+        what = f"{source} is too short: it gives {tokens} tokens and one window takes {window}"
+        raise MpqError(f"{what}; give more text or a smaller window")
     document = np.arange(len(owner)) if len(documents) == 1 else np.asarray(owner)
     return _dataset(np.stack(inputs), np.stack(masks), document, source, max_windows)
 

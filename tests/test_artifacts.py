@@ -123,7 +123,7 @@ def test_a_plan_for_another_model_is_refused(tmp_path, model, weights):
         (lambda p: p.write_text(p.read_text()[:-20]), "not JSON|truncated|JSON"),
         (lambda p: damage(p, '"kind": "plan"', '"kind": "song"'), "is no plan file .it is 'song'"),
         (lambda p: damage(p, '"schema": 1', '"schema": 99'), "has schema 99"),
-        (lambda p: p.write_text("[]"), "is no plan file .it is 'list'"),
+        (lambda p: p.write_text("[]"), "JSON list, not a dict; it should be a plan file"),
         (lambda p: p.unlink(), "p.json"),
     ],
 )

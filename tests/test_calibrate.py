@@ -149,7 +149,7 @@ def test_a_weight_used_twice_has_the_mean_of_both_uses():
     assert_gram(stats["v"], b[None], roundings=12)
 
 
-@pytest.mark.parametrize("shape", ["time major", "flat", "pooled", "routed"])
+@pytest.mark.parametrize("shape", ["time major", "flat", "pooled", "routed", "single"])
 def test_which_rows_count(shape):
     def fn(p, ids):
         x = p["table"][ids]
@@ -159,7 +159,9 @@ def test_which_rows_count(shape):
             return x.reshape(-1, 6) @ p["w"]
         if shape == "pooled":
             return x[:, 0] @ p["w"]
-        return x.reshape(-1, 6)[:5] @ p["w"]
+        if shape == "routed":
+            return x.reshape(-1, 6)[:5] @ p["w"]
+        return x[0, 0] @ p["w"]
 
     params = {"table": normal(11, 6), "w": normal(6, 2)}
     data = dataset(3, 4, lengths=[4, 2, 0])
@@ -169,6 +171,7 @@ def test_which_rows_count(shape):
         "flat": x[data.mask],
         "pooled": x[:2, 0],
         "routed": x.reshape(-1, 6)[:5],
+        "single": x[0, :1],
     }[shape]
     stats = calibrate(of_tokens(fn, params, 4), params, data, batch_size=3)
     assert_gram(stats["w"], rows[None], roundings=12)
@@ -198,6 +201,18 @@ def test_names_the_weight_that_is_not_finite():
     overflows = lambda p, ids: jnp.exp(1000 * jnp.abs(p["table"][ids] @ p["up"])) @ p["down"]
     with pytest.raises(MpqError, match=r"input of weight down is not finite.* in batch 0 of random ids"):
         calibrate(of_tokens(overflows, MLP, 4), MLP, data, 2)
+
+    def deep(
+        p, ids
+    ):  # the sixth of twelve products makes infinity; names of inputs do not sort in the order of execution
+        x = p["table"][ids]
+        for i in range(12):
+            x = jnp.where(i == 5, jnp.inf, 1.0) * x @ p[f"w{i}"]
+        return x
+
+    layers = {f"w{i}": 0.1 * normal(6, 6, seed=i) for i in range(12)} | {"table": MLP["table"]}
+    with pytest.raises(MpqError, match="input of weight w5 is not finite"):
+        calibrate(of_tokens(deep, layers, 4), layers, data, 2)
     huge = MLP | {"table": MLP["table"] * 1e30}  # finite, but not its square
     with pytest.raises(MpqError, match="input of weight up is not finite, or too large"):
         calibrate(of_tokens(mlp, huge, 4), huge, data, 2)

@@ -173,7 +173,7 @@ BAD = {
 @pytest.fixture(scope="module")
 def broken(stages):
     (stages / "empty").mkdir()
-    (stages / "short.txt").write_text("")
+    (stages / "short.txt").write_text("x y z")
     tiny.write_folder(stages / "other", weights=tiny.tensors(seed=5))
     tiny.write_folder(stages / "wide", {**tiny.CONFIG, "intermediate_size": 96})
     table = (stages / "table").read_text()
@@ -260,3 +260,36 @@ def test_sharded_and_single_checkpoints_evaluate_alike(mpq, place):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     one, two = (mpq("evaluate", m, "--data", "test.txt", *WINDOW, "--json")[1] for m in ("model", "sharded"))
     assert one == two
+
+
+def test_the_frontier_is_drawn(mpq, stages):
+    assert mpq("allocate", "table", "--bpw", "6", "-o", "drawn", "--frontier", "frontier.png", "--json")[0] == 0
+    assert (stages / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_whole_job_on_a_person_s_own_model_and_text(mpq, place, capsys):
+    (place / "config.py").write_text(
+        "from mpq.config import RunConfig\n"
+        "CONFIG = RunConfig(name='own', schemes=('int2_g16', 'int4_g16', 'int8_channel'), metrics=('fisher',),\n"
+        "    allocate_by='fisher', budgets=('5bpw',), hand_out='5bpw', window=32, batch_size=4, calibration_windows=9,\n"
+        "    selection_windows=8, test_windows=8)\n"
+    )
+    job = ["run", "config.py", "--model", "model", "--data", "calibration.txt", "--set", "seed=3", "--out", "runs"]
+    code, body, _ = mpq(*job, "--json")
+    assert code == 0
+    evaluate_keys = {"perplexity", "nll", "nll_stderr", "kl", "kl_stderr", "top1_agreement", "num_documents"}
+    rows = [*body["plans"].values(), *body["uniform"].values()]
+    assert len(rows) == 2 * (1 + 3)
+    assert all(set(row) == evaluate_keys | {"size_bytes", "bits_per_weight"} for row in rows)
+    folder = place / body["run"]
+    record = json.loads((folder / "record.json").read_text())
+    assert (record["config"]["seed"], record["config"]["model"]) == (3, "model")
+    written = {"frontier.png", "frontier.svg", "report.html", "plan.json", "record.json", "results.json", "quantized"}
+    assert written <= {p.name for p in folder.iterdir()}
+    page = (folder / "report.html").read_text()
+    assert "<script src" not in page
+    assert "mixed@5bpw" in page
+    before = {p: p.stat().st_mtime_ns for p in (folder / "scores").iterdir()}
+    assert mpq(*job)[0] == 0  # typed again: nothing is measured twice
+    assert {p: p.stat().st_mtime_ns for p in (folder / "scores").iterdir()} == before
+    assert mpq("evaluate", folder / "quantized", "--data", "test.txt", *WINDOW, "--json")[0] == 0

@@ -31,9 +31,9 @@ def test_a_document_is_cut_into_consecutive_windows_that_start_with_bos():
 
 
 def test_padding_is_masked_and_counts_nothing():
-    data = windows(["x y z", "x y"])
-    assert data.mask.sum(axis=1).tolist() == [1 + len(ids("x y z")), 1 + len(ids("x y"))]
-    assert data.num_tokens == len(ids("x y z")) + len(ids("x y"))
+    data = windows(["x y z", "x y"] * 2)
+    assert data.mask.sum(axis=1).tolist() == [1 + len(ids("x y z")), 1 + len(ids("x y"))] * 2
+    assert data.num_tokens == 2 * (len(ids("x y z")) + len(ids("x y")))
 
 
 def test_fill_up_windows_of_a_batch_count_nothing():
@@ -61,7 +61,8 @@ def test_drop_tail_leaves_only_full_windows():
 
 
 def test_the_digest_depends_on_content_only():
-    assert windows(["x y z"]).digest == windows(["x y z"]).digest != windows(["x y x"]).digest
+    digest = lambda text: windows([text] * 4).digest
+    assert digest("x y z") == digest("x y z") != digest("x y x")
 
 
 def test_take_keeps_the_first_windows():
@@ -84,10 +85,10 @@ def test_split_refuses_a_text_that_is_too_short():
 
 
 def test_overlapping_sets_are_refused_by_name():
-    a, b = windows(["x y z", "x y"]), windows(["z y", "x y"])
+    a, b = windows(["x y z", "x y", "x z"]), windows(["z y", "x y", "z z"])
     with pytest.raises(MpqError, match="calibration and test sets share 1 windows"):
         require_disjoint(calibration=a, test=b)
-    require_disjoint(a=a, b=windows(["z y"]))
+    require_disjoint(a=a, b=windows(["z y", "y y y", "z x"]))
 
 
 def test_documents_of_text_and_jsonl(tmp_path):
@@ -117,8 +118,10 @@ def test_a_missing_text_is_refused(tmp_path):
 
 
 def test_too_little_text_for_one_window_is_refused():
-    with pytest.raises(MpqError, match="too short: it gives no window of 64 tokens"):
-        windows(["x y"], window=64, drop_tail=True)
+    with pytest.raises(MpqError, match="too short: it gives 4 tokens and one window takes 64"):
+        windows(["x y z"], window=64)
+    with pytest.raises(MpqError, match="too short: it gives 0 tokens"):
+        windows(["x y z"] * 9, drop_tail=True)
 
 
 def test_a_window_of_one_token_is_refused():

@@ -198,7 +198,9 @@ def test_a_full_disk_leaves_nothing_behind(model, tmp_path, monkeypatch):
 
 def test_a_disk_that_fills_while_arrays_are_written_leaves_nothing_behind(model, tmp_path, monkeypatch):
     # TensorStore's report of a full tmpfs, raised by Orbax as a ValueError.
-    text = "RESOURCE_EXHAUSTED: Error writing local file 'a/0': Failed to write 287008 bytes to file 14: No space left on"
+    text = (
+        "RESOURCE_EXHAUSTED: Error writing local file 'a/0': Failed to write 287008 bytes to file 14: No space left on"
+    )
     monkeypatch.setattr(PyTreeCheckpointer, "save", lambda *_: (_ for _ in ()).throw(ValueError(text)))
     with pytest.raises(MpqError, match="the disk is full"):
         orbax.save(tmp_path / "out", **model)

@@ -63,4 +63,6 @@ def test_nf4_levels_are_those_of_the_paper():
     # Dettmers et al. 2023, App. E, to 7 digits.
     expected = [-1.0, -0.6961928, -0.5250730, -0.3949174, -0.2844413, -0.1847734, -0.0910500, 0.0]
     expected += [0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]
-    np.testing.assert_allclose(FORMATS["nf4"].decode(jnp.arange(16)), expected, atol=1.1e-7)  # half a unit of the last digit, and a float32 ulp
+    np.testing.assert_allclose(
+        FORMATS["nf4"].decode(jnp.arange(16)), expected, atol=1.1e-7
+    )  # half a unit of the last digit, and a float32 ulp

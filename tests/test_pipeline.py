@@ -128,7 +128,7 @@ def test_an_interrupted_run_continues_and_gives_the_same_bytes(finished, config,
 
     def put(self, key, value):
         original(self, key, value)
-        puts.append(key)
+        puts.append((self._path.name, key))
         if len(puts) == after:
             raise Stop
 

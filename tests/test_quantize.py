@@ -23,7 +23,11 @@ def weights(seed: int = 0, k: int = K, n: int = N) -> np.ndarray:
 def correlated_gram(seed: int = 0, k: int = K) -> np.ndarray:
     """Inputs of unequal size that are strongly correlated."""
     rng = np.random.default_rng(seed)
-    x = rng.standard_normal((300, k)) @ (0.3 * rng.standard_normal((k, k)) + np.eye(k)) * np.exp(0.5 * rng.standard_normal(k))
+    x = (
+        rng.standard_normal((300, k))
+        @ (0.3 * rng.standard_normal((k, k)) + np.eye(k))
+        * np.exp(0.5 * rng.standard_normal(k))
+    )
     return (x.T @ x / 300)[None].astype(np.float32)
 
 
@@ -51,7 +55,9 @@ class TestScales:
     def test_absmax_is_the_largest_magnitude_over_the_largest_level(self, bits):
         w = weights()
         got = RTN("absmax")(jnp.asarray(w), parse_scheme(f"int{bits}_g16"))
-        expected = np.stack([np.abs(part).max(axis=0) / np.float32(2 ** (bits - 1) - 1) for part in groups_of(w[0], 16)])
+        expected = np.stack(
+            [np.abs(part).max(axis=0) / np.float32(2 ** (bits - 1) - 1) for part in groups_of(w[0], 16)]
+        )
         np.testing.assert_array_equal(np.asarray(got.scale)[0], expected.astype(np.float16))
 
     @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -64,7 +70,9 @@ class TestScales:
         scale, zero = np.asarray(got.scale, np.float64)[0], np.asarray(got.zero_point)[0]
         # One rounding to float16 (2^-11) and a few to float32, of which the last can move the float16 by one more.
         np.testing.assert_allclose(scale, (high - low) / (2**bits - 1), rtol=2.0**-11 * 1.001)
-        np.testing.assert_array_equal(zero, np.clip(np.round(-(2 ** (bits - 1)) - low / scale), -(2 ** (bits - 1)), 127))
+        np.testing.assert_array_equal(
+            zero, np.clip(np.round(-(2 ** (bits - 1)) - low / scale), -(2 ** (bits - 1)), 127)
+        )
         assert (zero[:, 0] == -(2 ** (bits - 1))).all()
         assert (zero[:, 1] == 2 ** (bits - 1) - 1).all()
 
@@ -83,7 +91,10 @@ class TestScales:
             best = np.full(N, np.inf)
             for candidate in scales._candidates(scheme).astype(np.float64):
                 if scheme.zero_point:
-                    low, high = np.minimum(part.min(axis=0), 0) * candidate[0], np.maximum(part.max(axis=0), 0) * candidate[1]
+                    low, high = (
+                        np.minimum(part.min(axis=0), 0) * candidate[0],
+                        np.maximum(part.max(axis=0), 0) * candidate[1],
+                    )
                     scale = half((high - low) / 7)
                     reached = (levels[:, None] - np.clip(np.round(-4 - low / scale), -4, 3)) * scale
                 else:
@@ -104,14 +115,20 @@ class TestScales:
         error = lambda q: ((np.asarray(q.dequantize()) - w) ** 2).sum(axis=1)[0]
         assert (error(got) < error(plain)).all()
 
-    @pytest.mark.parametrize("text", ["int2_g16", "int3_g16", "int4_g16", "int8_g16", "int2_g16_zp", "int4_g16_zp", "nf4_g16"])
+    @pytest.mark.parametrize(
+        "text", ["int2_g16", "int3_g16", "int4_g16", "int8_g16", "int2_g16_zp", "int4_g16_zp", "nf4_g16"]
+    )
     def test_mse_is_never_worse_than_absmax(self, text):
         w, scheme = weights(1), parse_scheme(text)
-        error = lambda method: ((np.asarray(RTN(method)(jnp.asarray(w), scheme).dequantize(), np.float64) - w) ** 2).sum(axis=1)
+        error = lambda method: (
+            (np.asarray(RTN(method)(jnp.asarray(w), scheme).dequantize(), np.float64) - w) ** 2
+        ).sum(axis=1)
         # Chosen per group by float32 sums of 16 squares, each of relative error below 20 eps.
         assert (error("mse") <= error("absmax") * (1 + 40 * np.finfo(np.float32).eps)).all()
 
-    @pytest.mark.parametrize(("value", "expected"), [(1e9, 65504.0), (1e-20, 2.0**-24), (-1e9, -65504.0), (-1e-20, -(2.0**-24))])
+    @pytest.mark.parametrize(
+        ("value", "expected"), [(1e9, 65504.0), (1e-20, 2.0**-24), (-1e9, -65504.0), (-1e-20, -(2.0**-24))]
+    )
     def test_half_precision_scales_are_clamped_to_what_it_holds(self, value, expected):
         assert scales.round_scale(jnp.float32(value), "float16") == expected
 
@@ -119,7 +136,9 @@ class TestScales:
         values = np.geomspace(1e-7, 6e4, 500).astype(np.float32)
         np.testing.assert_array_equal(scales.round_scale(jnp.asarray(values), "float16"), values.astype(np.float16))
 
-    @pytest.mark.parametrize(("value", "expected"), [(0.0, np.finfo(np.float32).tiny), (np.inf, np.finfo(np.float32).max)])
+    @pytest.mark.parametrize(
+        ("value", "expected"), [(0.0, np.finfo(np.float32).tiny), (np.inf, np.finfo(np.float32).max)]
+    )
     def test_single_precision_scales_are_clamped_to_what_it_holds(self, value, expected):
         assert scales.round_scale(jnp.float32(value), "float32") == expected
 
@@ -140,19 +159,20 @@ class TestScales:
 
     @pytest.mark.parametrize("text", ["int4_g16", "int4_g16_zp", "nf4_g16"])
     def test_rows_that_fill_up_the_last_group_have_no_influence(self, text):
-        scheme, w = parse_scheme(text), weights(3, 32)
-        for method in scales.METHODS:
-            whole, part = RTN(method)(jnp.asarray(w), scheme), RTN(method)(jnp.asarray(w[:, :23]), scheme)
-            np.testing.assert_array_equal(part.qvalue[:, :16], whole.qvalue[:, :16])
-            alone = RTN(method)(jnp.asarray(w[:, 16:23]), scheme)
-            np.testing.assert_array_equal(part.qvalue[:, 16:], alone.qvalue)
-            np.testing.assert_array_equal(part.scale[:, 1:], alone.scale)
+        scheme, w = parse_scheme(text), weights(3, 23)
+        part, alone = (RTN("mse")(jnp.asarray(a), scheme) for a in (w, w[:, 16:]))
+        np.testing.assert_array_equal(part.scale[:, 1:], alone.scale)
+        if scheme.zero_point:
+            np.testing.assert_array_equal(part.zero_point[:, 1:], alone.zero_point)
+        np.testing.assert_array_equal(part.qvalue[:, 16:], alone.qvalue)
 
     @pytest.mark.parametrize("text", ["int4_g64", "int4_g64_zp", "nf4_g64", "int8_channel"])
     def test_the_search_of_a_large_weight_takes_memory_of_a_few_copies(self, text):
         shape = (1, 2048, 1024)
         quantize = lambda w: scales.quantize(w, parse_scheme(text), "mse", jnp.ones(shape[:2]))
-        largest = max(a.size for a in _intermediates(jax.make_jaxpr(quantize)(jax.ShapeDtypeStruct(shape, jnp.float32)).jaxpr))
+        largest = max(
+            a.size for a in _intermediates(jax.make_jaxpr(quantize)(jax.ShapeDtypeStruct(shape, jnp.float32)).jaxpr)
+        )
         assert largest <= shape[1] * shape[2]
 
 
@@ -223,29 +243,37 @@ class TestGptq:
     @pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act_order"])
     def test_codes_are_those_of_the_paper_s_algorithm(self, text, act_order):
         """Columns with a near tie are left out: there, rounding of the arithmetic decides."""
-        scheme = parse_scheme(f"{text}_sfloat32")
+        scheme, damping = parse_scheme(f"{text}_sfloat32"), 0.1
         w, gram = weights(4, K, 24), correlated_gram(4)
         order = np.argsort(-gram[0].diagonal(), kind="stable") if act_order else None
-        codes, values, margin = obq(w[0], gram[0], scheme, order)
+        codes, values, margin = obq(w[0], gram[0], scheme, order, damping)
         nearest, nearest_values, nearest_margin = obq(w[0], np.eye(K), scheme)
         loss = lambda q: np.einsum("kn,kl,ln->n", w[0] - q, gram[0].astype(np.float64), w[0] - q)
-        better = loss(values) < loss(nearest_values)
-        assert better.mean() > 0.7
-        got = GPTQ(scale="absmax", act_order=act_order)(jnp.asarray(w), scheme, jnp.asarray(gram))
-        # The factor of a gram of condition c has relative error below k * eps * c, which is 40 * 6e-8 * 1e3 = 2.4e-3 here;
-        # targets are at most 8 steps.
-        assert np.linalg.cond(gram[0] + 0.01 * gram[0].diagonal().mean() * np.eye(K)) < 1e3
-        clear = (margin > 0.02) & (nearest_margin > 0.02) & (np.abs(loss(values) / loss(nearest_values) - 1) > 0.02)
-        assert clear.sum() >= 6
-        np.testing.assert_array_equal(np.asarray(got.qvalue)[0][:, clear], np.where(better, codes, nearest)[:, clear])
+        ratio = loss(values) / loss(nearest_values)
+        options = GPTQ(scale="absmax", act_order=act_order, damping=damping)
+        got = options(jnp.asarray(w), scheme, jnp.asarray(gram))
+        # The factor of a gram of condition c, and with it a target, is off by about k * eps / 2 * c of its size: at most
+        # the largest level. A margin is the difference of two distances. Losses are sums of k * k such terms.
+        condition = np.linalg.cond(gram[0] + damping * gram[0].diagonal().mean() * np.eye(K))
+        off = K * np.finfo(np.float32).eps / 2 * condition
+        assert off < 1e-3
+        largest = scheme.format.max_magnitude + scheme.format.uniform  # integers reach one further below zero
+        clear = np.minimum(margin, nearest_margin) > 2 * off * largest
+        clear &= np.abs(ratio - 1) > off
+        assert clear.mean() > 0.4
+        assert (ratio < 1).mean() > 0.7
+        expected = np.where(ratio < 1, codes, nearest)
+        np.testing.assert_array_equal(np.asarray(got.qvalue)[0][:, clear], expected[:, clear])
 
-    @pytest.mark.parametrize("text", ["int3_g16", "int4_channel", "int2_g24_zp"])
-    @pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act_order"])
-    def test_the_block_size_changes_nothing(self, text, act_order):
+    @pytest.mark.parametrize(
+        ("text", "act_order", "block_sizes"),
+        [("int3_g16", False, (1, 7)), ("int2_g24_zp", False, (7,)), ("int4_channel", True, (7,))],
+    )
+    def test_the_block_size_changes_nothing(self, text, act_order, block_sizes):
         """Blocks only change the order of float32 sums, by some 40 eps of a step: codes flip in one of 1e5 weights."""
         w, gram, scheme = jnp.asarray(weights(5)), jnp.asarray(correlated_gram(5)), parse_scheme(text)
         expected = GPTQ(act_order=act_order)(w, scheme, gram)
-        for block_size in (1, 7, 16):
+        for block_size in block_sizes:  # 7 divides no group: every group ends in a block that is not full
             got = GPTQ(block_size=block_size, act_order=act_order)(w, scheme, gram)
             np.testing.assert_array_equal(got.qvalue, expected.qvalue)
             np.testing.assert_array_equal(got.scale, expected.scale)
@@ -253,8 +281,7 @@ class TestGptq:
     def test_columns_computed_at_once_change_nothing(self):
         w, gram, scheme = jnp.asarray(weights(6, K, 21)), jnp.asarray(correlated_gram(6)), parse_scheme("int3_g16")
         expected = GPTQ()(w, scheme, gram)
-        for columns in (4, 21):
-            assert_equal(GPTQ(columns=columns)(w, scheme, gram), expected)
+        assert_equal(GPTQ(columns=4)(w, scheme, gram), expected)
 
     @pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act_order"])
     def test_every_column_is_at_least_as_good_as_rounding_to_nearest_and_most_are_better(self, act_order):
@@ -410,11 +437,13 @@ class TestCandidates:
         gram = correlated_gram()
         gram[0, 0, 0] = np.inf
         with pytest.raises(MpqError, match="the gram of weight a holds NaN or infinity"):
-            Candidates(params, [SPEC], GPTQ(), {"a": stats(gram)}).qtensor(SPEC, parse_scheme("int4_g16"))
+            Candidates(params, [SPEC], RTN(), {"a": stats(gram)}).qtensor(SPEC, parse_scheme("int4_g16"))
 
     def test_a_gram_of_another_shape_is_named(self, params):
         with pytest.raises(MpqError, match=r"the gram of weight a is \[1, 8, 8\], not \[1, 40, 40\]"):
-            Candidates(params, [SPEC], GPTQ(), {"a": stats(correlated_gram(0, 8))}).qtensor(SPEC, parse_scheme("int4_g16"))
+            Candidates(params, [SPEC], RTN(), {"a": stats(correlated_gram(0, 8))}).qtensor(
+                SPEC, parse_scheme("int4_g16")
+            )
 
     def test_a_weight_of_another_model_is_refused(self, params):
         candidates = Candidates(params, [SPEC], RTN())

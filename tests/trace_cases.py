@@ -182,6 +182,7 @@ def refused(p, x):
     y = y + lax.scan(lambda c, w: (c @ w, None), y, jnp.moveaxis(p["axis1"], 1, 0))[0]
     y = y + lax.scan(lambda c, _: ((c[0] @ c[1], 2 * c[1]), None), (y, p["carried"]), length=2)[0][0]
     y = y + lax.scan(lambda c, w: (c * w, None), y, p["scales"])[0]
+    y = y + x @ jnp.concatenate([p["joined"], p["joined"]], axis=1)[:, 3:9]
     return y + x @ p["slices"][0] + lax.dynamic_index_in_dim(p["dynamic"], 1, keepdims=False).sum()
 
 
@@ -208,6 +209,7 @@ REFUSED = {
     "conflict": "read twice, with different axes contracted",
     "dynamic": "read in parts (`dynamic_slice`)",
     "axis1": "scanned along an axis that is not its first",
+    "joined": "read by `concatenate`, not by a matmul",
     "low": "multiplied by another parameter, not by an activation",
     "mixed": "its axes are mixed by a reshape from (4, 6) to (6, 4)",
     "part": "read in parts (`slice`)",
@@ -225,7 +227,7 @@ REFUSED_SHAPES = {
     "used": (6, 6), "cond": (6, 6), "while": (6, 6), "summed": (6, 6), "low": (6, 2), "rank": (2, 6), "mixed": (4, 6),
     "part": (6, 7), "conflict": (6, 6), "both": (2, 6, 6), "bias2": (2, 3), "vector": (6,), "scalar": (),
     "axis1": (6, 2, 6), "carried": (6, 6), "scales": (2, 6), "slices": (3, 6, 6),
-    "dynamic": (3, 6, 6), "unused": (4, 4),
+    "dynamic": (3, 6, 6), "joined": (6, 6), "unused": (4, 4),
 }  # fmt: skip
 
 x6 = normal(2, 3, 6)

@@ -17,9 +17,8 @@ class Frontier:
     """The non-dominated (size, loss) points of a problem: no allocation is at least as good in both and better in one.
 
     Ties. Among allocations of equal size and equal loss (in `Problem.fixed_point`) the point stands for the one that
-    is first when
-    schemes are compared by their order in the problem, group by group, the group with the widest range of sizes
-    first, groups of equal range by name. So the order in which the groups are given does not matter.
+    is first when schemes are compared by their order in the problem, group by group, the group with the widest range
+    of sizes first, groups of equal range by name. So the order in which the groups are given does not matter.
 
     Attributes:
       problem: what was solved.

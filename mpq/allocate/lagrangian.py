@@ -1,9 +1,8 @@
 """Lagrangian relaxation for one budget: a certified lower bound and a feasible allocation, for very many groups.
 
 For any price p >= 0 per bit,  sum_g min_o (loss[g, o] + p * size[g, o]) - p * budget  is at most the optimum (Everett
-1963). The best
-price is the slope of the hull segment at which the budget cuts the linear relaxation (Sinha and Zoltners 1979). The
-allocation takes the segments before the cut, then what still fits.
+1963). The best price is the slope of the hull segment at which the budget cuts the linear relaxation (Sinha and
+Zoltners 1979). The allocation takes the segments before the cut, then what still fits.
 
 Differences from the papers: the bound is computed in exact integers and rounded up to the fixed-point grid, so it
 holds to the last bit.

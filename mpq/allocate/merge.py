@@ -1,8 +1,8 @@
 """Non-dominated states of a node from those of its two children, and of a plain list.
 
 The pairs of states are not enumerated: for each hull interval of the node and each left state within the limit there,
-the right states
-that bring the total size into the interval are one contiguous run, and the node's limit sieves the run.
+the right states that bring the total size into the interval are one contiguous run, and the node's limit sieves the
+run.
 """
 
 import dataclasses

@@ -3,9 +3,8 @@
     minimise   sum_g loss[g, x_g]     subject to   sum_g size_bits[g, x_g] <= budget,   allowed[g, x_g]
 
 Kellerer, Pferschy, Pisinger 2004, *Knapsack Problems*, chapter 11. Sizes are integers and stay integers. Losses are
-floats,
-whose sums depend on the order of summation; so solvers work on a fixed-point copy (`Problem.fixed_point`), on which
-sums are exact, ties are ties, and every order of groups gives the same answer.
+floats, whose sums depend on the order of summation; so solvers work on a fixed-point copy (`Problem.fixed_point`), on
+which sums are exact, ties are ties, and every order of groups gives the same answer.
 """
 
 import dataclasses
@@ -140,8 +139,8 @@ class Problem:
         """Losses as integers: `(int64[G, S], exponent)` with `loss ~= integer * 2**exponent`, 0 where not allowed.
 
         The step is 2^-60 of the sum over groups of the largest |loss| (to a power of two), so no sum overflows, and
-        each
-        loss is rounded once, by at most half a step: a float64 sum of the same losses rounds more coarsely (2^-53).
+        each loss is rounded once, by at most half a step: a float64 sum of the same losses rounds more coarsely
+        (2^-53).
         """
         loss = np.where(self.allowed, self.loss, 0.0)
         try:

@@ -1,20 +1,15 @@
 """The search for all non-dominated points: guess a band, solve within it, certify, widen where it fails.
 
 Method. Nemhauser and Ullmann 1969 (dominance), applied to a binary tree of groups instead of one group at a time; the
-states of a node are
-confined to a band above its convex hull (`tree.py`), the multiple-choice form of the core of Pisinger 1995. The band
-is right in hull
-interval j if no choice with a size there can lie above it and still be non-dominated. Whatever the first band, the
-points
-found are feasible, so their staircase U is an upper bound: a non-dominated choice of size s has loss <= U(s). If U
-stays within the band
-over interval j, the interval is *certified*: every non-dominated point in it has been found. Otherwise it is solved
-again with a wider one, at most U.
+states of a node are confined to a band above its convex hull (`tree.py`), the multiple-choice form of the core of
+Pisinger 1995. The band is right in hull interval j if no choice with a size there can lie above it and still be
+non-dominated. Whatever the first band, the points found are feasible, so their staircase U is an upper bound: a
+non-dominated choice of size s has loss <= U(s). If U stays within the band over interval j, the interval is
+*certified*: every non-dominated point in it has been found. Otherwise it is solved again with a wider one, at most U.
 
 Differences from the papers. All budgets at once; a limit for each hull interval instead of one core; integers instead
-of floats
-for the losses. It fails by memory, loudly, if the frontier itself is enormous (losses exactly proportional to
-incommensurable sizes).
+of floats for the losses. It fails by memory, loudly, if the frontier itself is enormous (losses exactly proportional
+to incommensurable sizes).
 """
 
 import dataclasses
@@ -24,14 +19,13 @@ import numpy as np
 
 from mpq.allocate.hull import group_hulls
 from mpq.allocate.merge import merge, non_dominated
-from mpq.allocate.tree import Node, join, keep_within, narrow, narrow_beside_group
+from mpq.allocate.tree import SLACK, Node, join, keep_within, narrow, narrow_beside_group
 from mpq.types import MpqError
 
 # Measured on the shapes of experiments/bench_allocate.py; none of them changes the answer.
-FIRST_BAND = (
-    30  # the first band is as high as the cost of the so-many-th cheapest deviation of one group from the hull,
-)
-FIRST_BAND_GROUPS = 6  # and one more for every so many groups
+# The first band is as high as the cost of the so-many-th cheapest deviation of one group from the hull, ...
+FIRST_BAND = 30
+FIRST_BAND_GROUPS = 6  # ... and one more for every so many groups
 WIDEN = 2.0  # by this factor it grows where it was too low, and to at least NARROWEST of what the staircase would need
 NARROWEST = 1 / 256
 LARGE = 6.0  # a group this much larger than the mean of the smaller ones is split off at the top of the tree
@@ -102,8 +96,7 @@ def search(names: tuple[str, ...], size: np.ndarray, loss: np.ndarray, allowed: 
         except OverflowError:
             raise MpqError(
                 f"the frontier needs more than {max_pairs} candidate points at once: raise max_pairs, use fewer "
-                f"schemes, or solve "
-                "single budgets with the lagrangian solver"
+                "schemes, or solve single budgets with the lagrangian solver"
             ) from None
         found_size, found_loss = np.append(found_size, root.size), np.append(found_loss, root.loss)
         keep = non_dominated(found_size, found_loss, lambda at: at)
@@ -219,12 +212,13 @@ def _interval(node: Node, size: np.ndarray) -> np.ndarray:
 def _staircase_height(root: Node, size: np.ndarray, loss: np.ndarray) -> np.ndarray:
     """`float64[H]`: how far the staircase of known points rises above the hull within each interval, at integer sizes.
 
-    It is highest just before a step. Hull vertices are among the points, so every step ends in the interval where it
-    begins.
+    It is highest just before a step; given with the allowance for rounding that `tree.py` makes everywhere. Hull
+    vertices are among the points, so every step ends in the
+    interval where it begins.
     """
     end = np.append(size[1:] - 1, size[-1])
     j = _interval(root, end)
-    height = (loss - root.y[j]).astype(np.float64) + root.slope[j] * (end - root.x[j])
+    terms = (loss - root.y[j]).astype(np.float64), root.slope[j] * (end - root.x[j])
     result = np.zeros(len(root.x) - 1)
-    np.maximum.at(result, j, height)
+    np.maximum.at(result, j, terms[0] + terms[1] + SLACK * (np.abs(terms[0]) + np.abs(terms[1])))
     return result

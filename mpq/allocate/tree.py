@@ -1,18 +1,15 @@
 """A binary tree of groups, and how a proven band above the convex hull carries down it.
 
 A *node* is a set of groups. Its states are the non-dominated (size, loss) sums of one option per group; its hull is
-the linear
-relaxation (`hull.py`). With r_j(state) = loss + slope_j * size - min over all choices of the same (the reduced cost
-at the slope of
-hull interval j), reduced costs of disjoint sets of groups add up and are never negative. Hence, if every wanted
-choice of a parent with
-a size in its interval j has r_j <= limit_j, then the part of that choice inside a child has r_j <= limit_j too. That
-carries limits down the tree (`narrow`), and leaves few states to pair on the way up (`merge.py`).
+the linear relaxation (`hull.py`). With r_j(state) = loss + slope_j * size - min over all choices of the same (the
+reduced cost at the slope of hull interval j), reduced costs of disjoint sets of groups add up and are never negative.
+Hence, if every wanted choice of a parent with a size in its interval j has r_j <= limit_j, then the part of that
+choice inside a child has r_j <= limit_j too. That carries limits down the tree (`narrow`), and leaves few states to
+pair on the way up (`merge.py`).
 
 All sizes and losses are integers and exact. Only reduced costs are floats: each is a difference of exact integers,
-rounded
-within a few parts in 2^53 of its two terms, and every comparison gives way by `SLACK` times these terms, so that
-rounding keeps a superfluous state and never drops a needed one.
+rounded within a few parts in 2^53 of its two terms, and every comparison gives way by `SLACK` times these terms, so
+that rounding keeps a superfluous state and never drops a needed one.
 """
 
 import dataclasses
@@ -135,8 +132,8 @@ def narrow_beside_group(parent: Node, child: Node, size: np.ndarray, loss: np.nd
     """Lowers `child.limit` further where the sibling is a single group, whose few options are known.
 
     With option o beside it, a wanted state of the child at size s has loss <= hull_parent(s + size_o) + limit -
-    loss_o. Between vertices
-    of the child the difference to its own hull is convex in s, so the ends of the interval bound it.
+    loss_o. Between vertices of the child the difference to its own hull is convex in s, so the ends of the interval
+    bound it.
     """
     best = np.full(len(child.x) - 1, -1.0)
     for option_size, option_loss in zip(size, loss, strict=True):

@@ -137,7 +137,9 @@ def load(path: str | os.PathLike[str]) -> Exported:
     path = Path(path)
     manifest = read_json(path / MANIFEST, _WHAT)
     if manifest.get("schema") != SCHEMA:
-        raise MpqError(f"{path / MANIFEST} has schema {manifest.get('schema')!r}, not {SCHEMA}: quantize the model again")
+        raise MpqError(
+            f"{path / MANIFEST} has schema {manifest.get('schema')!r}, not {SCHEMA}: quantize the model again"
+        )
     try:
         arrays = _read_arrays(path / _ARRAYS, manifest["arrays"])
         fields = [dict(body) for body in manifest["weights"]]
@@ -178,7 +180,9 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]
 
 def _pack_weight(spec: WeightSpec, qtensors: Mapping[str, QTensor]) -> dict[str, np.ndarray]:
     if spec.path not in qtensors:
-        raise MpqError(f"weight {spec.path} has no quantized value: give every weight a scheme (bf16 keeps it as it is)")
+        raise MpqError(
+            f"weight {spec.path} has no quantized value: give every weight a scheme (bf16 keeps it as it is)"
+        )
     qtensor = qtensors[spec.path]
     if qtensor.qvalue.shape != (spec.batch, spec.k, spec.n):
         want = [spec.batch, spec.k, spec.n]
@@ -248,7 +252,9 @@ def _read_arrays(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> dict
     for name, size in expected.items():
         found = sum(f.stat().st_size for f in (folder / name).glob("*") if not f.name.startswith("."))
         if found != size:
-            raise MpqError(f"{folder / name} holds {found} bytes of data, not {size}: truncated? Copy or quantize again")
+            raise MpqError(
+                f"{folder / name} holds {found} bytes of data, not {size}: truncated? Copy or quantize again"
+            )
     try:
         with _quiet(), PyTreeCheckpointer(use_ocdbt=False) as checkpointer:
             flat = _flatten(checkpointer.restore(folder.absolute()))

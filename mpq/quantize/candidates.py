@@ -65,7 +65,9 @@ class Candidates:
           MpqError: a path is not one of this model's weights; or as `qtensor` does.
         """
         if unknown := [path for path in choice if path not in self._weights]:
-            raise MpqError(f"the plan names {unknown[0]}, which is not one of the {len(self._weights)} weights: trace it again")
+            raise MpqError(
+                f"the plan names {unknown[0]}, which is not one of the {len(self._weights)} weights: trace it again"
+            )
         return {path: self.qtensor(self._weights[path], scheme) for path, scheme in choice.items()}
 
     def squared_error(self, spec: WeightSpec, scheme: Scheme) -> float:
@@ -89,14 +91,14 @@ class Candidates:
                 raise MpqError(f"the gram of weight {spec.path} holds NaN or infinity: calibrate again, on other text")
             if gram is not None and gram.shape != (spec.batch, spec.k, spec.k):
                 want = [spec.batch, spec.k, spec.k]
-                raise MpqError(f"the gram of weight {spec.path} is {list(gram.shape)}, not {want}: calibrate this model")
+                raise MpqError(
+                    f"the gram of weight {spec.path} is {list(gram.shape)}, not {want}: calibrate this model"
+                )
             self._checked.add(spec.path)
         return weight, gram
 
 
-def apply_plan(
-    params: Params, weights: Sequence[WeightSpec], qtensors: Mapping[str, QTensor]
-) -> dict[str, jax.Array]:
+def apply_plan(params: Params, weights: Sequence[WeightSpec], qtensors: Mapping[str, QTensor]) -> dict[str, jax.Array]:
     """The parameters with quantized weights in the place of the original ones (fake quantization).
 
     Args:

@@ -192,18 +192,20 @@ def _round_rows(w, pull, chain, scale, zero_point, block, scheme):
         qvalue = scheme.format.encode((base + _dot(link, error)) / scale + offset)
         return error.at[index].set(value - (scheme.format.decode(qvalue) - offset) * scale), qvalue
 
+    def one_by_one(*table):
+        return jax.lax.scan(one_row, jnp.zeros((block, w.shape[1])), (jnp.arange(block), *table))
+
     def one_block(error, start):
         rows = lambda a: jax.lax.dynamic_slice_in_dim(a, start, block)
         here = jax.lax.dynamic_slice_in_dim(rows(chain), start, block, axis=1)
         base = rows(w) + rows(pull) + _dot(rows(chain), error)
-        new, qvalue = jax.lax.scan(
-            one_row,
-            jnp.zeros((block, w.shape[1])),
-            (jnp.arange(block), base, here, *jax.tree.map(rows, (w, scale, zero_point))),
-        )
+        new, qvalue = one_by_one(base, here, *jax.tree.map(rows, (w, scale, zero_point)))
         return jax.lax.dynamic_update_slice_in_dim(error, new, start, 0), qvalue
 
-    error, qvalue = jax.lax.scan(one_block, jnp.zeros_like(w), jnp.arange(0, w.shape[0], block))
+    if block == len(w):  # nothing to collect from earlier blocks, and one loop less to compile
+        error, qvalue = one_by_one(w + pull, chain, w, scale, zero_point)
+        return qvalue, error
+    error, qvalue = jax.lax.scan(one_block, jnp.zeros_like(w), jnp.arange(0, len(w), block))
     return qvalue.reshape(w.shape), error
 
 

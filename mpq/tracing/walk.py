@@ -33,6 +33,7 @@ CALLS = {
 _COPIES = {"convert_element_type", "copy", "copy_p", "stop_gradient", "reduce_precision", "sharding_constraint"}
 _COPIES |= {"name", "optimization_barrier", "device_put", "layout_constraint", "pvary"}
 _LAYOUT = _COPIES | {"reshape", "squeeze", "transpose", "broadcast_in_dim", "slice"}
+_BROADCASTING = {"broadcast_in_dim", "add", "sub", "mul", "div", "max", "min", "pow", "select_n"}
 T = TypeVar("T")
 _Sources = Sequence[Source | None] | None
 
@@ -232,7 +233,7 @@ def _read(eqn: Any, sources: list[Source], held: list[int]) -> tuple[Read | None
         return None, f"read in parts (`{name}`)"
     if _has_matmul(eqn):
         return None, f"read inside `{name}`, where a read cannot be replaced"
-    if any(math.prod(avals[i].shape) < math.prod(out.shape) for i in held):
+    if name in _BROADCASTING and any(math.prod(avals[i].shape) < math.prod(out.shape) for i in held):
         return None, "broadcast over activations: a bias or a scale, not a matrix"
     return None, f"read by `{name}`, not by a matmul"
 

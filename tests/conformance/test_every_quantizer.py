@@ -59,7 +59,9 @@ def representable(scheme: Scheme, seed: int = 1) -> tuple[np.ndarray, np.ndarray
     codes[:, ::size], codes[:, 1::size] = lowest, grid.max_qvalue
     shape = (BATCH, scheme.num_groups(K), N)
     scale = jnp.asarray(rng.uniform(0.01, 0.02, shape), scheme.scale_dtype)
-    zero = jnp.asarray(rng.integers(grid.min_qvalue, grid.max_qvalue + 1, shape), jnp.int8) if scheme.zero_point else None
+    zero = (
+        jnp.asarray(rng.integers(grid.min_qvalue, grid.max_qvalue + 1, shape), jnp.int8) if scheme.zero_point else None
+    )
     return np.asarray(QTensor(jnp.asarray(codes), scale, zero, scheme).dequantize()), codes
 
 
@@ -146,7 +148,9 @@ class TestEveryQuantizer:
         if SCHEMES[text].has_scale:
             assert np.isfinite(np.asarray(got.scale)).all()
         worst = np.abs(np.asarray(got.dequantize(), np.float64) - w).max()
-        assert worst <= 4 * np.abs(w).max() + 128 * 2.0**-24  # at most the smallest float16 scale times the largest code
+        assert (
+            worst <= 4 * np.abs(w).max() + 128 * 2.0**-24
+        )  # at most the smallest float16 scale times the largest code
 
     def test_stored_bytes_are_what_the_scheme_says(self, quantizer, text):
         scheme, (w, gram) = SCHEMES[text], problem()
@@ -185,4 +189,6 @@ def test_quantizing_again_changes_nothing(quantizer, text):
         w, _ = representable(scheme)
     once = RTN("absmax")(jnp.asarray(w), scheme, None)
     assert_equal(RTN("absmax")(once.dequantize(), scheme, None), once)
-    np.testing.assert_array_equal(run(quantizer, text, np.asarray(once.dequantize()), None).dequantize(), once.dequantize())
+    np.testing.assert_array_equal(
+        run(quantizer, text, np.asarray(once.dequantize()), None).dequantize(), once.dequantize()
+    )
