@@ -88,7 +88,8 @@ def fit(
     manager = ocp.CheckpointManager(
         (work / "checkpoints").resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
     )
-    start, history = 0, []
+    start = 0
+    history: Any = []  # Orbax's JSON takes a list, though its types ask for an object
     if (latest := manager.latest_step()) is not None:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, (params, opt_state))
         restored = manager.restore(

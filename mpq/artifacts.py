@@ -251,13 +251,11 @@ def save_scores(path: Path, scores: DocumentScores) -> None:
 def load_scores(path: Path) -> DocumentScores:
     """Read one evaluation."""
     body = _read(path, "scores")
-    arrays = {
-        key: np.asarray(body[key], np.int64 if key == "document" else np.float64)
-        if isinstance(body[key], list)
-        else body[key]
-        for key in (f.name for f in dataclasses.fields(DocumentScores))
-    }
-    return DocumentScores(**arrays)
+    column = lambda key: None if body[key] is None else np.asarray(body[key], np.float64)
+    document, tokens, nll = np.asarray(body["document"], np.int64), column("tokens"), column("nll")
+    assert tokens is not None  # `save_scores` wrote both
+    assert nll is not None
+    return DocumentScores(document, tokens, nll, column("kl"), column("agree"), body["data_digest"])
 
 
 def require_model(what: Path, digest: str, model: Model) -> None:

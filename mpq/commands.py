@@ -131,7 +131,7 @@ def sensitivity(
         "schemes": [str(s) for s in table.schemes],
         "weights": [w.path for w in table.weights],
         "loss_increase": table.loss_increase.tolist(),
-        "stderr": np.where(np.isnan(table.stderr), None, table.stderr).tolist(),
+        "stderr": [[None if np.isnan(v) else v for v in row] for row in table.stderr.tolist()],
     }
 
 

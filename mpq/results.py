@@ -229,9 +229,12 @@ def agreement(tables: Mapping[str, SensitivityTable]) -> dict[str, dict[str, flo
     for (a, first), (b, second) in itertools.combinations(tables.items(), 2):
         x, y = first.loss_increase.ravel(), second.loss_increase.ravel()
         keep = (x != 0) | (y != 0)
-        tau = scipy_stats.kendalltau(x[keep], y[keep]).statistic
-        rho = scipy_stats.spearmanr(x[keep], y[keep]).statistic
-        result[f"{b} vs {a}"] = {"kendall_tau": _number(float(tau)), "spearman": _number(float(rho))}
+        tau: Any = scipy_stats.kendalltau(x[keep], y[keep])  # scipy ships no types
+        rho: Any = scipy_stats.spearmanr(x[keep], y[keep])
+        result[f"{b} vs {a}"] = {
+            "kendall_tau": _number(float(tau.statistic)),
+            "spearman": _number(float(rho.statistic)),
+        }
     return result
 
 

@@ -48,14 +48,14 @@ class ItemStore:
             os.fsync(file.fileno())
 
     def _read(self, number: int, line: bytes) -> None:
+        damaged = MpqError(f"{self._path} is damaged in line {number}: delete it to compute its items again")
         try:
             body, checksum = json.loads(line)
             inputs, key, value = json.loads(body)
-            damaged = hashlib.sha256(body.encode()).hexdigest()[:16] != checksum
-        except (ValueError, TypeError):
-            damaged = True
-        if damaged:
-            raise MpqError(f"{self._path} is damaged in line {number}: delete it to compute its items again")
+        except (ValueError, TypeError) as error:
+            raise damaged from error
+        if hashlib.sha256(body.encode()).hexdigest()[:16] != checksum:
+            raise damaged
         if inputs != self._inputs:
             raise MpqError(f"{self._path} was made from other inputs: delete it to compute its items again")
         self._values[key] = value
