@@ -271,8 +271,8 @@ def test_the_whole_job_on_a_person_s_own_model_and_text(mpq, place, capsys):
     (place / "config.py").write_text(
         "from mpq.config import RunConfig\n"
         "CONFIG = RunConfig(name='own', schemes=('int2_g16', 'int4_g16', 'int8_channel'), metrics=('fisher',),\n"
-        "    allocate_by='fisher', budgets=('5bpw',), hand_out='5bpw', window=32, batch_size=4, calibration_windows=9,\n"
-        "    selection_windows=8, test_windows=8)\n"
+        "    allocate_by='fisher', budgets=('5bpw',), hand_out='5bpw', window=32, calibration_windows=9,\n"
+        "    batch_size=4, selection_windows=8, test_windows=8)\n"
     )
     job = ["run", "config.py", "--model", "model", "--data", "calibration.txt", "--set", "seed=3", "--out", "runs"]
     code, body, _ = mpq(*job, "--json")

@@ -147,8 +147,14 @@ def test_real_models_continue_text_alike(folder):
     model = load(str(folder))
     ids = model.tokenizer.encode("def" if folder == REFERENCE else "Once upon a time").ids
     steps, start = 40, len(ids)
+    prompt = torch.tensor([ids])
     generated = theirs(folder).generate(
-        torch.tensor([ids]), max_new_tokens=steps, min_new_tokens=steps, do_sample=False, pad_token_id=0
+        prompt,
+        attention_mask=torch.ones_like(prompt),  # else a BOS with the id of padding is taken for padding
+        max_new_tokens=steps,
+        min_new_tokens=steps,
+        do_sample=False,
+        pad_token_id=0,
     )
     eos = json.loads((folder / "config.json").read_text())["eos_token_id"]
     tokens = np.zeros((1, start + steps), np.int32)
