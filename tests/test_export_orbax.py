@@ -34,7 +34,7 @@ def spec(path, param, index=(), shape=(K, N), permutation=(0, 1), batch=1, k=K, 
 
 @pytest.fixture(scope="module")
 def model():
-    """Arguments of `save`: every scheme, a transposed weight, experts, slices of a scanned array, odd names, odd leftovers."""
+    """Arguments of `save`: every scheme, a transposed weight, experts, slices of a scanned array, odd names."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape).astype(np.float32))
     params = {f"layers.{i}/kernel%": draw(K, N) for i in range(len(SCHEMES))}
@@ -209,7 +209,7 @@ def test_a_disk_that_fills_while_arrays_are_written_leaves_nothing_behind(model,
 
 def test_another_error_of_the_writer_is_not_called_a_full_disk(model, tmp_path, monkeypatch):
     monkeypatch.setattr(PyTreeCheckpointer, "save", lambda *_: (_ for _ in ()).throw(ValueError("odd")))
-    with pytest.raises(ValueError, match="^odd$"):
+    with pytest.raises(ValueError, match=r"^odd$"):
         orbax.save(tmp_path / "out", **model)
     assert not any(tmp_path.iterdir())
 

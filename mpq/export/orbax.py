@@ -4,10 +4,11 @@
     FOLDER/tokenizer.json   if the model has a tokenizer
     FOLDER/arrays/          an Orbax checkpoint, `{"quantized": {path: {...}}, "params": {path: array}}`
 
-A quantized weight is a sub-tree: `qvalue` (`uint8[batch, bytes]`, a bit stream per batch entry, see `packing`; for a float
-format the values), `scale` (`[batch, groups, n]` in its dtype) and `zero_point` (a bit stream too). Everything else of the
-model is under `params` in the dtype that it was stored in. Arrays are one chunk each and not compressed: the chunk files
-are the payload, and `payload_bytes` counts them. Any Orbax user can read the arrays with `PyTreeCheckpointer().restore`.
+A quantized weight is a sub-tree: `qvalue` (`uint8[batch, bytes]`, a bit stream per batch entry, see `packing`; for a
+float format the values), `scale` (`[batch, groups, n]` in its dtype) and `zero_point` (a bit stream too). Everything
+else of the model is under `params` in the dtype that it was stored in. Arrays are one chunk each and not compressed:
+the chunk files are the payload, and `payload_bytes` counts them. Any Orbax user can read the arrays with
+`PyTreeCheckpointer().restore`.
 
 The same content gives the same bytes: time stamps and paths that Orbax writes beside the arrays are taken out.
 """

@@ -1,8 +1,8 @@
 """Bit streams of codes of 2 to 8 bits: what lies on the disk.
 
 Code number i, less the format's smallest, occupies bits `i * bits .. (i + 1) * bits - 1` of the stream, its lowest bit
-first; bit j of the stream is bit `j % 8`, counted from the lowest, of byte `j // 8`. The last byte is filled with zeros.
-So four-bit codes lie low nibble first, and eight codes of any width are whole bytes.
+first; bit j of the stream is bit `j % 8`, counted from the lowest, of byte `j // 8`. The last byte is filled with
+zeros. So four-bit codes lie low nibble first, and eight codes of any width are whole bytes.
 """
 
 import numpy as np

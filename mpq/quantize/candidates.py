@@ -16,8 +16,8 @@ dequantize = jax.jit(QTensor.dequantize)
 class Candidates:
     """The weights of one model under any scheme, by one rounding algorithm.
 
-    Weights are computed one at a time, so a result depends on nothing but its own weight, gram and scheme: the same bits
-    whatever else was asked for before. Weights of equal shape share their compilations. Results are kept.
+    Weights are computed one at a time, so a result depends on nothing but its own weight, gram and scheme: the same
+    bits whatever else was asked for before. Weights of equal shape share their compilations. Results are kept.
     """
 
     def __init__(

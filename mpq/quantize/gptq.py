@@ -1,23 +1,26 @@
 """GPTQ: rows are rounded one after another, each making up for the errors of those before it.
 
-Frantar et al. 2022, arXiv:2210.17323, Alg. 1, in the form of Babai's nearest plane (Chen et al. 2025, arXiv:2507.18553), which gives
-the same codes without an inverse. Write the damped gram as H = R RT with R upper triangular. The layer's loss for the
-error e = w - q of one output column is then
+Frantar et al. 2022, arXiv:2210.17323, Alg. 1, in the form of Babai's nearest plane (Chen et al. 2025,
+arXiv:2507.18553), which gives the same codes without an inverse. Write the damped gram as H = R RT with R upper
+triangular. The layer's loss for the error e = w - q of one output column is then
 
     tr(eT H e) = sum_j ( sum_{i <= j} R_ij e_i )^2,
 
 and row j, which comes after rows i < j, can only zero its own square: it rounds  w_j + (sum_{i < j} R_ij e_i) / R_jj.
 
 Differences from the paper:
-- Loops run over groups, over blocks of a group, and over the rows of a block. Scales of a group are chosen when all earlier rows
-  have had their effect on it, wherever blocks begin. So the result does not depend on `block_size`, up to float32 rounding.
-- Inputs that calibration never excited (zero on the gram's diagonal) are rounded to nearest, not set to zero: other text may excite them.
-- Output columns are independent; one whose loss comes out above RTN's, because clipping made the greedy order fail, gets RTN's codes
-  and scales. So the layer loss is never above RTN's, by construction.
+- Loops run over groups, over blocks of a group, and over the rows of a block. Scales of a group are chosen when all
+  earlier rows have had their effect on it, wherever blocks begin. So the result does not depend on `block_size`, up to
+  float32 rounding.
+- Inputs that calibration never excited (zero on the gram's diagonal) are rounded to nearest, not set to zero: other
+  text may excite them.
+- Output columns are independent; one whose loss comes out above RTN's, because clipping made the greedy order fail,
+  gets RTN's codes and scales. So the layer loss is never above RTN's, by construction.
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +30,7 @@ from mpq.quantize import scales
 from mpq.quantize.rtn import RTN
 from mpq.types import MpqError, QTensor, Scheme
 
+_Fit = tuple[jax.Array, jax.Array, jax.Array | None]  # qvalue, scale, zero point
 _dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -34,15 +38,17 @@ _dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 class GPTQ:
     """Error-compensating rounding with the gram of the layer's inputs.
 
-    Float formats are cast. Without a gram (a weight that is only looked up, never multiplied) it is RTN with the same scales.
+    Float formats are cast. Without a gram (a weight that is only looked up, never multiplied) it is RTN with the same
+    scales.
 
     Attributes:
-      damping: added to the gram's diagonal, as a fraction of its mean; raised tenfold until the factorization is finite.
+      damping: added to the gram's diagonal, as a fraction of its mean; raised tenfold until the factorization is
+        finite.
       act_order: round the rows of the largest E[x^2] first; scales are then those of the original weights.
       block_size: rows whose effect on later blocks is applied at once. For speed only.
       scale: as in `RTN`.
-      columns: output columns computed at once. They are independent, so this only bounds memory and lets weights of different n share
-        one compilation; raise it where launching many small steps costs more than computing.
+      columns: output columns computed at once. They are independent, so this only bounds memory and lets weights of
+        different n share one compilation; raise it where launching many small steps costs more than computing.
     """
 
     damping: float = 0.01
@@ -102,25 +108,38 @@ def _places(gram: jax.Array, scheme: Scheme, options: GPTQ) -> tuple[int, jax.Ar
 @jax.jit
 @functools.partial(jax.vmap, in_axes=(0, 0, None))
 def _factor(gram: jax.Array, place: jax.Array, damping: jax.Array) -> jax.Array:
-    """Upper triangular `R[places, places]` with R RT = gram + damping * mean(diagonal) * I; empty places are free of all others."""
+    """Upper triangular `R[places, places]` with R RT = gram + damping * mean(diagonal) * I.
+
+    Places without a row are free of all others.
+    """
     mean = gram.diagonal().mean()
     mean = jnp.where(mean > 0, mean, 1.0)
     empty = jnp.diag(jnp.where(place == gram.shape[0], mean, 0.0))
     gram = _place(_place(gram, place).T, place) + empty
     unit = mean * jnp.eye(gram.shape[0])
 
-    def attempt(state):
+    def attempt(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         damping, _ = state
         lower = jax.lax.linalg.cholesky((gram + damping * unit)[::-1, ::-1], symmetrize_input=False)
         return jnp.maximum(10 * damping, 1e-6), lower[::-1, ::-1]
 
-    # A gram that is positive semidefinite up to rounding is factored long before 1e3; any other ends as NaN, and so as RTN.
+    # A gram that is positive semidefinite up to rounding is factored long before 1e3; any other ends as NaN, and so as
+    # RTN.
     failed = lambda state: ~jnp.isfinite(state[1]).all() & (state[0] < 1e3)
     return jax.lax.while_loop(failed, attempt, attempt((damping, gram)))[1]
 
 
 @functools.partial(jax.jit, static_argnames=("scheme", "method", "block", "act_order"))
-def _quantize(w, gram, place, factor, scheme: Scheme, method: str, block: int, act_order: bool) -> QTensor:
+def _quantize(
+    w: jax.Array,
+    gram: jax.Array,
+    place: jax.Array,
+    factor: jax.Array,
+    scheme: Scheme,
+    method: str,
+    block: int,
+    act_order: bool,
+) -> QTensor:
     """The better of GPTQ and RTN for every output column of `w[batch, k, n]`, rows in the order of `place`."""
     one = functools.partial(_one, scheme=scheme, method=method, block=block, act_order=act_order)
     if len(w) == 1:  # the usual case compiles a quarter faster without the batch axis
@@ -128,7 +147,17 @@ def _quantize(w, gram, place, factor, scheme: Scheme, method: str, block: int, a
     return jax.vmap(one)(w, gram, place, factor)
 
 
-def _one(w, gram, place, factor, scheme: Scheme, method: str, block: int, act_order: bool) -> QTensor:
+def _one(
+    w: jax.Array,
+    gram: jax.Array,
+    place: jax.Array,
+    factor: jax.Array,
+    scheme: Scheme,
+    method: str,
+    block: int,
+    act_order: bool,
+) -> QTensor:
+    """`_quantize` of one batch entry: `w[k, n]`, `gram[k, k]`, `place[places]`, `factor[places, places]`."""
     k, row_weight = w.shape[0], scales.row_weight(gram.diagonal())
     nearest = scales.quantize(w, scheme, method, row_weight)
     chain = factor.T / factor.diagonal()[:, None]  # [j, i] is R_ij / R_jj: what row j takes over of the error of row i
@@ -148,54 +177,70 @@ def _layer_loss(w: jax.Array, qtensor: QTensor, gram: jax.Array) -> jax.Array:
     return jnp.sum(error * _dot(gram, error), axis=0)
 
 
-def _in_order(w, chain, nearest, place, block):
+def _in_order(w: jax.Array, chain: jax.Array, nearest: QTensor, place: jax.Array, block: int) -> _Fit:
     """Rows in any order, under the scales of `nearest`."""
+    assert nearest.scale is not None
     k = nearest.qvalue.shape[0]
     group = jnp.minimum(place, k - 1) // (nearest.scheme.group_size or k)
-    spread = jax.tree.map(lambda a: a[group], (nearest.scale.astype(jnp.float32), nearest.zero_point))
-    qvalue, _ = _round_rows(w, jnp.zeros_like(w), chain, *spread, block, nearest.scheme)
+    scale, zero_point = jax.tree.map(lambda a: a[group], (nearest.scale.astype(jnp.float32), nearest.zero_point))
+    qvalue, _ = _round_rows(w, jnp.zeros_like(w), chain, scale, zero_point, block, nearest.scheme)
     return qvalue, nearest.scale, nearest.zero_point
 
 
-def _in_groups(w, row_weight, chain, scheme, groups, method, block):
+def _in_groups(
+    w: jax.Array, row_weight: jax.Array, chain: jax.Array, scheme: Scheme, groups: int, method: str, block: int
+) -> _Fit:
     """Groups in storage order; each takes its scales when all earlier rows have had their effect on it."""
     size, n = w.shape[0] // groups, w.shape[1]
 
-    def group(error, start):
+    def group(error: jax.Array, start: jax.Array) -> tuple[jax.Array, _Fit]:
         rows = lambda a: jax.lax.dynamic_slice_in_dim(a, start, size)
         here = jax.lax.dynamic_slice_in_dim(rows(chain), start, size, axis=1)
         pull = _dot(rows(chain), error)  # rows not yet rounded have error 0
         updated = rows(w) + jax.scipy.linalg.solve_triangular(here, pull, lower=True, unit_diagonal=True)
         scale, zero_point = scales.fit_group(updated, scheme, method, rows(row_weight))
-        spread = jax.tree.map(lambda a: jnp.broadcast_to(a, (size, n)), (scale, zero_point))
-        qvalue, new = _round_rows(rows(w), pull, here, *spread, block, scheme)
+        each, zero = jax.tree.map(lambda a: jnp.broadcast_to(a, (size, n)), (scale, zero_point))
+        qvalue, new = _round_rows(rows(w), pull, here, each, zero, block, scheme)
         return jax.lax.dynamic_update_slice_in_dim(error, new, start, 0), (qvalue, scale, zero_point)
 
     _, (qvalue, scale, zero_point) = jax.lax.scan(group, jnp.zeros_like(w), jnp.arange(groups) * size)
     return qvalue.reshape(-1, n), scale.astype(scheme.scale_dtype), zero_point
 
 
-def _round_rows(w, pull, chain, scale, zero_point, block, scheme):
+def _round_rows(
+    w: jax.Array,
+    pull: jax.Array,
+    chain: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None,
+    block: int,
+    scheme: Scheme,
+) -> tuple[jax.Array, jax.Array]:
     """Rounds `w[rows, n]` row by row: block by block, so that most of the work is matrix products.
 
     Args:
-      w, pull, scale, zero_point: `[rows, n]`; `pull` is what rows outside add to each row's target.
-      chain: `float32[rows, rows]`, the part of `_chain` among these rows.
+      w: `float32[rows, n]`.
+      pull: `float32[rows, n]`, what rows outside add to the target of each row.
+      chain: `float32[rows, rows]`, unit lower triangular: what row j takes over of the error of row i.
+      scale: `float32[rows, n]`.
+      zero_point: `int8[rows, n]` or None.
+      block: rows of a block; divides `rows`.
+      scheme: the scheme.
 
     Returns:
       qvalue and error `w - dequantized`, each `[rows, n]`.
     """
 
-    def one_row(error, row):
+    def one_row(error: jax.Array, row: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
         index, base, link, value, scale, zero_point = row
         offset = 0.0 if zero_point is None else scheme.format.decode(zero_point)
         qvalue = scheme.format.encode((base + _dot(link, error)) / scale + offset)
         return error.at[index].set(value - (scheme.format.decode(qvalue) - offset) * scale), qvalue
 
-    def one_by_one(*table):
+    def one_by_one(*table: Any) -> tuple[jax.Array, jax.Array]:
         return jax.lax.scan(one_row, jnp.zeros((block, w.shape[1])), (jnp.arange(block), *table))
 
-    def one_block(error, start):
+    def one_block(error: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows = lambda a: jax.lax.dynamic_slice_in_dim(a, start, block)
         here = jax.lax.dynamic_slice_in_dim(rows(chain), start, block, axis=1)
         base = rows(w) + rows(pull) + _dot(rows(chain), error)

@@ -8,7 +8,7 @@ from mpq.types import QTensor, Scheme
 
 
 class Quantizer(Protocol):
-    """A frozen dataclass of options. Pure; batched over the leading axis; weights of equal shape share a compilation."""
+    """Frozen options. Pure; batched over the leading axis; weights of equal shape share a compilation."""
 
     @property
     def name(self) -> str:

