@@ -81,15 +81,26 @@ def run(body: dict[str, Any], console: Console) -> None:
     """All plans of a run, and what mixing bought."""
     result = body["results"]
     tokens = result["data"]["test"]
-    rows = Table("plan", "method", "bpw", "MB", "KL, nats", "±", "ppl", "same top-1", box=box.SIMPLE, pad_edge=False)
-    original = f"{result['model']['reference_size_bytes'] / 1e6:.2f} MB, ppl {result['reference']['perplexity']:.3f}"
-    rows.title = f"{tokens['num_documents']} held-out documents, {tokens['num_tokens']:,} tokens; original: {original}"
-    for column in rows.columns[2:]:
+    console.print(
+        f"{tokens['num_documents']} held-out documents, {tokens['num_tokens']:,} tokens; original: "
+        f"{result['model']['reference_size_bytes'] / 1e6:.2f} MB, perplexity {result['reference']['perplexity']:.3f}"
+    )
+    for method in dict.fromkeys(p["method"] for p in result["plans"]):
+        console.print(_plans_table(method, [p for p in result["plans"] if p["method"] == method]))
+    console.print("* wins its budget on the selection set and is handed out\n")
+    for c in result["comparisons"]:
+        console.print(f"{c['method']:>5}  {verdict(c)}")
+    console.print(f"run folder: {body['run']}  (report.html, frontier.png, plan.json, quantized/)")
+
+
+def _plans_table(method: str, plans: list[dict[str, Any]]) -> Table:
+    rows = Table("plan", "bpw", "MB", "KL, nats", "±", "ppl", "same top-1", box=box.SIMPLE, pad_edge=False)
+    rows.title = f"rounded by {method}"
+    for column in rows.columns[1:]:
         column.justify = "right"
-    for p in sorted(result["plans"], key=lambda p: (p["method"], p["bits_per_weight"], p["kind"])):
+    for p in sorted(plans, key=lambda p: (p["bits_per_weight"], p["kind"])):
         rows.add_row(
             p["name"] + (" *" if p["handed_out"] else ""),
-            p["method"],
             f"{p['bits_per_weight']:.3f}",
             f"{p['size_bytes'] / 1e6:.3f}",
             f"{p['kl']:.5f}",
@@ -98,11 +109,7 @@ def run(body: dict[str, Any], console: Console) -> None:
             f"{100 * p['top1_agreement']:.1f} %",
             style="bold" if p["kind"] == "mixed" else "",
         )
-    console.print(rows)
-    console.print("* wins its budget on the selection set and is handed out\n")
-    for c in result["comparisons"]:
-        console.print(f"{c['method']:>5}  {verdict(c)}")
-    console.print(f"run folder: {body['run']}  (report.html, frontier.png, plan.json, quantized/)")
+    return rows
 
 
 def verdict(comparison: dict[str, Any]) -> str:
