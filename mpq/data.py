@@ -128,10 +128,15 @@ def require_disjoint(**datasets: Dataset) -> None:
 
 
 def take(data: Dataset, windows: int) -> Dataset:
-    """The first `windows` windows."""
+    """`windows` of the windows, from as many documents as there are: a first one of each, then a second, and so on."""
     if windows >= len(data.inputs):
         return data
-    return _dataset(data.inputs, data.mask, data.document, data.source, windows)
+    order = np.argsort(data.document, kind="stable")
+    _, start, count = np.unique(data.document[order], return_index=True, return_counts=True)
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order)) - np.repeat(start, count)
+    keep = np.sort(np.argsort(rank, kind="stable")[:windows])
+    return _dataset(data.inputs[keep], data.mask[keep], data.document[keep], data.source, None)
 
 
 def _windows(ids: Sequence[int], bos: int | None, window: int, limit: int | None) -> list[np.ndarray]:

@@ -65,10 +65,14 @@ def test_the_digest_depends_on_content_only():
     assert digest("x y z") == digest("x y z") != digest("x y x")
 
 
-def test_take_keeps_the_first_windows():
-    data = windows(["x y z"] * 5)
-    assert take(data, 2).inputs.shape == (2, 8)
-    assert take(data, 9) is data
+def test_take_goes_round_the_documents():
+    data = windows(["x y z = " * 30, "x = y " * 20, "z x " * 24])
+    counts = np.bincount(data.document)
+    assert counts.min() > 1
+    assert take(data, 3).document.tolist() == [0, 1, 2]
+    assert sorted(take(data, 5).document.tolist()) == [0, 0, 1, 1, 2]
+    np.testing.assert_array_equal(take(data, 3).inputs[1], data.inputs[counts[0]])
+    assert take(data, len(data.inputs)) is data
 
 
 @pytest.mark.parametrize("documents", [["x y z\n" * 400], ["a b"] * 100, ["x y\n" * 50, "z\n" * 10] * 3])
