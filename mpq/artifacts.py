@@ -21,7 +21,7 @@ from mpq.evaluate import DocumentScores
 from mpq.files import read_json, write_bytes, write_json
 from mpq.formats import parse_scheme
 from mpq.models import Model
-from mpq.types import Allocation, LayerStats, MpqError, Scheme, SensitivityTable, Use, WeightSpec
+from mpq.types import Allocation, LayerStats, MpqError, Scheme, SensitivityTable, WeightSpec
 
 SCHEMA = 1
 
@@ -154,7 +154,7 @@ def save_table(path: Path, table: SensitivityTable, extra: Mapping[str, Any]) ->
             "model_digest": table.model_digest,
             "data_digest": table.data_digest,
             "schemes": [str(s) for s in table.schemes],
-            "weights": [weight_to_json(w) for w in table.weights],
+            "weights": [dataclasses.asdict(w) for w in table.weights],
             "loss_increase": table.loss_increase.tolist(),
             "stderr": [[None if np.isnan(v) else v for v in row] for row in table.stderr.tolist()],
             **extra,
@@ -166,7 +166,7 @@ def load_table(path: Path) -> tuple[SensitivityTable, dict[str, Any]]:
     """Read a sensitivity table, and the whole file's content."""
     body = _read(path, "sensitivity")
     table = SensitivityTable(
-        weights=tuple(weight_from_json(w) for w in body["weights"]),
+        weights=tuple(WeightSpec.from_json(w) for w in body["weights"]),
         schemes=tuple(parse_scheme(s) for s in body["schemes"]),
         loss_increase=np.asarray(body["loss_increase"], np.float64),
         stderr=np.asarray([[np.nan if v is None else v for v in row] for row in body["stderr"]], np.float64),
@@ -176,17 +176,6 @@ def load_table(path: Path) -> tuple[SensitivityTable, dict[str, Any]]:
         data_digest=body["data_digest"],
     )
     return table, body
-
-
-def weight_to_json(weight: WeightSpec) -> dict[str, Any]:
-    """Plain data of one weight."""
-    return dataclasses.asdict(weight)
-
-
-def weight_from_json(body: Mapping[str, Any]) -> WeightSpec:
-    """Inverse of `weight_to_json`."""
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in body.items()}
-    return WeightSpec(**{**values, "uses": tuple(Use(**use) for use in body["uses"])})
 
 
 def save_stats(path: Path, stats: Mapping[str, LayerStats], model_digest: str, data_digest: str) -> None:

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-import mpq
 from mpq.allocate import Frontier, Problem, solve_frontier
 from mpq.artifacts import (
     Plan,
@@ -307,7 +306,7 @@ def export_arguments(
 def source_digest() -> str:
     """sha256 over the source of this package: a stage made by other code is not reused."""
     digest = hashlib.sha256()
-    root = Path(mpq.__file__).parent
+    root = Path(__file__).parent
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()

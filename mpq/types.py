@@ -9,7 +9,7 @@ Python ints in bits. Arrays that enter a table are NumPy float64. Everything is 
 import dataclasses
 import enum
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import jax
 import numpy as np
@@ -138,6 +138,12 @@ class WeightSpec:
     group: str
     uses: tuple[Use, ...]
     factors: tuple[int, ...] = ()
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Self:
+        """Inverse of `dataclasses.asdict`, also after JSON has made lists of the tuples."""
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in body.items()}
+        return cls(**{**values, "uses": tuple(Use(**use) for use in body["uses"])})
 
     @property
     def kind(self) -> str:

@@ -31,7 +31,7 @@ from mpq.export.packing import pack, unpack
 from mpq.files import canonical_json, digest_arrays, read_json, writing
 from mpq.formats import parse_scheme
 from mpq.quantize.candidates import apply_plan
-from mpq.types import MpqError, Params, QTensor, Scheme, Use, WeightSpec
+from mpq.types import MpqError, Params, QTensor, Scheme, WeightSpec
 
 MANIFEST = "mpq.json"
 SCHEMA = 1
@@ -145,7 +145,7 @@ def load(path: str | os.PathLike[str]) -> Exported:
         arrays = _read_arrays(path / _ARRAYS, manifest["arrays"])
         fields = [dict(body) for body in manifest["weights"]]
         schemes = [parse_scheme(body.pop("scheme")) for body in fields]
-        weights = tuple(_weight(body) for body in fields)
+        weights = tuple(WeightSpec.from_json(body) for body in fields)
         qtensors = {spec.path: _unpack_weight(spec, s, arrays) for spec, s in zip(weights, schemes, strict=True)}
         shapes = {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in manifest["params"].items()}
         params = {name: arrays[f"params.{_key(name)}"] for name in shapes if f"params.{_key(name)}" in arrays}
@@ -208,11 +208,6 @@ def _unpack_weight(spec: WeightSpec, scheme: Scheme, arrays: Mapping[str, np.nda
 
     zero_point = codes("zero_point", scheme.num_groups(spec.k)) if scheme.zero_point else None
     return QTensor(codes("qvalue", spec.k), jnp.asarray(part("scale")), zero_point, scheme)
-
-
-def _weight(body: Mapping[str, Any]) -> WeightSpec:
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in body.items()}
-    return WeightSpec(**{**fields, "uses": tuple(Use(**use) for use in body["uses"])})
 
 
 @contextlib.contextmanager
