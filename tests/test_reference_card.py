@@ -182,7 +182,7 @@ def test_the_held_out_loss_is_that_of_the_model(record, state, tokenizer, corpus
 
 
 def test_greedy_takes_the_likeliest_token_every_time(record, state, tokenizer):
-    model = rounded_model(state[1])
+    model = nnx.jit(rounded_model(state[1]))
     start = tokenizer.encode("def function_").ids
     ids = reference_card.greedy(model, start, 20)
     assert ids[: len(start)] == start
