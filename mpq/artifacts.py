@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
@@ -78,7 +78,7 @@ PREDICTION_KEYS = ("predicted_kl", "predicted_stderr", "lower_bound", "gap", "st
 
 def other_bits(model: Model, weights: tuple[WeightSpec, ...]) -> int:
     """Bits of the parameters that are not quantized, in the dtypes they are stored in."""
-    quantized = sum(w.size * 8 * np.dtype(numpy_dtype(model.stored[w.param])).itemsize for w in weights)
+    quantized = sum(w.size * 8 * jnp.dtype(model.stored[w.param]).itemsize for w in weights)
     return 8 * model.size_bytes - quantized
 
 
@@ -220,11 +220,7 @@ def load_stats(path: Path, model_digest: str) -> dict[str, LayerStats]:
         digest.update(name.encode() + arrays[name].tobytes())
     if header.get("kind") != "stats" or header.get("checksum") != digest.hexdigest():
         raise MpqError(f"{path} is damaged or no file of statistics: run `mpq calibrate` again")
-    if header["model_digest"] != model_digest:
-        raise MpqError(
-            f"{path} was made for another model (digest {header['model_digest'][:12]}, this one {model_digest[:12]}): "
-            "run `mpq calibrate` for this model"
-        )
+    require_model(path, header["model_digest"], model_digest)
     return {
         weight: LayerStats(arrays[f"gram/{e['owner']}"], arrays[f"absmax/{e['owner']}"], e["num_tokens"])
         for weight, e in header["weights"].items()
@@ -247,15 +243,15 @@ def load_scores(path: Path) -> DocumentScores:
     return DocumentScores(document, tokens, nll, column("kl"), column("agree"), body["data_digest"])
 
 
-def require_model(what: Path, digest: str, model: Model) -> None:
-    """Refuse a stage file that was made from another model.
+def require_model(what: Path, digest: str, model_digest: str) -> None:
+    """Refuse a stage file that was made from a model with another digest.
 
     Raises:
       MpqError: the digests differ.
     """
-    if digest != model.digest:
+    if digest != model_digest:
         raise MpqError(
-            f"{what} was made for another model (digest {digest[:12]}, this one {model.digest[:12]}): "
+            f"{what} was made for another model (digest {digest[:12]}, this one {model_digest[:12]}): "
             "make it again for this model"
         )
 
@@ -280,8 +276,3 @@ def _read(path: Path, kind: str) -> dict[str, Any]:
 
 def _checksum(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def numpy_dtype(name: str) -> Any:
-    """NumPy's dtype of a stored dtype name, `bfloat16` included."""
-    return ml_dtypes.bfloat16 if name == "bfloat16" else name

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mpq import artifacts, show
@@ -72,7 +73,7 @@ def inspect(model_source: str, *, strict: bool) -> dict[str, Any]:
     matrices = [s for s in traced.skipped if len(model.params[s.path].shape) >= 2]
     if strict and matrices:
         raise MpqError(f"{len(matrices)} matrices are not quantized, first {matrices[0].path!r}: {matrices[0].reason}")
-    width = {path: np.dtype(artifacts.numpy_dtype(d)).itemsize for path, d in model.stored.items()}
+    width = {path: jnp.dtype(d).itemsize for path, d in model.stored.items()}
     return {
         "model": model.name,
         "digest": model.digest,

@@ -113,7 +113,7 @@ def test_a_plan_for_another_model_is_refused(tmp_path, model, weights):
     with pytest.raises(MpqError, match="same names but other values"):
         artifacts.load_plan(path, other, weights)
     with pytest.raises(MpqError, match="made for another model"):
-        artifacts.require_model(path, model.digest, other)
+        artifacts.require_model(path, model.digest, other.digest)
 
 
 @pytest.mark.parametrize(
