@@ -191,11 +191,15 @@ def command(training: Any) -> str:
     """The command line that trains and exports this model: every option that differs from its default."""
     default = type(training)()
     options = [
-        f" --training.{field.name.replace('_', '-')} {getattr(training, field.name)}"
+        f" --training.{field.name.replace('_', '-')} {_words(getattr(training, field.name))}"
         for field in dataclasses.fields(training)
         if getattr(training, field.name) != getattr(default, field.name)
     ]
     return "python -m experiments.train_reference --work DIR --out mpq/assets/reference_lm" + "".join(options)
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def float32_logits(config: LlamaConfig, params: nnx.State) -> Any:

@@ -111,7 +111,8 @@ def _data(record: Mapping[str, Any]) -> str:
 def _training(training: Mapping[str, Any]) -> str:
     return (
         "Muon for the matrices of the blocks, Adam for embedding and norms; linear warmup, constant, linear decay to "
-        f"zero (`experiments/train_reference.py`). {training['tokens_seen']:,} tokens seen.\n\n"
+        "zero, again after each restart (`experiments/train_reference.py`). "
+        f"{training['tokens_seen']:,} tokens seen.\n\n"
         + table(("hyperparameter", "value"), [(name, value) for name, value in training.items()])
     )
 

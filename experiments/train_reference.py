@@ -5,8 +5,10 @@ Writes:  the Hugging Face layout (`config.json`, bf16 `model.safetensors`, `toke
 card.
 Resume:  type the same command again: the batch at step s depends on (seed, s) alone, and Orbax restores the exact step.
 
-Schedule: warmup, constant, then linear decay to zero (WSD; Hu et al. 2024, arXiv:2404.06395). Optimizer: Muon for
-matrices and AdamW for the rest (Jordan et al. 2024, as in `optax.contrib.muon`).
+Schedule: warmup, constant, then linear decay to zero (WSD; Hu et al. 2024, arXiv:2404.06395). A run that has decayed
+goes on in a further cycle of the same form (WSD-S; Wen et al. 2024, arXiv:2410.05192), so that the held-out losses at
+the ends of the cycles show how much longer training still buys. Optimizer: Muon for matrices and AdamW for the rest
+(Jordan et al. 2024, as in `optax.contrib.muon`).
 """
 
 import dataclasses
@@ -48,13 +50,15 @@ class Training:
     """Hyperparameters of one run; they are written into the model card."""
 
     steps: int = 2000
+    restarts: tuple[int, ...] = ()
+    """Steps at which one cycle of the schedule ends and the next begins."""
     batch: int = 16
     window: int = 512
     peak_lr: float = 5e-3
     adam_lr: float = 3e-3
     warmup: int = 60
     decay: float = 0.5
-    """Share of the steps, at the end, over which the learning rate falls linearly to zero."""
+    """Share of each cycle, at its end, over which the learning rate falls linearly to zero."""
     weight_decay: float = 0.05
     seed: int = 0
     compute_dtype: str = "bfloat16"
@@ -138,19 +142,7 @@ def fit(
 
 
 def make_optimizer(training: Training) -> optax.GradientTransformation:
-    """Muon on the matrices of the blocks, Adam on embedding and norms, one WSD schedule for both."""
-
-    def schedule(peak: float) -> optax.Schedule:
-        decay = round(training.decay * training.steps)
-        flat = training.steps - training.warmup - decay
-        return optax.join_schedules(
-            [
-                optax.linear_schedule(0.0, peak, training.warmup),
-                optax.constant_schedule(peak),
-                optax.linear_schedule(peak, 0.0, decay),
-            ],
-            [training.warmup, training.warmup + flat],
-        )
+    """Muon on the matrices of the blocks, Adam on embedding and norms, one schedule for both."""
 
     def matrices(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
@@ -165,14 +157,30 @@ def make_optimizer(training: Training) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.contrib.muon(
-            schedule(training.peak_lr),
+            schedule(training, training.peak_lr),
             weight_decay=training.weight_decay,
             consistent_rms=0.2,
             adam_b2=0.95,
-            adam_learning_rate=schedule(training.adam_lr),
+            adam_learning_rate=schedule(training, training.adam_lr),
             muon_weight_dimension_numbers=matrices,
         ),
     )
+
+
+def schedule(training: Training, peak: float) -> optax.Schedule:
+    """Learning rate at a step: cycles of warmup to `peak`, constant, and linear decay to zero (WSD-S)."""
+    ends = (*training.restarts, training.steps)
+    pieces: list[optax.Schedule] = []
+    lengths: list[int] = []
+    for start, end in zip((0, *training.restarts), ends, strict=True):
+        decay = round(training.decay * (end - start))
+        pieces += [
+            optax.linear_schedule(0.0, peak, training.warmup),
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, 0.0, decay),
+        ]
+        lengths += [training.warmup, end - start - training.warmup - decay, decay]
+    return optax.join_schedules(pieces, np.cumsum(lengths)[:-1].tolist())
 
 
 def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -201,6 +201,17 @@ def test_the_command_names_what_is_not_default(record):
         "--training.steps 7 --training.batch 2 --training.window 32 --training.peak-lr 0.25"
     )
     assert reference_card.command(train_reference.Training()).endswith("--out mpq/assets/reference_lm")
+    twice = train_reference.Training(restarts=(10, 20))
+    assert reference_card.command(twice).endswith("--training.restarts 10 20")
+
+
+def test_each_cycle_of_the_schedule_warms_up_stays_and_decays_to_zero():
+    training = train_reference.Training(steps=300, restarts=(100,), warmup=10, decay=0.5)
+    rate = train_reference.schedule(training, 2.0)
+    np.testing.assert_allclose([rate(s) for s in (0, 5, 10, 50, 75, 99)], [0.0, 1.0, 2.0, 2.0, 1.0, 0.04], atol=1e-6)
+    np.testing.assert_allclose(
+        [rate(s) for s in (100, 105, 110, 200, 250, 300)], [0.0, 1.0, 2.0, 2.0, 1.0, 0.0], atol=1e-6
+    )
 
 
 def test_the_card_shows_the_record(folder, record, corpus):
