@@ -2,14 +2,14 @@
 
 `trace` walks the jaxpr of a pure function and finds every parameter that reaches a `dot_general`, a
 `conv_general_dilated` or an embedding `gather` through nothing but layout operations, inside `jit`,
-rematerialization, custom derivatives and `scan`. `Trace.evaluate` runs the same jaxpr with those operations replaced.
-Both happen while JAX traces: a compiled evaluation costs what the replacements cost and nothing else. The model's
-code is not touched, so any model will do.
+rematerialization, custom derivatives, branches and loops. `Trace.evaluate` runs the same jaxpr with those operations
+replaced. Both happen while JAX traces: a compiled evaluation costs what the replacements cost and nothing else. The
+model's code is not touched, so any model will do.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -101,13 +101,14 @@ class Trace:
     _jaxpr: Any = dataclasses.field(repr=False)
     _plan: Plan = dataclasses.field(repr=False)
     _output: Any = dataclasses.field(repr=False)
+    _split: frozenset[Slot] = dataclasses.field(default=frozenset(), repr=False)
 
     def evaluate(self, params: Params, inputs: Any, replace: Replace | None = None) -> Any:
         """The function's output, with reads of weights replaced.
 
         Pure: use it under `jit`, `grad` and `vmap` like the function itself. With `replace=None`, or one that returns
-        `default(x, w)`, it is bit-identical to the function under `jit`; only the gradients of constants of a scan
-        whose weights are scanned are summed in another order, since that scan is unrolled. A function with a
+        `default(x, w)`, it is bit-identical to the function under `jit`; only gradients through a scan whose weights
+        are scanned may be summed in another order, since that scan is unrolled. A function with a
         derivative rule of its own keeps the rule unless a read inside it was changed; then its body is differentiated
         as it stands. No value can be carried out of `replace` by a side effect: it may run inside a scan or a
         rematerialized block. `accumulate` is for that.
@@ -139,7 +140,7 @@ class Trace:
           inputs: as traced.
           state: a pytree of arrays.
           update: `(site, x, state) -> state` of the same structure, shapes and dtypes; called in the order of
-            execution, in every step of a scan.
+            execution, in every step of a loop, and only in the branches that run.
 
         Returns:
           `(output, state)`.
@@ -169,7 +170,7 @@ class Trace:
             raise MpqError(f"`on` serves functions of one input array, not of {_show(self.inputs)}: trace again.")
         if tuple(shape) == self.inputs.shape:
             return self
-        other = trace(self._fn, self.params, jax.ShapeDtypeStruct(tuple(shape), self.inputs.dtype))
+        other = _traced(self._fn, self.params, jax.ShapeDtypeStruct(tuple(shape), self.inputs.dtype), self._split)
         bare = lambda spec: dataclasses.replace(spec, uses=tuple(dataclasses.replace(use, macs=0) for use in spec.uses))
         if [*map(bare, self.weights)] != [*map(bare, other.weights)]:
             raise MpqError(
@@ -177,6 +178,36 @@ class Trace:
                 "trace it for the shape that it will run on."
             )
         return other
+
+    def split(self, paths: Iterable[str] | None = None) -> "Trace":
+        """The same trace with one weight for every expert, so that each can have a scheme of its own.
+
+        A stack of experts `params[path]` of shape `[experts, ...]`, multiplied in one operation, is one weight to
+        `trace`: one scheme for all. Here it becomes `path[0]`, `path[1]`, ..., and its operation one site an expert
+        with its own slice of the input, or with all of it where every expert sees every token. Weights of one expert
+        that read the same input are a group; those of different experts never are.
+
+        Args:
+          paths: of the weights to divide; None: all whose experts have inputs of their own (`batch` > 1).
+
+        Raises:
+          MpqError: if a path is not a weight, or not a stack of experts along its first axis.
+        """
+        reads: dict[str, list[Read]] = {}
+        for site in self.sites:
+            reads.setdefault(site.spec.path, []).append(site._read)
+        stacked = {path for path, of in reads.items() if all(read.stack is not None for read in of)}
+        own_inputs = lambda read: any(f.axis == 0 for f in read.batch)
+        chosen = {p for p in stacked if own_inputs(reads[p][0])} if paths is None else set(paths)
+        for path in sorted(chosen - stacked):
+            if path not in reads:
+                raise MpqError(f"`{path}` is not one of the {len(self.weights)} weights of this trace.")
+            raise MpqError(
+                f"`{path}` cannot be divided into experts: that needs a first axis that is not contracted, of a weight "
+                f"that only matmuls read; divisible are {sorted(stacked) or 'none'}."
+            )
+        split = self._split | {reads[path][0].slot for path in chosen}
+        return self if split == self._split else _traced(self._fn, self.params, self.inputs, split)
 
     def _run(self, params: Params, inputs: Any, visit: Callable[..., Any], state: Any) -> tuple[Any, Any]:
         args = self._checked(params, inputs)
@@ -250,16 +281,25 @@ def trace(
                 f"Parameter `{name}` is a {type(param).__name__}, not an array: flatten the tree to {{path: array}}."
             )
     structs = {name: _struct(param) for name, param in params.items()}
-    inputs = jax.tree.map(_struct, inputs)
+    return _traced(fn, structs, jax.tree.map(_struct, inputs), frozenset())
+
+
+def _traced(
+    fn: Callable[[dict[str, jax.Array], Any], Any],
+    structs: Mapping[str, jax.ShapeDtypeStruct],
+    inputs: Any,
+    split: frozenset[Slot],
+) -> Trace:
+    """The trace, with the experts of the stacks in `split` read one by one."""
     jaxpr, output = jax.make_jaxpr(fn, return_shape=True)(structs, inputs)
-    walk = Walk()
+    walk = Walk(split)
     shapes = {name: struct.shape for name, struct in sorted(structs.items())}  # JAX flattens a dictionary by its keys
     sources = [Source(Slot(name, (), shape), identity(shape)) for name, shape in shapes.items()]
     sources += [walk.fresh(var) for var in jaxpr.jaxpr.invars[len(structs) :]]
     plan, _ = walk.jaxpr(jaxpr, sources, 1)
     specs, uses, skipped = found.weights(structs, walk.reads, walk.notes)
     sites = tuple(Site(i, specs[slot], use, walk.reads[i]) for i, (slot, use) in sorted(uses.items()))
-    return Trace(tuple(specs.values()), skipped, sites, structs, inputs, fn, jaxpr, plan, output)
+    return Trace(tuple(specs.values()), skipped, sites, structs, inputs, fn, jaxpr, plan, output, split)
 
 
 def _array(leaf: Any) -> Any:

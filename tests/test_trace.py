@@ -14,15 +14,20 @@ from mpq.tracing import layout
 from mpq.tracing.found import group_name
 from mpq.tracing.walk import Walk
 from mpq.types import MpqError
-from tests.trace_cases import CASES, normal, plain, tokens
+from tests import trace_cases
+from tests.trace_cases import normal, plain, tokens
+from tests.trace_cases_flax import FLAX_CASES
+from tests.trace_cases_flow import FLOW_CASES
 
+CASES = {**trace_cases.CASES, **FLAX_CASES, **FLOW_CASES}
 identity = lambda site, x, w, default: default(x, w)
 
 
 @functools.cache
 def case_of(name):
     case = CASES[name]()
-    return case, trace(case.fn, case.params, case.x)
+    traced = trace(case.fn, case.params, case.x)
+    return case, traced if case.split is None else traced.split(case.split)
 
 
 @pytest.fixture(params=CASES)
@@ -43,8 +48,8 @@ def test_says_why_every_other_parameter_is_no_weight(traced_case):
 
 
 @pytest.fixture(
-    params=[name for name in CASES if name not in ("llama_untied", "nnx_attention")]
-)  # slow to compile, and nothing new
+    params=sorted(CASES.keys() - {"llama_untied", "nnx_attention", "linen_computed_kernels", "ragged"})
+)  # without those that are slow to compile and nothing new, and what JAX cannot vmap
 def law_case(request):
     return case_of(request.param)
 
@@ -52,21 +57,24 @@ def law_case(request):
 def test_identity_replacement_is_bit_identical(law_case):
     """Under jit, grad and vmap together."""
     case, traced = law_case
-    stacked = jnp.stack([case.x, case.x[::-1]])
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), case.x)
 
     def outputs_and_gradient(fn):
         outputs = lambda p: jax.vmap(fn, (None, 0))(p, stacked)
         loss = lambda p: (lambda y: ((y**2).sum(), y))(outputs(p))
         if case.gradient == "none":
             return jax.jit(outputs)(case.params), {}
+        if case.gradient == "forward":
+            y, tangent = jax.jit(lambda p: jax.jvp(outputs, (p,), (p,)))(case.params)
+            return y, {"forward": tangent}
         gradient, y = jax.jit(jax.grad(loss, has_aux=True))(case.params)
         return y, gradient
 
     want, want_gradient = outputs_and_gradient(case.fn)
     got, gradient = outputs_and_gradient(lambda p, x: traced.evaluate(p, x, identity))
     np.testing.assert_array_equal(got, want)
-    # Unrolled, a constant's gradient is a float32 sum of the 36 terms of 3 steps: in another order, 36 roundings each.
-    eps = {"exact": 0, "none": 0, "rounded": 3 * 36 * np.finfo(np.float32).eps}[case.gradient]
+    # Unrolled, a gradient is a float32 sum of at most the 36 terms of 3 steps: in another order, 36 roundings each.
+    eps = 3 * 36 * np.finfo(np.float32).eps if case.gradient == "rounded" else 0
     for name, value in gradient.items():
         atol = eps * np.abs(want_gradient[name]).max()
         np.testing.assert_allclose(value, want_gradient[name], rtol=0, atol=atol, err_msg=name)
@@ -103,7 +111,9 @@ def test_matrices_of_every_site_multiply(law_case):
 
         return traced.evaluate(params, x, tap)
 
-    jax.block_until_ready(tapped(case.params, case.x))
+    for sign in (1, -1):  # branches depend on the sign of a sum
+        signed = lambda x, s=sign: s * x if jnp.issubdtype(x.dtype, jnp.floating) else x
+        jax.block_until_ready(tapped(case.params, jax.tree.map(signed, case.x)))
     jax.effects_barrier()
     assert {site.id for site in seen} == {site.id for site in traced.sites}
     assert {site.spec.path for site in seen} == {w.path for w in traced.weights}
@@ -125,9 +135,15 @@ def test_replaced_reads_equal_a_replaced_parameter(law_case):
     halve = lambda site, x, w, default: default(x, w * jnp.asarray(0.5, w.dtype))  # a power of two: exact in any dtype
     model = jax.jit(case.fn)
     got = jax.jit(lambda p, x: traced.evaluate(p, x, halve))(case.params, case.x)
+    if not traced.weights:
+        return
     if not any(s.reason.startswith("in part: also") for s in traced.skipped):
-        np.testing.assert_array_equal(got, model(params, case.x))
-    assert not np.array_equal(got, model(case.params, case.x))
+        # Halving is exact, but the two are different programs: XLA may sum a matmul in a loop's body in another order,
+        # which moves a dot product of up to 24 terms by a few units in the last place of the largest.
+        want = np.asarray(model(params, case.x))
+        largest = np.abs(want.astype(np.float64)).max()
+        np.testing.assert_allclose(got, want, rtol=0, atol=8 * float(jnp.finfo(want.dtype).eps) * largest)
+    assert not np.allclose(got, model(case.params, case.x), rtol=1e-2, atol=0)
 
 
 def test_the_gradient_of_a_tap_is_the_gradient_of_the_output_it_is_added_to():
@@ -271,15 +287,17 @@ def test_layouts_follow_the_elements():
 
 
 def test_tracing_is_abstract_and_linear_in_the_layers(monkeypatch):
-    """32 blocks of a 7B Llama from shapes alone, each operation looked at once."""
-    config = LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128, 4096)
+    """The 8B Llama 3 (32 blocks, 8 key-value heads) from shapes alone, each operation looked at once."""
+    config = LlamaConfig(128256, 4096, 14336, 32, 32, 8, 128, 8192)
     apply, shapes = functional(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
     seen = []
     equation = Walk._equation
     monkeypatch.setattr(Walk, "_equation", lambda self, eqn, *rest: (seen.append(eqn), equation(self, eqn, *rest))[1])
-    traced = trace(apply, shapes, jax.ShapeDtypeStruct((1, 4096), jnp.int32))
-    assert len(traced.weights) == 32 * 7 + 2
-    assert sum(w.size for w in traced.weights) == 6_738_149_376  # 6,738,415,616 of the 7B model without its norms
+    traced = trace(apply, shapes, jax.ShapeDtypeStruct((1, 8192), jnp.int32))
+    assert len(traced.weights) == 32 * 7 + 2  # with the embedding and the head, which are not tied
+    size = sum(w.size for w in traced.weights)
+    assert size == 8_030_261_248 - 65 * 4096  # the model's parameters without its norms
+    assert sum(w.macs for w in traced.weights) == 8192 * (size - 128256 * 4096)  # a lookup multiplies nothing
     assert len(seen) < 32 * 250 + 50
 
 

@@ -1,6 +1,7 @@
 """From reads and notes to weights: one `WeightSpec` a weight, fused groups, and a reason for everything else."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Hashable, Iterable, Mapping
 
@@ -8,7 +9,7 @@ import jax
 from jax import numpy as jnp
 
 from mpq.tracing import layout
-from mpq.tracing.reads import Read, Slot
+from mpq.tracing.reads import Read, Slot, show_index
 from mpq.tracing.walk import Note
 from mpq.types import Use, WeightSpec
 
@@ -83,7 +84,7 @@ def _refused(
 ) -> dict[str, str]:
     """Parameters that are read but cannot be weights, and why."""
     refused = {note.slot.param: note.reason for note in reversed(notes) if note.hidden}
-    depth: dict[str, int] = {}
+    sliced: dict[str, list[int]] = {}
     for slot, reads in by_slot.items():
         name = slot.param
         matmuls = [read for read in reads if read.kind != "embedding"]
@@ -91,8 +92,11 @@ def _refused(
             refused[name] = reason
         elif len(slot.shape) < 2:
             refused.setdefault(name, "vector")
-        elif depth.setdefault(name, len(slot.index)) != len(slot.index):
-            refused.setdefault(name, "read both as a whole and in slices")
+        elif sliced.setdefault(name, axes := _sliced(slot.index)) != axes:
+            reason = (
+                "read both as a whole and in slices" if [] in (sliced[name], axes) else "read in slices of two kinds"
+            )
+            refused.setdefault(name, reason)
         elif len({(read.batch, read.k, read.n) for read in matmuls or reads}) > 1:
             refused.setdefault(name, "read twice, with different axes contracted")
     return refused
@@ -101,7 +105,7 @@ def _refused(
 def _skipped(
     params: Mapping[str, jax.ShapeDtypeStruct], kept: Iterable[Slot], refused: Mapping[str, str], notes: list[Note]
 ) -> Iterable[Skipped]:
-    claimed: dict[str, set[tuple[int, ...]]] = {}
+    claimed: dict[str, set[tuple[int | None, ...]]] = {}
     for slot in kept:
         claimed.setdefault(slot.param, set()).add(slot.index)
     noted = {note.slot.param: note for note in reversed(notes)}
@@ -115,10 +119,11 @@ def _skipped(
             continue
         if note:
             yield Skipped(name, f"in part: also {note.reason}")
-        shape = param.shape[: len(next(iter(claimed[name])))]
-        missing = [index for index in _indices(shape) if index not in claimed[name]]
+        pattern = next(iter(claimed[name]))
+        sizes = [[None] if at is None else range(size) for at, size in zip(pattern, param.shape, strict=False)]
+        missing = [index for index in itertools.product(*sizes) if index not in claimed[name]]
         if missing:
-            slices = ", ".join("[" + ",".join(map(str, index)) + "]" for index in missing)
+            slices = ", ".join(map(show_index, missing))
             yield Skipped(name, f"in part: the slices {slices} reach no matmul")
 
 
@@ -131,8 +136,8 @@ def _plain(param: jax.ShapeDtypeStruct) -> str | None:
     return {0: "scalar", 1: "vector"}.get(len(param.shape))
 
 
-def _indices(shape: tuple[int, ...]) -> Iterable[tuple[int, ...]]:
-    return [()] if not shape else [(i, *rest) for i in range(shape[0]) for rest in _indices(shape[1:])]
+def _sliced(index: tuple[int | None, ...]) -> list[int]:
+    return [axis for axis, at in enumerate(index) if at is not None]
 
 
 def _groups(uses: Mapping[Slot, list[Use]]) -> dict[Slot, str]:

@@ -7,7 +7,9 @@ import jax
 from jax import numpy as jnp
 from jax.extend import core
 
-from mpq.tracing.walk import CALLS, Inner, Plan, opened, scan_parts, scan_steps
+from mpq.tracing.experts import Split
+from mpq.tracing.follow import opened
+from mpq.tracing.walk import CALLS, Inner, Plan, scan_parts, scan_steps, while_parts
 
 
 class Visitor(Protocol):
@@ -21,10 +23,10 @@ class Visitor(Protocol):
 class Interpreter:
     """Runs a jaxpr under an outer trace; `state` is threaded through every visit in the order of execution.
 
-    Calls are inlined, except those that mean something: rematerialization stays, a scan whose weights are not scanned
-    stays a scan, and a function with a derivative rule of its own keeps the rule as long as no visit inside it
-    changed a result. Once one did, the rule no longer belongs to the function and its body is differentiated as it
-    stands.
+    Calls are inlined, except those that mean something: rematerialization stays, branches and loops stay what they are
+    (only a scan over weights is unrolled), and a function with a derivative rule of its own keeps the rule as long as
+    no visit inside it changed a result. Once one did, the rule no longer belongs to the function and its body is
+    differentiated as it stands.
     """
 
     def __init__(self, visit: Visitor):
@@ -43,15 +45,21 @@ class Interpreter:
             env.update(zip(eqn.outvars, outs, strict=True))
         return [value(v) for v in jaxpr.outvars], state
 
-    def _equation(self, entry: int | Inner | None, eqn: Any, args: list[Any], state: Any) -> tuple[Sequence[Any], Any]:
+    def _equation(
+        self, entry: int | Split | Inner | None, eqn: Any, args: list[Any], state: Any
+    ) -> tuple[Sequence[Any], Any]:
         if entry is None:
             return _bind(eqn, args), state
         if isinstance(entry, int):
             return self._read(entry, eqn, args, state)
+        if isinstance(entry, Split):
+            return self._split(entry, eqn, args, state)
         rules = {
             "inline": self._inline,
             "remat": self._remat,
             "custom": self._custom,
+            "cond": self._cond,
+            "while": self._while,
             "scan": self._scan,
             "unrolled": self._unrolled,
         }
@@ -70,6 +78,17 @@ class Interpreter:
         self._changed |= not any(out is original for original in originals)
         return [out], state
 
+    def _split(self, entry: Split, eqn: Any, args: list[Any], state: Any) -> tuple[Sequence[Any], Any]:
+        """Expert by expert; as a whole, to the bit, where nothing was changed."""
+        before, self._changed, outs = self._changed, False, []
+        for expert, number in enumerate(entry.reads):
+            own = lambda array, dim, e=expert: array if dim is None else jax.lax.slice_in_dim(array, e, e + 1, axis=dim)
+            (out,), state = self._read(number, eqn, list(map(own, args, entry.dims)), state)
+            outs.append(out)
+        joined = [jnp.concatenate(outs, axis=entry.joined)] if self._changed else _bind(eqn, args)
+        self._changed |= before
+        return joined, state
+
     def _inline(self, entry: Inner, eqn: Any, args: list[Any], state: Any) -> tuple[list[Any], Any]:
         return self.run(entry.plans[0], _called(eqn), args, state)
 
@@ -85,6 +104,18 @@ class Interpreter:
             outs = _bind(eqn, args)
         self._changed |= before
         return outs, state
+
+    def _cond(self, entry: Inner, eqn: Any, args: list[Any], state: Any) -> tuple[list[Any], Any]:
+        branch = lambda plan, sub: lambda state, *args: self.run(plan, sub, args, state)
+        branches = [branch(*both) for both in zip(entry.plans, eqn.params["branches"], strict=True)]
+        return jax.lax.switch(args[0], branches, state, *args[1:])
+
+    def _while(self, entry: Inner, eqn: Any, args: list[Any], state: Any) -> tuple[list[Any], Any]:
+        params = eqn.params
+        cond_consts, body_consts, carry = while_parts(params, args)
+        go_on = lambda carried: self.run({}, params["cond_jaxpr"], [*cond_consts, *carried[0]], ())[0][0]
+        body = lambda carried: self.run(entry.plans[0], params["body_jaxpr"], [*body_consts, *carried[0]], carried[1])
+        return jax.lax.while_loop(go_on, body, (carry, state))
 
     def _scan(self, entry: Inner, eqn: Any, args: list[Any], state: Any) -> tuple[list[Any], Any]:
         params = eqn.params

@@ -6,6 +6,7 @@ viewed to match: `inputs_matrix[batch, tokens, k] @ w[batch, k, n] == outputs_ma
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -22,16 +23,29 @@ Shaped = Any
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """A parameter, or the slice of it at `index` along its first axes; `shape` is that of the slice."""
+    """A parameter, or a slice of it: `index` holds a position, or None for a whole axis; `shape` is the slice's."""
 
     param: str
-    index: tuple[int, ...]
+    index: tuple[int | None, ...]
     shape: tuple[int, ...]
 
     @property
     def path(self) -> str:
-        """`param`, or `param[i]`, or `param[i,j]`."""
-        return f"{self.param}[{','.join(map(str, self.index))}]" if self.index else self.param
+        """`param`, or `param[i]`, `param[i,j]`, `param[:,j]`."""
+        return self.param + show_index(self.index)
+
+    def at(self, axis: int, position: int) -> "Slot":
+        """The slice at `position` along an axis of this one."""
+        index = [*self.index, *[None] * (axis + 1)]
+        whole = [i for i, at in enumerate(index) if at is None]
+        index[whole[axis]] = position
+        last = max(i for i, at in enumerate(index) if at is not None)
+        return Slot(self.param, tuple(index[: last + 1]), self.shape[:axis] + self.shape[axis + 1 :])
+
+    def within(self, other: "Slot") -> bool:
+        """Whether this is the other, or a slice of it."""
+        pairs = itertools.zip_longest(self.index, other.index)
+        return self.param == other.param and all(theirs is None or ours == theirs for ours, theirs in pairs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +54,24 @@ class Source:
 
     root: Slot | int
     axes: layout.Axes
+
+    def at(self, dim: int, position: int) -> "Source | None":
+        """The slice at `position` along `dim`; None unless that is one whole axis of a parameter, or has size 1."""
+        if not isinstance(self.root, Slot):
+            return None
+        rest, shape = self.axes[:dim] + self.axes[dim + 1 :], self.root.shape
+        if not self.axes[dim] and shape[:1] != (1,):
+            return Source(self.root, rest)
+        axis = self.axes[dim][0].axis if self.axes[dim] else 0
+        if self.axes[dim] != layout.identity(shape)[axis]:
+            return None
+        shifted = lambda f: f._replace(axis=f.axis - (f.axis > axis))
+        return Source(self.root.at(axis, position), tuple(tuple(map(shifted, factors)) for factors in rest))
+
+
+def show_index(index: Sequence[int | None]) -> str:
+    """`[i,j]`, with `:` for a whole axis; nothing for the whole array."""
+    return "[" + ",".join(":" if i is None else str(i) for i in index) + "]" if index else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +118,8 @@ class Read:
       outputs: the output to `[batch, tokens, n]`; for an embedding to `[1, tokens, k]`.
       token_shape: shape whose flattening is the order of `tokens`.
       output: shape and dtype of the output.
+      stack: the weight's dimension, as the operation gets it, that is the parameter's whole first axis and not
+        contracted: a stack of experts can be divided there. None otherwise.
     """
 
     kind: str
@@ -101,6 +135,7 @@ class Read:
     outputs: MatrixView
     token_shape: tuple[int, ...]
     output: jax.ShapeDtypeStruct
+    stack: int | None = None
 
 
 def dot_read(params: dict[str, Any], operand: int, weight: Source, x: Source, avals: list[Shaped], out: Shaped) -> Read:
@@ -139,6 +174,7 @@ def dot_read(params: dict[str, Any], operand: int, weight: Source, x: Source, av
         outputs=layout.matrix_view(out.shape, [p for axis in [*(shared[d] for d in x_batch), *free] for p in axis]),
         token_shape=tuple(x_shape[d] for d in x_free),
         output=jax.ShapeDtypeStruct(out.shape, out.dtype),
+        stack=_stack(weight, [*w_batch, *w_free]),
     )
 
 
@@ -240,6 +276,11 @@ def _weight_view(shape: Sequence[int], roles: dict[int, int], axes: layout.Axes)
 def _slot(weight: Source) -> Slot:
     assert isinstance(weight.root, Slot)
     return weight.root
+
+
+def _stack(weight: Source, dims: Sequence[int]) -> int | None:
+    first = layout.identity(_slot(weight).shape)[0]
+    return next((d for d in dims if first and weight.axes[d] == first), None)
 
 
 def _factors(source: Source, dims: Any) -> tuple[Factor, ...]:

@@ -1,21 +1,21 @@
 """The walk over a jaxpr that finds every read of a parameter, without running anything.
 
-Each variable carries its `Source`. Layout operations pass it on; calls are entered; a scan whose scanned inputs hold
-weights is entered once a step, so that each slice is a weight of its own; any other operation ends the trail and
-leaves a note why.
+Each variable carries its `Source`. Layout operations pass it on; calls, branches and loops are entered; a scan whose
+scanned inputs hold weights is entered once a step, so that each slice is a weight of its own; any other operation ends
+the trail and leaves a note why.
 """
 
 import dataclasses
 import itertools
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from jax import numpy as jnp
 from jax.extend import core
 
 from mpq.tracing import layout
-from mpq.tracing.reads import Read, Slot, Source, conv_read, dot_read, gather_read
+from mpq.tracing.experts import Split, by_expert
+from mpq.tracing.follow import Sources, hides_matmul, laid_out, opened, read_by
+from mpq.tracing.reads import Read, Slot, Source
 
 CALLS = {
     "jit": ("inline", "jaxpr"),
@@ -30,14 +30,9 @@ CALLS = {
 }
 """Calls that are entered: how they are evaluated, and the parameter that holds what they call."""
 
-_COPIES = {"convert_element_type", "copy", "copy_p", "stop_gradient", "reduce_precision", "sharding_constraint"}
-_COPIES |= {"name", "optimization_barrier", "device_put", "layout_constraint", "pvary"}
-_LAYOUT = _COPIES | {"reshape", "squeeze", "transpose", "broadcast_in_dim", "slice"}
-_BROADCASTING = {"broadcast_in_dim", "add", "sub", "mul", "div", "max", "min", "pow", "select_n"}
 T = TypeVar("T")
-_Sources = Sequence[Source | None] | None
 
-Plan = dict[int, "int | Inner"]
+Plan = dict[int, "int | Split | Inner"]
 """Of a jaxpr: number of the equation -> number of the read it is, or the plan of what it calls."""
 
 
@@ -45,7 +40,8 @@ Plan = dict[int, "int | Inner"]
 class Inner:
     """An equation with reads inside.
 
-    `how` is `inline`, `remat`, `custom` (a custom derivative), `scan` (kept as a scan) or `unrolled` (one plan a step).
+    `how` is `inline`, `remat`, `custom` (a custom derivative), `cond` (one plan a branch), `while` (the plan of its
+    body), `scan` (kept as a scan) or `unrolled` (one plan a step).
     """
 
     how: str
@@ -59,11 +55,6 @@ class Note:
     slot: Slot
     reason: str
     hidden: bool = False
-
-
-def opened(sub: Any) -> tuple[Any, Sequence[Any]]:
-    """Jaxpr and constants of a closed jaxpr or a jaxpr: JAX 0.10 has two types, 0.11 has one."""
-    return getattr(sub, "jaxpr", sub), getattr(sub, "consts", ())
 
 
 def scan_parts(params: dict[str, Any], values: Sequence[T]) -> tuple[list[T], list[T], list[T]]:
@@ -82,13 +73,24 @@ def scan_steps(params: dict[str, Any]) -> range:
     return steps[::-1] if params["reverse"] else steps
 
 
-class Walk:
-    """The reads and notes found so far; one use, by `mpq.trace.trace`."""
+def while_parts(params: dict[str, Any], values: Sequence[T]) -> tuple[list[T], list[T], list[T]]:
+    """Constants of the condition, constants of the body and carried values among the operands of a while loop."""
+    first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    return list(values[:first]), list(values[first:second]), list(values[second:])
 
-    def __init__(self) -> None:
+
+class Walk:
+    """The reads and notes found so far; one use, by `mpq.trace.trace`.
+
+    `split` names stacks of experts whose matmuls are read expert by expert.
+    """
+
+    def __init__(self, split: Collection[Slot] = ()) -> None:
         self.reads: list[Read] = []
         self.notes: list[Note] = []
+        self._split = split
         self._values: Iterator[int] = itertools.count()
+        self._maybe: tuple[int, ...] = ()  # the branches and loop bodies around, which may run never or often
 
     def fresh(self, var: Any) -> Source:
         """The source of a new value, held by the variable `var`."""
@@ -118,10 +120,10 @@ class Walk:
             env.update((var, out or self.fresh(var)) for var, out in zip(eqn.outvars, outs, strict=True))
         return plan, [source(v) for v in jaxpr.outvars]
 
-    def _equation(self, eqn: Any, sources: list[Source], times: int) -> tuple[int | Inner | None, _Sources]:
+    def _equation(self, eqn: Any, sources: list[Source], times: int) -> tuple[int | Split | Inner | None, Sources]:
         """Plan entry and sources of the outputs; None for an output that is a new value."""
         name = eqn.primitive.name
-        if (passed := _layout(eqn, sources)) is not None:
+        if (passed := laid_out(eqn, sources)) is not None:
             return None, passed
         if name in CALLS and len(opened(eqn.params[CALLS[name][1]])[0].invars) == len(sources):
             how, key = CALLS[name]
@@ -132,120 +134,101 @@ class Walk:
             return None, None
         if name == "scan":
             return self._scan(eqn, sources, times)
-        read, reason = _read(eqn, sources, held)
+        if name == "while":
+            return self._while(eqn, sources, times), None
+        # Where the branches are one for each platform, only the one that this machine needs may compile.
+        if name == "cond" and eqn.params.get("branches_platforms") is None:
+            return self._cond(eqn, sources, times)
+        read, reason = read_by(eqn, sources, held)
         if read is None:
-            self._note([sources[i] for i in held], reason, hidden=_has_matmul(eqn))
+            self._note([sources[i] for i in held], reason, hidden=hides_matmul(eqn))
             return None, None
-        self.reads.append(dataclasses.replace(read, macs=read.macs * times))
-        return len(self.reads) - 1, None
+        if read.slot not in self._split:
+            return self._add(read, times), None
+        reads, dims, joined = by_expert(eqn, sources, read)
+        return Split(tuple(self._add(read, times) for read in reads), dims, joined), None
+
+    def _add(self, read: Read, times: int) -> int:
+        """Number of the read. What may run more or less often than the rest has inputs of its own."""
+        key = (self._maybe, read.input) if self._maybe else read.input
+        self.reads.append(dataclasses.replace(read, macs=read.macs * times, input=key))
+        return len(self.reads) - 1
 
     def _note(self, sources: Iterable[Source], reason: str, hidden: bool) -> None:
         self.notes += [Note(source.root, reason, hidden) for source in sources if isinstance(source.root, Slot)]
 
-    def _scan(self, eqn: Any, sources: list[Source], times: int) -> tuple[Inner | None, _Sources]:
+    def _perhaps(self, sub: Any, sources: Sequence[Source], times: int) -> tuple[Plan, list[Source]]:
+        """Like `jaxpr`, for one that may run never or often."""
+        around, self._maybe = self._maybe, (*self._maybe, next(self._values))
+        plan, outs = self.jaxpr(sub, sources, times)
+        self._maybe = around
+        return plan, outs
+
+    def _cond(self, eqn: Any, sources: list[Source], times: int) -> tuple[Inner | None, Sources]:
+        """Every branch; only the multiply-accumulates of the most expensive one count."""
+        branches, ranges = [], []
+        for branch in eqn.params["branches"]:
+            before = len(self.reads)
+            branches.append(self._perhaps(branch, sources[1:], times))
+            ranges.append(range(before, len(self.reads)))
+        costs = [sum(self.reads[i].macs for i in numbers) for numbers in ranges]
+        dearest = costs.index(max(costs))
+        for i in itertools.chain(*(numbers for b, numbers in enumerate(ranges) if b != dearest)):
+            self.reads[i] = dataclasses.replace(self.reads[i], macs=0)
+        plans, outs = zip(*branches, strict=True)
+        same = [out[0] if len(set(out)) == 1 else None for out in zip(*outs, strict=True)]
+        for number, out in enumerate(zip(*outs, strict=True)):
+            self._note(out if same[number] is None else (), "chosen by the branches of a `cond`", hidden=True)
+        return (Inner("cond", plans) if any(plans) else None), same
+
+    def _while(self, eqn: Any, sources: list[Source], times: int) -> Inner | None:
+        """The body, as if it ran once: how often it runs is known only when it does."""
+        cond_consts, body_consts, carry = while_parts(eqn.params, sources)
+        self._note(carry, "carried and changed by a loop", hidden=True)
+        changing = [self.fresh(var) for var in eqn.outvars]
+        before = len(self.reads)
+        self.jaxpr(eqn.params["cond_jaxpr"], [*cond_consts, *changing], times)
+        for read in self.reads[before:]:
+            self.notes.append(Note(read.slot, "read in the condition of a `while` loop", hidden=True))
+        del self.reads[before:]
+        plan, outs = self._perhaps(eqn.params["body_jaxpr"], [*body_consts, *changing], times)
+        self._note(outs, "passed on by a loop", hidden=True)
+        return Inner("while", (plan,)) if plan else None
+
+    def _scan(self, eqn: Any, sources: list[Source], times: int) -> tuple[Inner | None, Sources]:
         """Unrolled if a slice of a scanned parameter is read inside, else one body that runs `length` times."""
         consts, carry, xs = scan_parts(eqn.params, sources)
-        self._note((s for s in xs if _at(s, 0) is None), "scanned along an axis that is not its first", hidden=True)
+        self._note((s for s in xs if s.at(0, 0) is None), "scanned along a part of an axis", hidden=True)
         before = len(self.reads)
         if (unrolled := self._unrolled(eqn, sources, times)) is not None:
             return unrolled
         del self.reads[before:]
-        self._note(carry, "carried from step to step by a scan", hidden=True)
+        self._note(carry, "carried and changed by a loop", hidden=True)
         body = eqn.params["jaxpr"]
         others = [self.fresh(var) for var in opened(body)[0].invars[len(consts) :]]
-        plan, _ = self.jaxpr(body, [*consts, *others], times * eqn.params["length"])
-        return (Inner("scan", (plan,)) if plan else None), None
+        plan, outs = self.jaxpr(body, [*consts, *others], times * eqn.params["length"])
+        self._note(outs, "passed on by a loop", hidden=True)
+        passed = dict(zip(others[len(carry) :], xs, strict=True))  # what leaves as it came in, slice by slice
+        ys = [passed.get(out) for out in outs[len(carry) :]]
+        return (Inner("scan", (plan,)) if plan else None), [*[None] * len(carry), *ys]
 
-    def _unrolled(self, eqn: Any, sources: list[Source], times: int) -> tuple[Inner, _Sources] | None:
+    def _unrolled(self, eqn: Any, sources: list[Source], times: int) -> tuple[Inner, Sources] | None:
         """The scan, step by step; None as soon as the first step shows that no slice of a parameter is read."""
-        body, num_outs = eqn.params["jaxpr"], len(eqn.outvars)
+        body = eqn.params["jaxpr"]
         consts, carry, xs = scan_parts(eqn.params, sources)
-        if not any(isinstance(s.root, Slot) for s in xs):
+        if not eqn.params["length"] or not any(isinstance(s.root, Slot) for s in xs):
             return None
-        before, plans = len(self.reads), []
+        before, plans, slices, rows = len(self.reads), [], [], []
         for step in scan_steps(eqn.params):
-            slices = [_at(s, step) for s in xs]
-            inner = [s or self.fresh(v) for s, v in zip(slices, opened(body)[0].invars[-len(xs) :], strict=True)]
-            plan, outs = self.jaxpr(body, [*consts, *carry, *inner], times)
-            roots = {s.root for s in slices if s is not None}
-            if not plans and not any(read.slot in roots for read in self.reads[before:]):
+            variables = opened(body)[0].invars[-len(xs) :]
+            slices.append([s.at(0, step) or self.fresh(v) for s, v in zip(xs, variables, strict=True)])
+            plan, outs = self.jaxpr(body, [*consts, *carry, *slices[-1]], times)
+            carry, row = outs[: len(carry)], outs[len(carry) :]
+            self._note((out for out in row if out not in slices[-1]), "passed on by a loop", hidden=True)
+            roots = [s.root for s in slices[-1] if isinstance(s.root, Slot)]
+            if not plans and not any(read.slot.within(root) for read in self.reads[before:] for root in roots):
                 return None
             plans.append(plan)
-            carry = outs[: len(carry)]
-        return Inner("unrolled", tuple(plans)), [*carry, *[None] * (num_outs - len(carry))]
-
-
-def _at(source: Source, step: int) -> Source | None:
-    """The slice `step` along the first axis; None unless that is the first axis of a parameter."""
-    if not isinstance(source.root, Slot) or not source.root.shape:
-        return None
-    param, index, (length, *shape) = source.root.param, source.root.index, source.root.shape
-    if source.axes[0] != layout.identity((length,))[0]:
-        return None
-    inner = tuple(tuple(factor._replace(axis=factor.axis - 1) for factor in axis) for axis in source.axes[1:])
-    return Source(Slot(param, (*index, step), tuple(shape)), inner)
-
-
-def _layout(eqn: Any, sources: list[Source]) -> _Sources:
-    """Sources of the outputs of an operation that only lays elements out anew or rounds them; None for any other."""
-    name, params, source = eqn.primitive.name, eqn.params, sources[0] if sources else None
-    if source is None or name not in _LAYOUT:
-        return None
-    before, after = eqn.invars[0].aval, eqn.outvars[0].aval
-    axes: layout.Axes | None = None
-    if name in _COPIES:
-        same = lambda a, b: a.shape == b.shape and _kind(a) == _kind(b)
-        pairs = zip(eqn.invars, eqn.outvars, sources, strict=True)
-        return [s if same(a.aval, b.aval) else None for a, b, s in pairs]
-    if name == "squeeze" or (name == "reshape" and params["dimensions"] is None):
-        axes = layout.reshape(source.axes, after.shape)
-    elif name == "transpose":
-        axes = tuple(source.axes[axis] for axis in params["permutation"])
-    elif name == "broadcast_in_dim" and math.prod(before.shape) == math.prod(after.shape):
-        placed = dict(zip(params["broadcast_dimensions"], source.axes, strict=True))
-        axes = tuple(placed.get(axis, ()) for axis in range(len(after.shape)))
-    elif name == "slice" and before.shape == after.shape:
-        axes = source.axes
-    elif name == "slice" and after.shape == (1, *before.shape[1:]) and (row := _at(source, params["start_indices"][0])):
-        return [Source(row.root, ((), *row.axes))]
-    return None if axes is None else [Source(source.root, axes)]
-
-
-def _read(eqn: Any, sources: list[Source], held: list[int]) -> tuple[Read | None, str]:
-    """The read that the equation is, of the one parameter among its operands; else None and the reason."""
-    name, avals, out = eqn.primitive.name, [v.aval for v in eqn.invars], eqn.outvars[0].aval
-    if name == "dot_general" or name == "conv_general_dilated":
-        if len(held) == 2:
-            return None, "multiplied by another parameter, not by an activation"
-        operand = held[0]
-        if name == "dot_general":
-            return dot_read(eqn.params, operand, sources[operand], sources[1 - operand], avals, out), ""
-        if operand == 0:
-            return None, "the input of a convolution, not its kernel"
-        if eqn.params["batch_group_count"] > 1:
-            return None, "the kernel of a convolution with batch groups"
-        return conv_read(eqn.params, sources[1], sources[0], avals, out), "its output channels mix with other axes"
-    if name == "gather" and held == [0] and (read := gather_read(eqn.params, sources[0], sources[1], avals, out)):
-        return read, ""
-    if name in ("reshape", "squeeze"):
-        return None, f"its axes are mixed by a reshape from {avals[0].shape} to {out.shape}"
-    if name in ("slice", "dynamic_slice", "gather", "split"):
-        return None, f"read in parts (`{name}`)"
-    if _has_matmul(eqn):
-        return None, f"read inside `{name}`, where a read cannot be replaced"
-    if name in _BROADCASTING and any(math.prod(avals[i].shape) < math.prod(out.shape) for i in held):
-        return None, "broadcast over activations: a bias or a scale, not a matrix"
-    return None, f"read by `{name}`, not by a matmul"
-
-
-def _has_matmul(eqn: Any) -> bool:
-    """Whether a jaxpr inside the equation holds a matmul, a convolution or a lookup."""
-    return any(
-        inner.primitive.name in ("dot_general", "conv_general_dilated", "gather") or _has_matmul(inner)
-        for sub in core.jaxprs_in_params(eqn.params)
-        for inner in opened(sub)[0].eqns
-    )
-
-
-def _kind(aval: Any) -> str:
-    return next((k.__name__ for k in (jnp.floating, jnp.integer) if jnp.issubdtype(aval.dtype, k)), str(aval.dtype))
+            rows.append(row)
+        passed = dict(zip(zip(*slices, strict=True), xs, strict=True))  # what leaves as it came in, slice by slice
+        return Inner("unrolled", tuple(plans)), [*carry, *map(passed.get, zip(*rows, strict=True))]
