@@ -1,8 +1,7 @@
 """Stage files: what each stage writes and the next one reads. JSON for people and tools, safetensors for arrays.
 
 Every file says what it is, from which model and text it was made, and carries a checksum of its content; a truncated,
-edited, foreign or stale
-file is refused by name, never used.
+edited, foreign or stale file is refused by name, never used.
 """
 
 import dataclasses
@@ -21,6 +20,7 @@ from mpq.evaluate import DocumentScores
 from mpq.files import read_json, write_bytes, write_json
 from mpq.formats import parse_scheme
 from mpq.models import Model
+from mpq.tasks import Task
 from mpq.types import Allocation, LayerStats, MpqError, Scheme, SensitivityTable, WeightSpec
 
 SCHEMA = 1
@@ -229,18 +229,26 @@ def load_stats(path: Path, model_digest: str) -> dict[str, LayerStats]:
 
 def save_scores(path: Path, scores: DocumentScores) -> None:
     """Write one evaluation, document by document."""
-    arrays = {f.name: getattr(scores, f.name) for f in dataclasses.fields(scores)}
+    arrays = {f.name: getattr(scores, f.name) for f in dataclasses.fields(scores) if f.name != "task"}
     _write(path, "scores", {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in arrays.items()})
 
 
-def load_scores(path: Path) -> DocumentScores:
-    """Read one evaluation."""
+def load_scores(path: Path, task: Task) -> DocumentScores:
+    """Read one evaluation of a model with this task."""
     body = _read(path, "scores")
-    column = lambda key: None if body[key] is None else np.asarray(body[key], np.float64)
-    document, tokens, nll = np.asarray(body["document"], np.int64), column("tokens"), column("nll")
-    assert tokens is not None  # `save_scores` wrote both
-    assert nll is not None
-    return DocumentScores(document, tokens, nll, column("kl"), column("agree"), body["data_digest"])
+    array = lambda key: np.asarray(body[key], np.float64)
+    column = lambda key: None if body[key] is None else array(key)
+    return DocumentScores(
+        task=task,
+        document=np.asarray(body["document"], np.int64),
+        counts=array("counts"),
+        nll=column("nll"),
+        kl=column("kl"),
+        agree=column("agree"),
+        evidence=array("evidence"),
+        labels=column("labels"),
+        data_digest=body["data_digest"],
+    )
 
 
 def require_model(what: Path, digest: str, model_digest: str) -> None:

@@ -12,9 +12,10 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from mpq.inputs import Dataset
 from mpq.progress import track
 from mpq.trace import Site, Trace
-from mpq.types import Dataset, LayerStats, MpqError, Params
+from mpq.types import LayerStats, MpqError, Params
 
 
 class _Sums(NamedTuple):
@@ -48,7 +49,8 @@ def calibrate(traced: Trace, params: Params, data: Dataset, batch_size: int) -> 
 
     Returns:
       Path of the weight -> statistics. A weight used several times has the mean over all its uses. A tied embedding has
-      those of its matmul; a weight that is only looked up has no entry, for it is multiplied by nothing.
+      those of its matmul; a weight that is only looked up has no entry, for it is multiplied by nothing. A weight in a
+      branch that never ran has zeros, of 0 positions.
 
     Raises:
       MpqError: if a weight or an input is not finite (it is named), if `batch_size` is not positive, or if nothing
@@ -148,13 +150,13 @@ def _stats(traced: Trace, sums: Mapping[str, _Sums], counts: Mapping[str, int]) 
                 gram += sums[name].gram
                 gram += sums[name].rest
             absmax = np.max([sums[name].absmax for name in inputs], axis=0)
-            by_inputs[inputs] = LayerStats((gram / count).astype(np.float32), absmax, count)
+            by_inputs[inputs] = LayerStats((gram / max(count, 1)).astype(np.float32), absmax, count)
         stats[spec.path] = by_inputs[inputs]
     return stats
 
 
 def _require_finite(traced: Trace, params: Params) -> None:
-    arrays = {spec.path: params[spec.param][spec.index] for spec in traced.weights}
+    arrays = {spec.path: params[spec.param][spec.where] for spec in traced.weights}
     arrays |= {skipped.path: params[skipped.path] for skipped in traced.skipped}
     for path, array in arrays.items():
         if jnp.issubdtype(array.dtype, jnp.inexact) and not bool(jnp.isfinite(array).all()):

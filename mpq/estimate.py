@@ -8,8 +8,7 @@ Techniques*, 3rd ed., section 6.4, with an infinite population):
     stderr = sqrt( D / (D - 1) * sum_d (S_d - mean * n_d)^2 ) / sum_d n_d
 
 S_d: sum over the n_d tokens of document d; D: documents with at least one token. For equal n_d it is the textbook
-standard
-error of the mean of S_d / n_d. It is first order in 1/D: with a handful of documents it runs low.
+standard error of the mean of S_d / n_d. It is first order in 1/D: with a handful of documents it runs low.
 """
 
 import numpy as np

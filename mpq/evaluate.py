@@ -1,74 +1,89 @@
-"""Quality of a model on held-out text: perplexity, KL to a reference, top-1 agreement, each with a standard error.
+"""Quality of a model on held-out data: the task's own measure, KL to a reference and agreement, with standard errors.
 
-At every position that predicts a real token, with q the model's and p the reference's next-token distribution:
+For every output that counts, with q the model's and p the reference's distribution as the task defines them:
 
-    nll = -log q(next token)      KL(p || q) = sum_v p(v) (log p(v) - log q(v))      agree = [argmax p == argmax q]
+    nll = loss(q, target)       kl = KL(p || q)       agree = agreement(p, q)
 
-all in nats and from float32 logits. The device returns one sum per window; windows are added up per document on the
-host in float64, so no number depends on the batch size. Padding, and windows that only fill up a batch, never count.
+in nats and from float32 outputs; for text, -log q(next token), KL over the vocabulary, and equal most likely tokens.
+The device returns sums per row of the data; rows are added up per document on the host in float64, so no number depends
+on the batch size. Padding, and rows that only fill up a batch, never count.
 """
 
 import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mpq.estimate import mean_over_documents, paired_difference, sums_over_documents
+from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
 from mpq.progress import track
-from mpq.types import Batch, Dataset, EvalResult, MpqError, Params
+from mpq.tasks import Task
+from mpq.types import EvalResult, MpqError, Params
 
 Apply = Callable[[Params, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DocumentScores:
-    """Sums over the predicted tokens of each document: all that summaries and paired comparisons need.
+    """Sums over the outputs of each document: all that summaries and paired comparisons need.
 
     Attributes:
+      task: whose loss, KL and quality they are.
       document: `int[D]`, numbers of the documents, ascending.
-      tokens: `float64[D]`, predicted tokens.
-      nll: `float64[D]`, nats.
+      counts: `float64[D]`, outputs that count.
+      nll: `float64[D]`, nats; None where the task or the data has no targets.
       kl: `float64[D]`, nats, KL(reference || model); None without a reference.
-      agree: `float64[D]`, positions where both have the same most likely token; None without a reference.
+      agree: `float64[D]`; None without a reference.
+      evidence: `float64[D]`, what the task's quality is made of.
+      labels: `[D, ...]`, of the documents' first rows, or None.
       data_digest: of the dataset.
     """
 
+    task: Task
     document: np.ndarray
-    tokens: np.ndarray
-    nll: np.ndarray
+    counts: np.ndarray
+    nll: np.ndarray | None
     kl: np.ndarray | None
     agree: np.ndarray | None
+    evidence: np.ndarray
+    labels: np.ndarray | None
     data_digest: str
 
     def summary(self) -> EvalResult:
-        """Means per token with standard errors over documents."""
-        nll, nll_stderr = map(float, mean_over_documents(self.nll, self.tokens))
-        kl = agree = (None, None)
-        if self.kl is not None and self.agree is not None:
-            kl = tuple(map(float, mean_over_documents(self.kl, self.tokens)))
-            agree = tuple(map(float, mean_over_documents(self.agree, self.tokens)))
-        with np.errstate(over="ignore"):  # above 709 nats the perplexity is infinite, and says so
-            perplexity = float(np.exp(nll))
+        """Means per output with standard errors over documents."""
+
+        def mean(sums: np.ndarray | None) -> tuple[float | None, float | None]:
+            if sums is None:
+                return None, None
+            value, stderr = mean_over_documents(sums, self.counts)
+            return float(value), float(stderr)
+
+        quality = self.task.quality(self.evidence, self.counts, self.labels)
+        (nll, nll_stderr), (kl, kl_stderr), (agree, agree_stderr) = map(mean, (self.nll, self.kl, self.agree))
         return EvalResult(
-            perplexity=perplexity,
+            quality_name=self.task.quality_name,
+            quality=quality.value,
+            quality_stderr=quality.stderr,
             nll=nll,
             nll_stderr=nll_stderr,
-            kl=kl[0],
-            kl_stderr=kl[1],
-            top1_agreement=agree[0],
-            top1_stderr=agree[1],
-            num_documents=int((self.tokens > 0).sum()),
-            num_tokens=int(self.tokens.sum()),
+            kl=kl,
+            kl_stderr=kl_stderr,
+            agreement_name=self.task.agreement_name,
+            agreement=agree,
+            agreement_stderr=agree_stderr,
+            num_documents=int((self.counts > 0).sum()),
+            num_outputs=int(self.counts.sum()),
             data_digest=self.data_digest,
         )
 
     def difference(self, other: "DocumentScores", quantity: str = "kl") -> tuple[float, float]:
-        """`self - other` in nats (or agreement) per token, paired by document.
+        """`self - other` in nats (or agreement) per output, paired by document.
 
         Args:
           other: scores of another model on the same dataset.
@@ -87,17 +102,19 @@ class DocumentScores:
             )
         a, b = (getattr(s, quantity) if quantity in ("nll", "kl", "agree") else None for s in (self, other))
         if a is None or b is None:
-            raise MpqError(f"no {quantity!r} in both scores: allowed is nll, and with a reference kl and agree")
-        mean, stderr = paired_difference(a, b, self.tokens)
+            raise MpqError(
+                f"no {quantity!r} in both scores: allowed is nll with labels, and with a reference kl and agree"
+            )
+        mean, stderr = paired_difference(a, b, self.counts)
         return float(mean), float(stderr)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reference:
-    """Log-probabilities of the unquantized model on one dataset, computed once for a series of `score` calls.
+    """Distributions of the unquantized model's outputs on one dataset, computed once for a series of `score` calls.
 
-    They take `num_windows * time * vocabulary * 4` bytes: 64 windows of 256 tokens and 4096 words are 268 MB. Above
-    `keep_bytes` nothing is kept and every call pays the reference's forward passes again.
+    They take 4 bytes a number: for text `num_windows * time * vocabulary * 4`; 64 windows of 256 tokens and 4096 words
+    are 268 MB. Above `keep_bytes` nothing is kept and every call pays the reference's forward passes again.
 
     Attributes:
       model: whose `apply` is run.
@@ -114,7 +131,7 @@ class Reference:
     keep_bytes: int = 1 << 30
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[Batch, jax.Array]]:
-        """Batches `start` to `stop`, each with the reference's `float32[batch, time, vocab]` log-probabilities.
+        """Batches `start` to `stop`, each with the distributions `float32[batch, ..., d]` of the reference's outputs.
 
         Raises:
           MpqError: the reference gives NaN.
@@ -126,11 +143,10 @@ class Reference:
 
     @functools.cached_property
     def nbytes(self) -> int:
-        """Memory that the log-probabilities of all batches take."""
-        params = self._params
-        shape = jax.ShapeDtypeStruct((self.batch_size, *self.data.inputs.shape[1:]), jnp.int32)
-        logits = jax.eval_shape(self.model.apply, params, shape)
-        return -(-len(self.data.inputs) // self.batch_size) * int(np.prod(logits.shape)) * 4
+        """Memory that the distributions of all batches take."""
+        shape = jax.ShapeDtypeStruct((self.batch_size, *self.data.inputs.shape[1:]), self.data.inputs.dtype)
+        outputs = jax.eval_shape(self.model.apply, self._params, shape)
+        return -(-len(self.data.inputs) // self.batch_size) * int(np.prod(outputs.shape)) * 4
 
     @property
     def _params(self) -> Params:
@@ -138,9 +154,10 @@ class Reference:
 
     def _computed(self, start: int, stop: int | None) -> Iterator[tuple[Batch, jax.Array]]:
         for batch in itertools.islice(self.data.batches(self.batch_size), start, stop):
-            log_p = log_probs(self.model.apply, self._params, batch.inputs)
-            require_finite(np.asarray(_nan_if_any(log_p, batch.weight)), self._params, self.data.source)
-            yield batch, log_p
+            p = distributions(self.model.apply, self.model.task, self._params, batch.inputs)
+            counted = self.model.task.counted(batch.mask)
+            require_finite(np.asarray(_nan_if_any(p, counted)), self._params, self.data.source)
+            yield batch, p
 
     @functools.cached_property
     def _kept(self) -> list[tuple[Batch, jax.Array]]:
@@ -155,25 +172,26 @@ def score(
     reference: Params | Reference | None = None,
     batch_size: int,
 ) -> DocumentScores:
-    """Score `params` on every predicted token of `data`.
+    """Score `params` on every output of `data` that counts.
 
     One compiled function serves all parameters of equal shapes: a series of plans compiles once.
 
     Args:
-      model: the function; `model.params` play no role.
+      model: the function and the task; `model.params` play no role.
       params: what to score, such as the dequantized weights of a plan.
-      data: held-out windows.
+      data: held-out data.
       reference: parameters to compare with, or a `Reference` that keeps their outputs between calls; None: no KL.
-      batch_size: windows per forward pass; with a `Reference`, its own is used.
+      batch_size: rows per forward pass; with a `Reference`, its own is used.
 
     Returns:
       Sums per document.
 
     Raises:
-      MpqError: no token counts, the `Reference` is of other data, or an output is NaN or infinite.
+      MpqError: no output counts, the labels do not fit the outputs, the `Reference` is of other data, or an output is
+        NaN or infinite.
     """
-    if data.num_tokens == 0:
-        raise MpqError(f"{data.source} has no predicted token: give windows of at least two real tokens")
+    counts = require_outputs(model.task, data)
+    require_labels(model, params, data)
     if reference is not None and not isinstance(reference, Reference):
         reference = Reference(model, data, batch_size, reference, keep_bytes=0)
     if reference is None:
@@ -184,15 +202,59 @@ def score(
         )
     else:
         pairs, batch_size = reference.batches(), reference.batch_size
-    sums = []
-    for batch, log_p in track(pairs, "evaluate", -(-len(data.inputs) // batch_size)):
-        sums.append(_window_scores(model.apply, params, batch.inputs, batch.weight, log_p))
-    windows = np.concatenate([np.asarray(s, np.float64) for s in sums])[: len(data.inputs)]
-    require_finite(windows, params, data.source)
-    documents = sums_over_documents(windows, data.document)
-    tokens = sums_over_documents(data.mask[:, 1:].sum(axis=1), data.document)
-    kl, agree = (documents[:, 1], documents[:, 2]) if reference is not None else (None, None)
-    return DocumentScores(np.unique(data.document), tokens, documents[:, 0], kl, agree, data.digest)
+    results: list[_Sums] = []
+    for batch, p in track(pairs, "evaluate", -(-len(data.inputs) // batch_size)):
+        counted = model.task.counted(batch.mask)
+        results.append(jax.device_get(_row_sums(model.apply, model.task, params, batch, counted, p)))
+    rows = jax.tree.map(lambda *parts: np.concatenate(parts).astype(np.float64)[: len(data.inputs)], *results)
+    for values in (rows.nll, rows.kl, rows.agree, rows.finite):
+        if values is not None:
+            require_finite(values, params, data.source)
+    _, first = np.unique(data.document, return_index=True)
+    return DocumentScores(
+        model.task,
+        np.unique(data.document),
+        sums_over_documents(counts, data.document),
+        *(None if v is None else sums_over_documents(v, data.document) for v in (rows.nll, rows.kl, rows.agree)),
+        evidence=_by_document(rows.evidence, data.document),
+        labels=None if data.labels is None else data.labels[first],
+        data_digest=data.digest,
+    )
+
+
+def counts_of(task: Task, data: Dataset) -> np.ndarray:
+    """`int[num_windows]`: outputs that count in every row."""
+    counted = np.asarray(task.counted(data.mask))
+    return counted.reshape(len(counted), -1).sum(axis=1)
+
+
+def require_outputs(task: Task, data: Dataset) -> np.ndarray:
+    """`counts_of`.
+
+    Raises:
+      MpqError: nothing counts.
+    """
+    counts = counts_of(task, data)
+    if not counts.any():
+        raise MpqError(f"{data.source} has no {task.unit} that counts: all of it is padding")
+    return counts
+
+
+def require_labels(model: Model, params: Params, data: Dataset) -> None:
+    """Hold labels of classes against the number of classes.
+
+    Raises:
+      MpqError: a label is no class of the model.
+    """
+    if data.labels is None or model.task.name != "classification":
+        return
+    struct = jax.ShapeDtypeStruct(data.inputs[:1].shape, data.inputs.dtype)
+    classes = jax.eval_shape(model.apply, params, struct).shape[-1]
+    if data.labels.min() < 0 or data.labels.max() >= classes:
+        raise MpqError(
+            f"{data.source} has labels from {data.labels.min()} to {data.labels.max()}: the model has the {classes} "
+            f"classes 0 to {classes - 1}"
+        )
 
 
 def require_finite(values: np.ndarray, params: Params, what: str) -> None:
@@ -213,54 +275,74 @@ def require_finite(values: np.ndarray, params: Params, what: str) -> None:
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def log_probs(apply: Apply, params: Params, inputs: jax.Array) -> jax.Array:
-    """`float32[batch, time, vocab]` log-softmax of the model's outputs."""
-    return jax.nn.log_softmax(apply(params, inputs).astype(jnp.float32), axis=-1)
+class _Sums(NamedTuple):
+    """Of every row `float32[batch, ...]`; None where there is nothing to sum."""
+
+    nll: Any
+    kl: Any
+    agree: Any
+    evidence: Any
+    finite: Any
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def window_kl(apply: Apply, params: Params, inputs: jax.Array, weight: jax.Array, log_p: jax.Array) -> jax.Array:
-    """Sum of KL(reference || model) over the counted positions of each window, nats.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def distributions(apply: Apply, task: Task, params: Params, inputs: jax.Array) -> jax.Array:
+    """`float32[batch, ..., d]`: the distributions that the outputs stand for; for text, log-probabilities."""
+    return task.distribution(apply(params, inputs))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def row_divergence(
+    apply: Apply, task: Task, params: Params, inputs: jax.Array, counted: jax.Array, p: jax.Array
+) -> jax.Array:
+    """Sum of KL(reference || model) over the outputs of each row that count, nats.
 
     Args:
       apply: the model's function.
+      task: what its outputs mean.
       params: its parameters.
-      inputs: `int32[batch, time]`.
-      weight: `float32[batch, time]`, `Batch.weight`.
-      log_p: `float32[batch, time, vocab]`, from `log_probs` of the reference.
+      inputs: `[batch, ...]`.
+      counted: `bool[batch, ...]`, `Task.counted`.
+      p: `float32[batch, ..., d]`, from `distributions` of the reference.
 
     Returns:
       `float32[batch]`.
     """
-    return _counted(_kl(log_p, log_probs(apply, params, inputs)), weight)
+    return _counted(task.divergence(p, distributions(apply, task, params, inputs)), counted)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _window_scores(
-    apply: Apply, params: Params, inputs: jax.Array, weight: jax.Array, log_p: jax.Array | None
-) -> jax.Array:
-    """`float32[batch, 3]`: sums of nll, KL and agreement over the counted positions; without a reference only nll."""
-    log_q = log_probs(apply, params, inputs)
-    following = jnp.roll(inputs, -1, axis=1)[..., None]  # the wrapped last position never counts
-    columns = [-jnp.take_along_axis(log_q, following, axis=-1)[..., 0]]
-    if log_p is not None:
-        columns += [_kl(log_p, log_q), (log_p.argmax(axis=-1) == log_q.argmax(axis=-1)).astype(jnp.float32)]
-    return jnp.stack([_counted(c, weight) for c in columns], axis=-1)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _row_sums(apply: Apply, task: Task, params: Params, batch: Batch, counted: jax.Array, p: jax.Array | None) -> _Sums:
+    """Sums over the outputs of each row that count; evidence that is a vector comes as it is."""
+    q = distributions(apply, task, params, batch.inputs)
+    targets = task.targets(batch.inputs, batch.labels)
+    evidence = task.evidence(q, targets)
+    return _Sums(
+        nll=None if targets is None else _counted(task.loss(q, targets), counted),
+        kl=None if p is None else _counted(task.divergence(p, q), counted),
+        agree=None if p is None else _counted(task.agreement(p, q), counted),
+        evidence=_counted(evidence, counted) if evidence.ndim < q.ndim else evidence,
+        finite=_counted(jnp.where(jnp.isnan(q).any(axis=-1), jnp.nan, 0.0), counted),
+    )
 
 
 @jax.jit
-def _nan_if_any(log_p: jax.Array, weight: jax.Array) -> jax.Array:
-    """NaN if the log-probabilities of a counted position hold one, else 0."""
-    return jnp.where(jnp.any(jnp.isnan(log_p).any(axis=-1) & (weight > 0)), jnp.nan, 0.0)
+def _nan_if_any(p: jax.Array, counted: jax.Array) -> jax.Array:
+    """NaN if the distribution of an output that counts holds one, else 0."""
+    return jnp.where(jnp.any(jnp.isnan(p).any(axis=-1) & counted), jnp.nan, 0.0)
 
 
-def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    """KL(p || q) over the last axis; a word with p = 0 adds nothing, also where both logits are -inf."""
-    p = jnp.exp(log_p)
-    return jnp.sum(jnp.where(p > 0, p * (log_p - log_q), 0.0), axis=-1)
+def _counted(values: jax.Array, counted: jax.Array) -> jax.Array:
+    """Sum over each row where `counted`; what stands elsewhere, NaN included, has no influence."""
+    return jnp.sum(jnp.where(counted, values, 0.0).reshape(len(values), -1), axis=1)
 
 
-def _counted(values: jax.Array, weight: jax.Array) -> jax.Array:
-    """Sum over time where `weight` is set; what stands elsewhere, NaN included, has no influence."""
-    return jnp.sum(jnp.where(weight > 0, values, 0.0), axis=1)
+def _by_document(evidence: np.ndarray, document: np.ndarray) -> np.ndarray:
+    """`float64[D]`: sums; of vectors `[rows, d]` the inner product of each document's two, NaN where it has others."""
+    if evidence.ndim == 1:
+        return sums_over_documents(evidence, document)
+    count = np.unique(document, return_counts=True)[1]
+    if (count != 2).any():
+        return np.full(len(count), np.nan)
+    pairs = evidence[np.argsort(document, kind="stable")].reshape(len(count), 2, -1)
+    return np.sum(pairs[:, 0] * pairs[:, 1], axis=-1)

@@ -1,8 +1,8 @@
 """The stages in a row: `run(config)` and the run folder. The one place that decides what is computed and kept on disk.
 
-A run folder is named by the digest of everything its content depends on (config, model, texts, versions, the source
-of this package), so a
-file found in it is a finished stage of this very run: an interrupted run continues, and gives the same bytes.
+A run folder is named by the digest of everything its content depends on (config, model, data, versions, the source of
+this package), so a file found in it is a finished stage of this very run: an interrupted run continues, and gives the
+same bytes.
 """
 
 import dataclasses
@@ -34,17 +34,19 @@ from mpq.artifacts import (
 )
 from mpq.calibrate import calibrate
 from mpq.config import RunConfig
-from mpq.data import make_dataset, read_documents, require_disjoint, split_documents, take
+from mpq.data import take
+from mpq.data.sources import read_sets
 from mpq.evaluate import DocumentScores, Reference, score
 from mpq.export import orbax
 from mpq.formats import parse_scheme
-from mpq.models import Model, load, resolve
+from mpq.inputs import Dataset
+from mpq.models import Model, load
 from mpq.quantize import QUANTIZERS, Candidates, apply_plan
 from mpq.record import timed
 from mpq.sensitivity import METRICS
 from mpq.store import ItemStore
 from mpq.trace import Trace
-from mpq.types import Dataset, MpqError, SensitivityTable, WeightSpec
+from mpq.types import MpqError, SensitivityTable, WeightSpec
 from mpq.units import parse_size
 
 T = TypeVar("T")
@@ -52,35 +54,18 @@ SETS = ("calibration", "selection", "test")
 
 
 def datasets(model: Model, config: RunConfig) -> dict[str, Dataset]:
-    """The calibration, selection and test sets of a run; no window is in two of them.
+    """The calibration, selection and test sets of a run; no row is in two of them.
 
     Raises:
-      MpqError: a text is missing, too short, or overlaps with another.
+      MpqError: a source is missing, too short, does not suit the model, or its sets overlap.
     """
-    if config.data == "reference":
-        folder = resolve("reference") / "text"
-        documents = [read_documents(folder / f"{name}.txt") for name in SETS]
-    else:
-        documents = split_documents(read_documents(Path(config.data)))
-    if config.window > model.context:
-        raise MpqError(
-            f"window {config.window} is longer than the model's context of {model.context}: use at most that"
-        )
-    limits = (config.calibration_windows, config.selection_windows, config.test_windows)
-    sets = {
-        name: make_dataset(
-            texts,
-            model.tokenizer,
-            bos=model.bos,
-            window=config.window,
-            max_windows=limit,
-            windows_per_document=config.windows_per_document,
-            source=f"{config.data} ({name})",
-        )
-        for name, texts, limit in zip(SETS, documents, limits, strict=True)
-    }
-    require_disjoint(**sets)
-    return sets
+    return read_sets(
+        model,
+        config.data,
+        window=config.window,
+        limits={name: getattr(config, f"{name}_windows") for name in SETS},
+        windows_per_document=config.windows_per_document,
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -148,14 +133,14 @@ class Run:
             params = apply_plan(self.model.params, self.traced.weights, self.qtensors(plan, method))
             return score(self.model, params, self.sets[which], reference=self.reference(which), batch_size=0)
 
-        return self._stage(f"scores/{which}-{method}-{plan.name}.json", load_scores, make, save_scores)
+        return self._scores_stage(f"{which}-{method}-{plan.name}", make)
 
     def reference_scores(self, which: str) -> DocumentScores:
         """The unquantized model's own quality: KL 0, agreement 1."""
         make = lambda: score(
             self.model, self.model.params, self.sets[which], reference=self.reference(which), batch_size=0
         )
-        return self._stage(f"scores/{which}-original.json", load_scores, make, save_scores)
+        return self._scores_stage(f"{which}-original", make)
 
     def qtensors(self, plan: Plan, method: str) -> dict[str, Any]:
         """Path -> quantized weight."""
@@ -182,6 +167,10 @@ class Run:
                 path, **export_arguments(self.model, self.traced.weights, self.qtensors(plan, self.config.method), plan)
             )
         return path
+
+    def _scores_stage(self, name: str, make: Callable[[], DocumentScores]) -> DocumentScores:
+        load_it = lambda path: load_scores(path, self.model.task)
+        return self._stage(f"scores/{name}.json", load_it, make, save_scores)
 
     def _solve(self, budget: str, method: str) -> Plan:
         def make() -> Plan:

@@ -1,8 +1,7 @@
 """Progress bars on standard error, for every stage alike; silent unless a person is watching.
 
 Stages wrap their loops in `track(items, "sensitivity kl", total)`. Nothing is shown until `shown()` is entered, which
-the command line
-does, so the library stays quiet.
+the command line does, so the library stays quiet.
 """
 
 import contextlib

@@ -10,7 +10,7 @@ from scipy import stats as scipy_stats
 
 from mpq.allocate import Frontier
 from mpq.artifacts import Plan, other_bits, save_plan
-from mpq.evaluate import DocumentScores, score
+from mpq.evaluate import DocumentScores, counts_of, score
 from mpq.export import orbax
 from mpq.files import write_json
 from mpq.pipeline import Run, budget_bits
@@ -59,7 +59,7 @@ def check_export(run: Run) -> dict[str, Any]:
     loaded = orbax.load(path).dequantized()
     exported = score(run.model, loaded, run.sets["test"], reference=run.reference("test"), batch_size=0)
     expected = run.scores(plan, run.config.method, "test")
-    if not np.array_equal(exported.nll, expected.nll):
+    if exported.kl is None or expected.kl is None or not np.array_equal(exported.kl, expected.kl):
         raise MpqError(
             f"{path} computes other outputs than the plan that was evaluated: remove the folder and run again"
         )
@@ -68,7 +68,7 @@ def check_export(run: Run) -> dict[str, Any]:
 
 def collect(run: Run) -> dict[str, Any]:
     """Evaluate every plan on the test set and put all numbers together; `analysis/load.py` documents the schema."""
-    weights = run.traced.weights
+    weights, task = run.traced.weights, run.model.task
     tables, _ = run.tables, run.frontiers  # in this order, so that costs are booked to the stage that causes them
     winners = {budget: run.winner(budget) for budget in run.config.budgets}
     handed_out = {winner.name for winner, _ in winners.values()}
@@ -77,6 +77,12 @@ def collect(run: Run) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "name": run.config.name,
+        "task": {
+            "name": task.name,
+            "unit": task.unit,
+            "quality": task.quality_name,
+            "agreement": task.agreement_name,
+        },
         "model": {
             "name": run.model.name,
             "digest": run.model.digest,
@@ -89,7 +95,7 @@ def collect(run: Run) -> dict[str, Any]:
                 "source": data.source,
                 "digest": data.digest,
                 "num_documents": data.num_documents,
-                "num_tokens": data.num_tokens,
+                "num_outputs": int(counts_of(run.model.task, data).sum()),
             }
             for name, data in run.sets.items()
         },
@@ -131,19 +137,7 @@ def plan_entry(run: Run, plan: Plan, method: str, scores: DocumentScores, handed
 
 def evaluation(scores: DocumentScores) -> dict[str, Any]:
     """The keys of `mpq evaluate`, without sizes."""
-    result = scores.summary()
-    keys = (
-        "perplexity",
-        "nll",
-        "nll_stderr",
-        "kl",
-        "kl_stderr",
-        "top1_agreement",
-        "top1_stderr",
-        "num_documents",
-        "num_tokens",
-    )
-    return {key: _number(getattr(result, key)) for key in keys}
+    return scores.summary().to_json()
 
 
 def predict(plan: Plan, table: SensitivityTable) -> tuple[float, float | None]:

@@ -7,33 +7,6 @@ from rich.console import Console
 from rich.table import Table
 
 
-def inspection(body: dict[str, Any], console: Console) -> None:
-    """Weights, then what is not quantized."""
-    table = Table(
-        "weight", "kind", "k x n", "uses", "MACs/token", "fused with", "bytes", title=f"{body['model']}: weights"
-    )
-    members: dict[str, int] = {}
-    for w in body["weights"]:
-        members[w["group"]] = members.get(w["group"], 0) + 1
-    for w in body["weights"]:
-        shape = f"{w['k']} x {w['n']}" if w["batch"] == 1 else f"{w['batch']} x {w['k']} x {w['n']}"
-        group = w["group"] if members[w["group"]] > 1 else ""
-        table.add_row(
-            w["path"], w["kind"], shape, str(w["uses"]), f"{w['macs_per_token']:,.0f}", group, f"{w['size_bytes']:,}"
-        )
-    console.print(table)
-    total = sum(w["size_bytes"] for w in body["weights"])
-    console.print(
-        f"{len(body['weights'])} weights, {total / 1e6:.3f} MB of {body['size_bytes'] / 1e6:.3f} MB; "
-        f"{body['parameters']:,} parameters"
-    )
-    reasons: dict[str, list[str]] = {}
-    for s in body["skipped"]:
-        reasons.setdefault(s["reason"], []).append(s["path"])
-    for reason, paths in reasons.items():
-        console.print(f"not quantized: {len(paths)} ({reason}), first {paths[0]}", style="dim")
-
-
 def written(body: dict[str, Any], console: Console) -> None:
     """What was written where."""
     console.print("  ".join(f"{key} {_text(value)}" for key, value in body.items()))
@@ -66,13 +39,16 @@ def plan(body: dict[str, Any], console: Console) -> None:
 
 def evaluation(body: dict[str, Any], console: Console) -> None:
     """Quality of one model."""
+    keys = list(body)
+    quality, agreement = keys[0], keys[keys.index("kl_stderr") + 1]
     rows = Table("measure", "value", title="held-out quality")
-    rows.add_row("perplexity", f"{body['perplexity']:.4f}")
-    rows.add_row("nll, nats per token", _with_error(body["nll"], body["nll_stderr"]))
+    rows.add_row(quality, _with_error(body[quality], body[f"{quality}_stderr"]))
+    if body["nll"] is not None:
+        rows.add_row("nll, nats", _with_error(body["nll"], body["nll_stderr"]))
     if body["kl"] is not None:
-        rows.add_row("KL to reference, nats per token", _with_error(body["kl"], body["kl_stderr"]))
-        rows.add_row("top-1 agreement", _with_error(body["top1_agreement"], body["top1_stderr"]))
-    rows.add_row("documents, tokens", f"{body['num_documents']}, {body['num_tokens']:,}")
+        rows.add_row("KL to reference, nats", _with_error(body["kl"], body["kl_stderr"]))
+        rows.add_row(_spelled(agreement), _with_error(body[agreement], body[_stderr(agreement)]))
+    rows.add_row("documents, outputs", f"{body['num_documents']}, {body['num_outputs']:,}")
     rows.add_row("size", f"{body['size_bytes']:,} bytes, {body['bits_per_weight']:.4f} bits per weight")
     console.print(rows)
 
@@ -80,21 +56,26 @@ def evaluation(body: dict[str, Any], console: Console) -> None:
 def run(body: dict[str, Any], console: Console) -> None:
     """All plans of a run, and what mixing bought."""
     result = body["results"]
-    tokens = result["data"]["test"]
+    test, task = result["data"]["test"], result["task"]
+    quality = result["reference"][task["quality"]]
     console.print(
-        f"{tokens['num_documents']} held-out documents, {tokens['num_tokens']:,} tokens; original: "
-        f"{result['model']['reference_size_bytes'] / 1e6:.2f} MB, perplexity {result['reference']['perplexity']:.3f}"
+        f"{test['num_documents']} held-out documents, {test['num_outputs']:,} {task['unit']}s; original: "
+        f"{result['model']['reference_size_bytes'] / 1e6:.2f} MB"
+        + ("" if quality is None else f", {task['quality']} {quality:.4g}")
     )
     for method in dict.fromkeys(p["method"] for p in result["plans"]):
-        console.print(_plans_table(method, [p for p in result["plans"] if p["method"] == method]))
+        console.print(_plans_table(method, task, [p for p in result["plans"] if p["method"] == method]))
+        console.print()
     console.print("* wins its budget on the selection set and is handed out\n")
     for c in result["comparisons"]:
         console.print(f"{c['method']:>5}  {verdict(c)}")
     console.print(f"run folder: {body['run']}  (report.html, frontier.png, plan.json, quantized/)")
 
 
-def _plans_table(method: str, plans: list[dict[str, Any]]) -> Table:
-    rows = Table("plan", "bpw", "MB", "KL, nats", "±", "ppl", "same top-1", box=box.SIMPLE, pad_edge=False)
+def _plans_table(method: str, task: dict[str, str], plans: list[dict[str, Any]]) -> Table:
+    quality, agreement = task["quality"], task["agreement"]
+    columns = ("plan", "bpw", "MB", "KL, nats", "±", quality, _spelled(agreement))
+    rows = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     rows.title = f"rounded by {method}"
     for column in rows.columns[1:]:
         column.justify = "right"
@@ -105,11 +86,19 @@ def _plans_table(method: str, plans: list[dict[str, Any]]) -> Table:
             f"{p['size_bytes'] / 1e6:.3f}",
             f"{p['kl']:.5f}",
             "" if p["kl_stderr"] is None else f"{p['kl_stderr']:.5f}",
-            f"{p['perplexity']:.3f}",
-            f"{100 * p['top1_agreement']:.1f} %",
+            "" if p[quality] is None else f"{p[quality]:.4g}",
+            f"{100 * p[agreement]:.1f} %",
             style="bold" if p["kind"] == "mixed" else "",
         )
     return rows
+
+
+def _spelled(agreement: str) -> str:
+    return {"top1_agreement": "same top-1"}.get(agreement, agreement)
+
+
+def _stderr(agreement: str) -> str:
+    return f"{agreement.removesuffix('_agreement')}_stderr"
 
 
 def verdict(comparison: dict[str, Any]) -> str:
@@ -130,7 +119,9 @@ def verdict(comparison: dict[str, Any]) -> str:
     )
 
 
-def _with_error(value: float, error: float | None) -> str:
+def _with_error(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "no labels"
     if value == 0:
         return "0"
     if error is None or error != error:

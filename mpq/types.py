@@ -1,14 +1,13 @@
 """The types that join the stages, and nothing else.
 
 Conventions, stated once. Weights are `w[k, n]` with `y = x @ w`; groups of weights that share a scale run along `k`;
-leading
-axes are batch axes (experts, or equal shapes stacked). Losses are in nats per token (per image, per example). Sizes are
-Python ints in bits. Arrays that enter a table are NumPy float64. Everything is frozen.
+leading axes are batch axes (experts, or equal shapes stacked). Losses are in nats per output: token, image, example.
+Sizes are Python ints in bits. Arrays that enter a table are NumPy float64. Everything is frozen.
 """
 
 import dataclasses
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol, Self
 
 import jax
@@ -26,8 +25,7 @@ class NumberFormat(Protocol):
     """The grid of one element, before any scale.
 
     `encode` maps values already divided by their scale to the nearest qvalue; `decode` is its inverse on qvalues. A
-    format
-    without a scale (`bf16`) has `max_magnitude = None` and its qvalues are the values themselves.
+    format without a scale (`bf16`) has `max_magnitude = None` and its qvalues are the values themselves.
     """
 
     @property
@@ -102,7 +100,9 @@ class Use:
     Attributes:
       kind: `matmul`, `conv` or `embedding`.
       input: id of the array it multiplies; uses with equal ids read the same input. Embeddings: of the indices.
-      macs: multiply-accumulates in one evaluation of the traced inputs.
+      macs: multiply-accumulates in one evaluation of the traced inputs: one that takes the most expensive branch of
+        every `cond` (uses in other branches have 0) and runs the body of every `while` loop once, for how often it runs
+        is known only when it does.
     """
 
     kind: str
@@ -114,14 +114,13 @@ class Use:
 class WeightSpec:
     """One quantizable weight, as `trace` finds it.
 
-    The parameter array is `params[param]` (of it the slice `index`, for scanned layers); transposed by `permutation`
-    and
-    reshaped to `[batch, k, n]` it is the canonical matrix view. Where the view divides one axis (the output channels
-    of a
-    grouped convolution), the array is first reshaped to `factors`.
+    The parameter array is `params[param]` (of it the slice `where`, for scanned layers); transposed by `permutation`
+    and reshaped to `[batch, k, n]` it is the canonical matrix view. Where the view divides one axis (the output
+    channels of a grouped convolution), the array is first reshaped to `factors`.
 
     Attributes:
       path: unique name: `param`, or `param[index]` for a slice.
+      index: position along each axis up to the last sliced one, None along a whole axis; `()` for the whole array.
       group: weights of equal group read the same input (q/k/v, gate/up) and share a scheme.
       uses: every place that reads it; a tied embedding has two.
       factors: `shape` with axes divided, or empty where `permutation` acts on `shape` itself.
@@ -129,7 +128,7 @@ class WeightSpec:
 
     path: str
     param: str
-    index: tuple[int, ...]
+    index: tuple[int | None, ...]
     shape: tuple[int, ...]
     permutation: tuple[int, ...]
     batch: int
@@ -160,13 +159,18 @@ class WeightSpec:
         """Number of elements."""
         return self.batch * self.k * self.n
 
+    @property
+    def where(self) -> tuple[int | slice, ...]:
+        """What indexes the parameter array: `params[self.param][self.where]`."""
+        return tuple(slice(None) if at is None else at for at in self.index)
+
     def size_bits(self, scheme: Scheme) -> int:
         """Stored size of this weight under `scheme`."""
         return scheme.size_bits(self.k, self.n, self.batch)
 
     def to_matrix(self, param: jax.Array) -> jax.Array:
         """The matrix view `[batch, k, n]` of the whole parameter array `params[self.param]`."""
-        factored = param[self.index].reshape(self.factors or self.shape)
+        factored = param[self.where].reshape(self.factors or self.shape)
         return factored.transpose(self.permutation).reshape(self.batch, self.k, self.n)
 
     def from_matrix(self, matrix: jax.Array, param: jax.Array) -> jax.Array:
@@ -175,63 +179,7 @@ class WeightSpec:
         weight = (
             matrix.reshape(permuted).transpose(np.argsort(self.permutation)).reshape(self.shape).astype(param.dtype)
         )
-        return param.at[self.index].set(weight) if self.index else weight
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Dataset:
-    """Windows of tokens (or other inputs), and which positions count.
-
-    Attributes:
-      inputs: `int32[num_windows, time]` token ids.
-      mask: `bool[num_windows, time]`: True where the token is real; padding is False and never counts.
-      document: `int32[num_windows]`: the document a window was cut from; standard errors are over documents.
-      source: where it came from, for a person.
-      digest: sha256 over inputs, mask and document.
-    """
-
-    inputs: np.ndarray
-    mask: np.ndarray
-    document: np.ndarray
-    source: str
-    digest: str
-
-    @property
-    def num_documents(self) -> int:
-        """Number of distinct documents."""
-        return len(np.unique(self.document))
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of predicted tokens: real tokens that have a predecessor in their window."""
-        return int(self.mask[:, 1:].sum())
-
-    def batches(self, size: int) -> Iterator["Batch"]:
-        """Consecutive batches of exactly `size` windows; the last is filled with windows that count nothing."""
-        for start in range(0, len(self.inputs), size):
-            take = slice(start, start + size)
-            fill = size - len(self.inputs[take])
-            yield Batch(
-                _fill_up(self.inputs[take], fill, 0),
-                _fill_up(self.mask[take], fill, False),
-                _fill_up(self.document[take], fill, -1),
-            )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class Batch:
-    """Equal-shaped part of a `Dataset`; `document` is -1 in windows that only fill it up."""
-
-    inputs: Any
-    mask: Any
-    document: Any
-
-    @property
-    def weight(self) -> Any:
-        """`float32[batch, time]`: 1 where the output at that position predicts a real token, else 0."""
-        predicted = self.mask[:, 1:].astype(np.float32)
-        return jax.numpy.pad(predicted, ((0, 0), (0, 1)))
+        return param.at[self.where].set(weight) if self.index else weight
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -239,9 +187,8 @@ class LayerStats:
     """What one calibration pass keeps for one weight; weights of one group share it.
 
     Attributes:
-      gram: `float32[batch, k, k]`, E[x xT] over counted positions. The Hessian of the layer's squared error is 2 *
-        gram;
-        the 2 is never folded in. Embedding uses read one-hot rows and contribute nothing.
+      gram: `float32[batch, k, k]`, E[x xT] over counted positions. The Hessian of the layer's squared error is twice
+        that; the 2 is never folded in. Embedding uses read one-hot rows and contribute nothing.
       absmax: `float32[batch, k]`, largest |x|.
       num_tokens: positions counted.
     """
@@ -257,7 +204,7 @@ class SensitivityTable:
 
     Attributes:
       weights, schemes: rows and columns.
-      loss_increase: `float64[L, S]`, nats per token.
+      loss_increase: `float64[L, S]`, nats per output.
       stderr: `float64[L, S]`, standard error over documents or probes; 0 where the metric is deterministic.
       metric: name of the metric and its options.
       quantizer: name of the rounding algorithm whose error was scored.
@@ -341,25 +288,47 @@ class QTensor:
 
 @dataclasses.dataclass(frozen=True)
 class EvalResult:
-    """One evaluation of a model on a dataset. Standard errors are over documents, not over tokens.
+    """One evaluation of a model on a dataset. Standard errors are over documents, not over single outputs.
 
-    `kl`, `kl_stderr` (nats per token, KL(reference || model)) and `top1_agreement` are None without a reference.
+    Attributes:
+      quality, quality_stderr: the task's own measure, `quality_name`; NaN where the data has no labels.
+      nll, nll_stderr: mean loss against the labels, nats per output; None where the task or the data has none.
+      kl, kl_stderr: KL(reference || model), nats per output; None without a reference.
+      agreement, agreement_stderr: the task's `agreement_name`; None without a reference.
+      num_documents, num_outputs: what they were measured on.
+      data_digest: of the dataset.
     """
 
-    perplexity: float
-    nll: float
-    nll_stderr: float
+    quality_name: str
+    quality: float
+    quality_stderr: float
+    nll: float | None
+    nll_stderr: float | None
     kl: float | None
     kl_stderr: float | None
-    top1_agreement: float | None
-    top1_stderr: float | None
+    agreement_name: str
+    agreement: float | None
+    agreement_stderr: float | None
     num_documents: int
-    num_tokens: int
+    num_outputs: int
     data_digest: str
 
-
-def _fill_up(array: np.ndarray, rows: int, value: int) -> np.ndarray:
-    return np.concatenate([array, np.full((rows, *array.shape[1:]), value, array.dtype)])
+    def to_json(self) -> dict[str, Any]:
+        """Plain values under the names of the task: `perplexity`, `top1_agreement`; None for NaN and infinity."""
+        short = self.agreement_name.removesuffix("_agreement")
+        body = {
+            self.quality_name: self.quality,
+            f"{self.quality_name}_stderr": self.quality_stderr,
+            "nll": self.nll,
+            "nll_stderr": self.nll_stderr,
+            "kl": self.kl,
+            "kl_stderr": self.kl_stderr,
+            self.agreement_name: self.agreement,
+            f"{short}_stderr": self.agreement_stderr,
+            "num_documents": self.num_documents,
+            "num_outputs": self.num_outputs,
+        }
+        return {key: None if isinstance(v, float) and not np.isfinite(v) else v for key, v in body.items()}
 
 
 def _whole_bytes(bits: int) -> int:

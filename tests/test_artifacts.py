@@ -9,6 +9,7 @@ from mpq import artifacts
 from mpq.evaluate import DocumentScores
 from mpq.formats import parse_scheme
 from mpq.models import load
+from mpq.tasks import Classification
 from mpq.types import Allocation, LayerStats, MpqError, SensitivityTable, Status
 from tests import tiny
 
@@ -96,12 +97,14 @@ def test_statistics_survive_the_disk_and_share_what_was_shared(tmp_path, model, 
 
 def test_scores_survive_the_disk_exactly(tmp_path):
     rng = np.random.default_rng(0)
-    scores = DocumentScores(np.arange(3), rng.random(3), rng.random(3), None, rng.random(3), "digest")
+    task, labels = Classification(), np.array([2, 0, 1], np.int32)
+    sums = [rng.random(3), None, rng.random(3)]
+    scores = DocumentScores(task, np.arange(3), rng.random(3), *sums, rng.random(3), labels, "digest")
     artifacts.save_scores(tmp_path / "x.json", scores)
-    again = artifacts.load_scores(tmp_path / "x.json")
-    assert again.kl is None
-    np.testing.assert_array_equal(again.nll, scores.nll)
-    assert again.data_digest == "digest"
+    again = artifacts.load_scores(tmp_path / "x.json", task)
+    assert (again.task, again.kl, again.data_digest) == (task, None, "digest")
+    for name in ("document", "counts", "nll", "agree", "evidence", "labels"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(scores, name))
 
 
 def test_a_plan_for_another_model_is_refused(tmp_path, model, weights):

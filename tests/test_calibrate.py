@@ -5,8 +5,9 @@ import pytest
 from jax import lax
 
 from mpq.calibrate import _add, calibrate
+from mpq.inputs import Dataset
 from mpq.trace import trace
-from mpq.types import Dataset, MpqError
+from mpq.types import MpqError
 from tests.trace_cases import CASES, normal
 
 EPS = np.finfo(np.float32).eps

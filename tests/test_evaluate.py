@@ -7,8 +7,10 @@ import pytest
 
 from mpq.estimate import mean_over_documents, paired_difference, sums_over_documents
 from mpq.evaluate import Reference, score
+from mpq.inputs import Dataset, Tokens
 from mpq.models.model import Model
-from mpq.types import Dataset, MpqError
+from mpq.tasks import CausalLM
+from mpq.types import MpqError
 
 VOCAB, PAD = 11, 10
 
@@ -19,10 +21,8 @@ def make_model(params, apply=None):
         params=params,
         stored=dict.fromkeys(params, "float32"),
         name="bigram",
-        config={},
-        tokenizer=None,
-        context=64,
-        bos=None,
+        inputs=Tokens(64),
+        task=CausalLM(),
     )
 
 
@@ -68,7 +68,7 @@ def test_scores_equal_a_loop_over_positions(batch_size):
     scores = score(make_model(params), params, data, reference=reference, batch_size=batch_size)
     want = oracle(params, reference, data)
     np.testing.assert_array_equal(scores.document, [0, 1, 2])
-    np.testing.assert_array_equal(scores.tokens, want[:, 0])
+    np.testing.assert_array_equal(scores.counts, want[:, 0])
     # float32 logits of order 5 carry 5 * 6e-8 each, and a document sums up to 30 positions
     np.testing.assert_allclose(np.stack([scores.nll, scores.kl], 1), want[:, 1:3], atol=30 * 5 * 6e-8 * 4)
     np.testing.assert_array_equal(scores.agree, want[:, 3])
@@ -79,7 +79,7 @@ def test_padding_has_no_influence_even_if_the_model_gives_nan_there():
     want = score(make_model(params), params, data, reference=reference, batch_size=4)
     poison = {**params, "embed": params["embed"].at[PAD].set(jnp.nan)}
     got = score(make_model(params), poison, data, reference=reference, batch_size=4)
-    for name in ("tokens", "nll", "kl", "agree"):
+    for name in ("counts", "nll", "kl", "agree"):
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
 
 
@@ -87,7 +87,7 @@ def test_a_model_equals_itself():
     params, data = make_params(), make_data()
     scores = score(make_model(params), params, data, reference=params, batch_size=4)
     np.testing.assert_array_equal(scores.kl, 0.0)
-    np.testing.assert_array_equal(scores.agree, scores.tokens)
+    np.testing.assert_array_equal(scores.agree, scores.counts)
 
 
 def test_words_that_both_models_exclude_add_nothing_to_kl():
@@ -104,13 +104,14 @@ def test_summary_is_the_ratio_estimate_of_the_sums():
     params, data = make_params(0), make_data()
     scores = score(make_model(params), params, data, reference=make_params(1), batch_size=4)
     result = scores.summary()
-    assert (result.nll, result.nll_stderr) == tuple(map(float, mean_over_documents(scores.nll, scores.tokens)))
-    assert (result.kl, result.kl_stderr) == tuple(map(float, mean_over_documents(scores.kl, scores.tokens)))
-    assert result.perplexity == pytest.approx(np.exp(result.nll))
-    assert result.top1_agreement == pytest.approx(scores.agree.sum() / scores.tokens.sum())
-    assert (result.num_documents, result.num_tokens) == (3, data.num_tokens)
+    assert (result.nll, result.nll_stderr) == tuple(map(float, mean_over_documents(scores.nll, scores.counts)))
+    assert (result.kl, result.kl_stderr) == tuple(map(float, mean_over_documents(scores.kl, scores.counts)))
+    assert result.quality == pytest.approx(np.exp(result.nll))
+    assert result.quality_stderr == pytest.approx(result.quality * result.nll_stderr)
+    assert result.agreement == pytest.approx(scores.agree.sum() / scores.counts.sum())
+    assert (result.num_documents, result.num_outputs) == (3, data.mask[:, 1:].sum())
     plain = score(make_model(params), params, data, batch_size=4).summary()
-    assert plain.kl is plain.kl_stderr is plain.top1_agreement is plain.top1_stderr is None
+    assert plain.kl is plain.kl_stderr is plain.agreement is plain.agreement_stderr is None
     assert plain.nll == pytest.approx(result.nll, rel=1e-6)
 
 
@@ -129,8 +130,8 @@ def test_a_reference_serves_a_series_and_everything_compiles_once(keep_bytes, ca
     with jax.log_compiles():
         results = [score(model, make_params(i), data, reference=reference, batch_size=0) for i in range(1, 5)]
     compiled = [r.message for r in caplog.records if r.message.startswith("Finished XLA compilation of jit(")]
-    assert sum("jit(log_probs)" in m for m in compiled) == 1
-    assert sum("jit(_window_scores)" in m for m in compiled) == 1
+    assert sum("jit(distributions)" in m for m in compiled) == 1
+    assert sum("jit(_row_sums)" in m for m in compiled) == 1
     jax.effects_barrier()
     assert len(runs) == 2 * 4 + (2 if keep_bytes else 2 * 4)  # batches: models, and the reference once or each time
     for i, result in enumerate(results, start=1):
@@ -143,7 +144,7 @@ def test_difference_is_paired_by_document():
     a, b = (score(make_model(p), p, data, reference=reference, batch_size=8) for p in (make_params(0), make_params(2)))
     mean, stderr = a.difference(b)
     assert mean == pytest.approx(a.summary().kl - b.summary().kl)
-    assert stderr == pytest.approx(float(paired_difference(a.kl, b.kl, a.tokens)[1]))
+    assert stderr == pytest.approx(float(paired_difference(a.kl, b.kl, a.counts)[1]))
     assert a.difference(a, "nll") == (0.0, 0.0)
 
 
@@ -154,8 +155,8 @@ def test_difference_refuses_what_cannot_be_paired():
         a.difference(score(make_model(params), params, make_data(seed=1), batch_size=4), "nll")
     with pytest.raises(MpqError, match="no 'kl' in both scores"):
         a.difference(a, "kl")
-    with pytest.raises(MpqError, match="no 'tokens' in both"):
-        a.difference(a, "tokens")
+    with pytest.raises(MpqError, match="no 'counts' in both"):
+        a.difference(a, "counts")
 
 
 def test_bad_weights_and_outputs_are_named():
@@ -172,7 +173,7 @@ def test_unusable_data_is_refused():
     params, data = make_params(), make_data()
     model = make_model(params)
     nothing = Dataset(data.inputs, np.zeros_like(data.mask), data.document, "padding", "0")
-    with pytest.raises(MpqError, match="padding has no predicted token"):
+    with pytest.raises(MpqError, match="padding has no token that counts"):
         score(model, params, nothing, batch_size=4)
     with pytest.raises(MpqError, match="the reference was made for"):
         score(model, params, data, reference=Reference(model, make_data(seed=1), 4), batch_size=4)

@@ -155,7 +155,7 @@ def test_another_config_gets_another_folder(finished, config, tmp_path):
         ({"budgets": ("xbpw",), "hand_out": "xbpw"}, "write 3.5bpw, 4MB, or a scheme"),
         ({"window": 4096}, "longer than the model's context of 64"),
         ({"model": "./none"}, "is no folder here"),
-        ({"data": "none.txt"}, "cannot be read"),
+        ({"data": "none.txt"}, "is no file or folder here"),
     ],
 )
 def test_a_wrong_run_is_refused_before_anything_is_written(config, tmp_path, change, message):
@@ -191,5 +191,5 @@ def test_comparisons_are_paired(finished):
     row = next(c for c in body["comparisons"] if (c["budget"], c["method"]) == ("int4_g16", "gptq"))
     a = run.scores(run.mixed["gptq"]["int4_g16"], "gptq", "test")
     b = run.scores(run.uniform[row["baseline"]], "gptq", "test")
-    np.testing.assert_allclose(row["kl_difference"], (a.kl - b.kl).sum() / a.tokens.sum(), rtol=1e-9)
+    np.testing.assert_allclose(row["kl_difference"], (a.kl - b.kl).sum() / a.counts.sum(), rtol=1e-9)
     assert row["stderr"] > 0

@@ -211,7 +211,7 @@ def _unpack_weight(spec: WeightSpec, scheme: Scheme, arrays: Mapping[str, np.nda
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Orbax logs what it also raises, with the traceback, and warns of what it was told to do."""
     logger = logging.getLogger("absl")
     before, logger.disabled = logger.disabled, True
@@ -222,13 +222,25 @@ def _quiet() -> Iterator[None]:
 
 
 def _write_arrays(folder: Path, tree: Mapping[str, Any]) -> None:
-    """Orbax, uncompressed, one folder an array; then whatever differs between two equal saves is taken out."""
+    whole = jax.tree.map(np.atleast_1d, tree)  # Orbax makes Python numbers of scalars; the manifest keeps their shape
+    write_checkpoint(folder, {name: part for name, part in whole.items() if part})
+
+
+def write_checkpoint(folder: Path, tree: Mapping[str, Any]) -> None:
+    """An Orbax checkpoint, uncompressed, one folder an array; whatever differs between two equal saves is taken out.
+
+    Args:
+      folder: to write; it must not exist.
+      tree: nested dictionaries of arrays.
+
+    Raises:
+      OSError: the disk is full.
+    """
     from orbax.checkpoint import PyTreeCheckpointer  # two seconds to import, and only exporting needs it
 
-    whole = jax.tree.map(np.atleast_1d, tree)  # Orbax makes Python numbers of scalars; the manifest keeps their shape
     try:
-        with _quiet(), PyTreeCheckpointer(use_ocdbt=False, use_compression=False) as checkpointer:
-            checkpointer.save(folder.absolute(), {name: part for name, part in whole.items() if part})
+        with quiet(), PyTreeCheckpointer(use_ocdbt=False, use_compression=False) as checkpointer:
+            checkpointer.save(folder.absolute(), tree)
     except ValueError as error:  # what TensorStore, which does the writing, makes of an error of the disk
         if "RESOURCE_EXHAUSTED" not in str(error) and "No space left" not in str(error):
             raise
@@ -252,7 +264,7 @@ def _read_arrays(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> dict
                 f"{folder / name} holds {found} bytes of data, not {size}: truncated? Copy or quantize again"
             )
     try:
-        with _quiet(), PyTreeCheckpointer(use_ocdbt=False) as checkpointer:
+        with quiet(), PyTreeCheckpointer(use_ocdbt=False) as checkpointer:
             flat = _flatten(checkpointer.restore(folder.absolute()))
     except (OSError, ValueError, KeyError) as error:
         raise MpqError(f"{folder} is no readable Orbax checkpoint ({error}): copy or quantize again") from error

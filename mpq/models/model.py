@@ -1,4 +1,4 @@
-"""`Model`: a pure function, its parameters, and what is needed to feed it text."""
+"""`Model`: a pure function, its parameters, and what is needed to feed it and to read its outputs."""
 
 import dataclasses
 import functools
@@ -12,33 +12,35 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from mpq.files import digest_arrays
+from mpq.inputs import Inputs
+from mpq.tasks import Task
 from mpq.trace import Trace, trace
 from mpq.types import Params
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A causal language model, ready for every stage.
+    """A model, ready for every stage.
 
     Attributes:
-      apply: `(params, tokens int32[batch, time]) -> float32 logits[batch, time, vocab]`, pure.
+      apply: `(params, inputs) -> outputs`, pure; inputs as `inputs` says, outputs as `task` reads them.
       params: path -> float32 array.
       stored: path -> dtype name in the checkpoint; what is left unquantized is written back in it.
       name: for a person.
+      inputs: what it reads.
+      task: what its outputs mean.
       config: the Hugging Face `config.json`, as read.
       tokenizer: or None.
-      context: longest window.
-      bos: token id put first in every window, or None.
     """
 
     apply: Callable[[Params, jax.Array], jax.Array]
     params: dict[str, jax.Array]
     stored: Mapping[str, str]
     name: str
-    config: Mapping[str, Any]
-    tokenizer: Tokenizer | None
-    context: int
-    bos: int | None
+    inputs: Inputs
+    task: Task
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tokenizer: Tokenizer | None = None
 
     @functools.cached_property
     def digest(self) -> str:
@@ -55,9 +57,9 @@ class Model:
         """Bytes of all parameters in the dtypes they were stored in."""
         return sum(int(np.prod(p.shape)) * jnp.dtype(self.stored[path]).itemsize for path, p in self.params.items())
 
-    def trace(self, batch: int = 1, time: int | None = None) -> Trace:
-        """The model's `Trace` on `int32[batch, time]` tokens; `time` defaults to the whole context."""
-        return trace(self.apply, self.params, jax.ShapeDtypeStruct((batch, time or self.context), jnp.int32))
+    def trace(self, batch: int = 1, window: int | None = None) -> Trace:
+        """The model's `Trace` on `batch` inputs; of text, `window` tokens each (default: the whole context)."""
+        return trace(self.apply, self.params, self.inputs.struct(batch, window))
 
 
 def functional(module: nnx.Module) -> tuple[Callable[[Params, jax.Array], jax.Array], dict[str, jax.Array]]:

@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpq.estimate import sums_over_documents
+from mpq.evaluate import require_outputs
+from mpq.inputs import Dataset
 from mpq.models.model import Model
 from mpq.trace import Trace
-from mpq.types import Dataset, MpqError, Params, Scheme, SensitivityTable, WeightSpec
+from mpq.types import MpqError, Params, Scheme, SensitivityTable, WeightSpec
 
 
 class Store(Protocol):
@@ -52,9 +55,9 @@ class CandidateSource(Protocol):
 class Metric(Protocol):
     """A frozen dataclass of options that predicts the loss increase of every (weight, scheme) pair.
 
-    Laws: nats per token; 0 with stderr 0 where the candidate equals the weight; the same key gives the same table; a
-      row
-    depends on its own weight's candidates alone; independent of the batch size up to rounding; padding never counts.
+    Laws: nats per output (token of text, image, sentence); 0 with stderr 0 where the candidate equals the weight; the
+    same key gives the same table; a row depends on its own weight's candidates alone; independent of the batch size up
+    to rounding; padding never counts.
     """
 
     @property
@@ -93,17 +96,20 @@ class MemoryStore:
         self.values[key] = value
 
 
-def check_inputs(params: Params, weights: Sequence[WeightSpec], data: Dataset) -> None:
+def check_inputs(model: Model, weights: Sequence[WeightSpec], data: Dataset) -> np.ndarray:
     """Refuse what no metric can score.
 
+    Returns:
+      `float64[D]`: outputs that count in every document.
+
     Raises:
-      MpqError: no token counts, or a weight holds NaN or infinity.
+      MpqError: no output counts, or a weight holds NaN or infinity.
     """
-    if data.num_tokens == 0:
-        raise MpqError(f"{data.source} has no predicted token: give windows of at least two real tokens")
+    counts = require_outputs(model.task, data)
     for spec in weights:
-        if not bool(jnp.isfinite(params[spec.param][spec.index]).all()):
+        if not bool(jnp.isfinite(model.params[spec.param][spec.where]).all()):
             raise MpqError(f"weight {spec.path} holds NaN or infinity: mend the checkpoint before analysing it")
+    return sums_over_documents(counts, data.document)
 
 
 def substituted(params: Params, spec: WeightSpec, matrix: jax.Array) -> dict[str, jax.Array]:

@@ -23,11 +23,13 @@ squares of the spans are added, and what is lost is the correlation between posi
 predicted for the value projections, whose errors the attention averages in phase, and whole windows had twice the
 noise of spans of 32 (see `experiments/bench_sensitivity.py`).
 
+Other tasks than language modelling draw from what their outputs stand for (`mpq.tasks`): a class, a normal vector. A
+row with one output, such as an image, has one draw, and all positions of the row belong to its span.
+
 Several uses of one weight, such as a tied embedding's lookup and head, add up inside s_t.
 
 Cost: one forward pass, and for every sample one backward pass that also makes the gradient of each span; a scheme then
-costs
-one multiply-add for every element of that gradient. Schemes whose candidate is the weight itself are left out.
+costs one multiply-add for every element of that gradient. Schemes whose candidate is the weight itself are left out.
 Fails on: large errors, where the KL is no longer quadratic (at 2 bits typically 20 to 50 % low), and interactions.
 
 Differences from the paper: KFAC's factors are not formed; the form is evaluated on the error itself, without an
@@ -45,11 +47,13 @@ import numpy as np
 
 from mpq.estimate import mean_over_documents, sums_over_documents
 from mpq.evaluate import require_finite
+from mpq.inputs import Dataset
 from mpq.models.model import Model
 from mpq.progress import track
 from mpq.sensitivity.base import CandidateSource, Store, check_inputs, make_table, quantization_error
+from mpq.tasks import Task
 from mpq.trace import Site, Trace
-from mpq.types import Dataset, Params, Scheme, SensitivityTable
+from mpq.types import Params, Scheme, SensitivityTable
 
 Taps = Mapping[str, jax.Array]
 
@@ -98,9 +102,9 @@ class Fisher:
           store: finished items, one a batch.
 
         Raises:
-          MpqError: no token counts, or a weight, a candidate or the model's outputs are not finite.
+          MpqError: no output counts, or a weight, a candidate or the model's outputs are not finite.
         """
-        check_inputs(model.params, traced.weights, data)
+        counts = check_inputs(model, traced.weights, data)
         shaped = traced.on((batch_size, *data.inputs.shape[1:]))
         keep, errors = _errors(model.params, traced, schemes, candidates)
         squares = np.zeros((len(data.inputs), len(traced.weights), len(schemes)))
@@ -111,15 +115,15 @@ class Fisher:
             values = None if store is None else store.get(f"{start}:{stop}")
             if values is None:
                 windows = np.arange(start, start + batch_size)
-                sums = _squares(shaped, self, model.params, errors, batch.inputs, batch.weight, windows, key)
+                counted = model.task.counted(batch.mask)
+                sums = _squares(shaped, self, model.task, model.params, errors, batch.inputs, counted, windows, key)
                 values = _dense(jax.device_get(sums), traced, keep)[: stop - start].tolist()
                 if store is not None:
                     store.put(f"{start}:{stop}", values)
             squares[start:stop] = values
         if keep.any() and not np.isfinite(squares[:, keep]).any(axis=1).all():  # a window where every candidate fails
             require_finite(squares, model.params, data.source)
-        tokens = sums_over_documents(data.mask[:, 1:].sum(axis=1), data.document)
-        mean, stderr = mean_over_documents(sums_over_documents(squares / 2, data.document), tokens)
+        mean, stderr = mean_over_documents(sums_over_documents(squares / 2, data.document), counts)
         stderr = np.where(keep, stderr, 0.0)  # an exact candidate costs nothing: that is certain
         label = f"{self.name}(num_samples={self.num_samples}, span={self.span})"
         return make_table(label, model, traced.weights, schemes, candidates, data, mean, stderr)
@@ -148,14 +152,15 @@ def _dense(sums: Mapping[str, np.ndarray], traced: Trace, keep: np.ndarray) -> n
     return dense
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _squares(
     traced: Trace,
     options: Fisher,
+    task: Task,
     params: Params,
     errors: Taps,
     inputs: jax.Array,
-    weight: jax.Array,
+    counted: jax.Array,
     windows: jax.Array,
     key: jax.Array,
 ) -> dict[str, jax.Array]:
@@ -163,13 +168,13 @@ def _squares(
 
     s is read off as a derivative: `taps[path][scheme, window, span]` scales an error x @ delta that is added to the
     weight's output, and the derivative at zero of the sampled loss is the sum of s over the span. Uses of a weight
-    share the tap.
+    share the tap. Where a row has a single output, all positions lead to it, and the span is the row.
     """
     num_windows = inputs.shape[0]
-    spans = 1 if options.span is None else -(-inputs.shape[1] // options.span)
+    spans = 1 if options.span is None or counted.ndim == 1 else -(-inputs.shape[1] // options.span)
     taps = {path: jnp.zeros((len(error), num_windows, spans)) for path, error in errors.items()}
 
-    def logits_of(taps: Taps) -> jax.Array:
+    def outputs_of(taps: Taps) -> jax.Array:
         def tapped(site: Site, x: jax.Array, w: jax.Array, default: Callable[..., jax.Array]) -> jax.Array:
             path = site.spec.path
             y = default(x, w)
@@ -177,14 +182,12 @@ def _squares(
 
         return traced.evaluate(params, inputs, replace=tapped).astype(jnp.float32)
 
-    logits, pullback = jax.vjp(logits_of, taps)
-    p = jax.nn.softmax(logits, axis=-1)
+    outputs, pullback = jax.vjp(outputs_of, taps)
 
     def one_sample(sample: jax.Array) -> dict[str, jax.Array]:
         fold = jax.vmap(jax.random.fold_in, (None, 0))
-        labels = jax.vmap(jax.random.categorical)(fold(jax.random.fold_in(key, sample), windows), logits)
-        score = p - jax.nn.one_hot(labels, p.shape[-1], dtype=p.dtype)  # d nll / d logits
-        s = pullback(jnp.where(weight[..., None] > 0, score, 0.0))[0]
+        score = jax.vmap(task.score)(fold(jax.random.fold_in(key, sample), windows), outputs)  # d nll / d outputs
+        s = pullback(jnp.where(counted[..., None], score, 0.0))[0]
         return {path: jnp.square(v).sum(axis=-1).T for path, v in s.items()}
 
     samples = jax.lax.map(one_sample, jnp.arange(options.num_samples))

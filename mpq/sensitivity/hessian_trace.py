@@ -27,12 +27,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq.curvature import rademacher_like, trace_sample
-from mpq.evaluate import log_probs, require_finite
+from mpq.evaluate import distributions, require_finite
+from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
 from mpq.progress import track
 from mpq.sensitivity.base import CandidateSource, Store, check_inputs, make_table, quantization_error, substituted
+from mpq.tasks import Task
 from mpq.trace import Trace
-from mpq.types import Batch, Dataset, Params, Scheme, SensitivityTable, WeightSpec
+from mpq.types import Params, Scheme, SensitivityTable, WeightSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,20 +78,21 @@ class HessianTrace:
           store: finished probes.
 
         Raises:
-          MpqError: no token counts, or a weight, a candidate or a product is not finite.
+          MpqError: no output counts, or a weight, a candidate or a product is not finite.
         """
-        check_inputs(model.params, traced.weights, data)
+        counts = check_inputs(model, traced.weights, data)
         weights = {spec.path: spec.to_matrix(model.params[spec.param]) for spec in traced.weights}
         samples = np.zeros((self.num_probes, len(traced.weights)))
+        counted = lambda batch: model.task.counted(batch.mask)
         for probe in track(range(self.num_probes), "sensitivity hessian_trace", self.num_probes):
             values = None if store is None else store.get(str(probe))
             if values is None:
                 v = rademacher_like(jax.random.fold_in(key, probe), weights)
                 sums = [
-                    _samples(model.apply, traced.weights, model.params, weights, batch, v)
+                    _samples(model.apply, model.task, traced.weights, model.params, weights, batch, counted(batch), v)
                     for batch in data.batches(batch_size)
                 ]
-                values = (np.sum(np.asarray(sums, np.float64), axis=0) / data.num_tokens).tolist()
+                values = (np.sum(np.asarray(sums, np.float64), axis=0) / counts.sum()).tolist()
                 if store is not None:
                     store.put(str(probe), values)
             samples[probe] = values
@@ -114,23 +117,28 @@ def _half_mean_square(
     return np.square(np.asarray(errors), dtype=np.float64).mean(axis=(1, 2, 3)) / 2
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _samples(
     apply: Callable[[Params, jax.Array], jax.Array],
+    task: Task,
     specs: tuple[WeightSpec, ...],
     params: Params,
     weights: Params,
     batch: Batch,
+    counted: jax.Array,
     v: Params,
 ) -> jax.Array:
-    """`float32[weights]`: v_l^T (H v)_l of the NLL summed over the batch's counted positions."""
+    """`float32[weights]`: v_l^T (H v)_l of the loss summed over the batch's outputs that count.
+
+    Without targets the loss is the divergence from the model's own outputs, whose Hessian is the Gauss-Newton matrix.
+    """
 
     def loss(weights: Params, batch: Batch) -> jax.Array:
         changed = functools.reduce(lambda p, spec: substituted(p, spec, weights[spec.path]), specs, dict(params))
-        log_q = log_probs(apply, changed, batch.inputs)
-        following = jnp.roll(batch.inputs, -1, axis=1)[..., None]  # the wrapped last position never counts
-        nll = -jnp.take_along_axis(log_q, following, axis=-1)[..., 0]
-        return jnp.sum(jnp.where(batch.weight > 0, nll, 0.0))
+        q = distributions(apply, task, changed, batch.inputs)
+        targets = task.targets(batch.inputs, batch.labels)
+        values = task.divergence(jax.lax.stop_gradient(q), q) if targets is None else task.loss(q, targets)
+        return jnp.sum(jnp.where(counted, values, 0.0))
 
     samples = trace_sample(loss, weights, batch, v)
     return jnp.stack([samples[spec.path] for spec in specs])

@@ -2,9 +2,9 @@
 
     loss_increase[l, s] = 1/N sum_t KL(p_w(. | x_<t) || p_w'(. | x_<t)),   w' = w with weight l replaced by a candidate
 
-over the N predicted tokens of the data, in nats per token; the standard error is over documents (`mpq.estimate`). It
-needs no labels. It is the one-at-a-time measurement of ModelOpt's `kl_div` search and of llama.cpp's
-`--kl-divergence`, with an error bar.
+over the N predicted tokens of the data, in nats per token (over images or sentences in other tasks); the standard
+error is over documents (`mpq.estimate`). It needs no labels. It is the one-at-a-time measurement of ModelOpt's
+`kl_div` search and of llama.cpp's `--kl-divergence`, with an error bar.
 
 Cost: one forward pass for every (weight, scheme) pair whose candidate differs from the weight, plus one for the
 reference.
@@ -21,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq.estimate import mean_over_documents, sums_over_documents
-from mpq.evaluate import Reference, window_kl
+from mpq.evaluate import Reference, row_divergence
+from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
 from mpq.progress import track
 from mpq.sensitivity.base import CandidateSource, Store, check_inputs, make_table, substituted
 from mpq.trace import Trace
-from mpq.types import Batch, Dataset, MpqError, Scheme, SensitivityTable, WeightSpec
+from mpq.types import MpqError, Scheme, SensitivityTable, WeightSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class MeasuredKL:
     """Measured KL to the original model.
 
     Attributes:
-      keep_bytes: most memory for the reference's log-probabilities (4 bytes times tokens times vocabulary). Data that
+      keep_bytes: most memory for the reference's outputs (4 bytes times tokens times vocabulary). Data that
         needs more is worked off in parts of that size, so the reference still runs once.
     """
 
@@ -70,10 +71,10 @@ class MeasuredKL:
           store: finished items, one per weight, scheme and part of the data.
 
         Raises:
-          MpqError: no token counts, a weight is not finite, or the outputs of a candidate are not.
+          MpqError: no output counts, a weight is not finite, or the outputs of a candidate are not.
         """
         del key
-        check_inputs(model.params, traced.weights, data)
+        counts = check_inputs(model, traced.weights, data)
         reference = Reference(model, data, batch_size, keep_bytes=0)
         per_part = max(1, self.keep_bytes * -(-len(data.inputs) // batch_size) // reference.nbytes)
         windows = np.zeros((len(data.inputs), len(traced.weights), len(schemes)))
@@ -91,8 +92,7 @@ class MeasuredKL:
                 if store is not None:
                     store.put(name, values)
             windows[first:last, row, column] = values
-        tokens = sums_over_documents(data.mask[:, 1:].sum(axis=1), data.document)
-        mean, stderr = mean_over_documents(sums_over_documents(windows, data.document), tokens)
+        mean, stderr = mean_over_documents(sums_over_documents(windows, data.document), counts)
         stderr = np.where((windows == 0).all(axis=0), 0.0, stderr)  # an exact candidate costs nothing: that is certain
         return make_table(self.name, model, traced.weights, schemes, candidates, data, mean, stderr)
 
@@ -106,7 +106,7 @@ class _Part:
         self._pairs: list[tuple[Batch, jax.Array]] = []
 
     def at(self, first: int) -> list[tuple[Batch, jax.Array]]:
-        """Batches from window `first` on, with log-probabilities."""
+        """Batches from window `first` on, with the reference's distributions."""
         if first != self._first:
             self._pairs = []  # frees the old part before the new one is made
             start = first // self._reference.batch_size
@@ -126,7 +126,10 @@ def _measure(
     params = substituted(model.params, spec, candidates.dequantized(spec, scheme))
     if bool(jnp.array_equal(params[spec.param], model.params[spec.param])):
         return [0.0] * sum(len(batch.inputs) for batch, _ in pairs)
-    sums = [window_kl(model.apply, params, batch.inputs, batch.weight, log_p) for batch, log_p in pairs]
+    sums = [
+        row_divergence(model.apply, model.task, params, batch.inputs, model.task.counted(batch.mask), p)
+        for batch, p in pairs
+    ]
     values = np.concatenate([np.asarray(s, np.float64) for s in sums])
     if not np.isfinite(values).all():
         raise MpqError(

@@ -9,11 +9,13 @@ import pytest
 from flax import nnx
 
 from mpq.formats import parse_scheme
+from mpq.inputs import Dataset, Tokens
 from mpq.models.llama import Llama, LlamaConfig
 from mpq.models.model import Model, functional
 from mpq.quantize import RTN, Candidates
 from mpq.sensitivity import METRICS, MemoryStore
-from mpq.types import Dataset, MpqError
+from mpq.tasks import CausalLM
+from mpq.types import MpqError
 
 CONFIG = LlamaConfig(
     vocab_size=32,
@@ -54,10 +56,8 @@ def model():
         params=scaled,
         stored=dict.fromkeys(scaled, "float32"),
         name="tiny",
-        config={},
-        tokenizer=None,
-        context=16,
-        bos=None,
+        inputs=Tokens(16),
+        task=CausalLM(),
     )
 
 
@@ -181,7 +181,7 @@ class TestEveryMetric:
             run(model=dataclasses.replace(model, params=broken))
 
     def test_data_without_a_predicted_token_is_refused(self, run, data):
-        with pytest.raises(MpqError, match="noise has no predicted token"):
+        with pytest.raises(MpqError, match="noise has no token that counts"):
             run(data=dataclasses.replace(data, mask=np.zeros_like(data.mask)))
 
     @staticmethod
