@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from mpq.data import make_dataset, read_documents, require_disjoint, split_documents, take
+from mpq.tasks import CausalLM
 from mpq.types import MpqError
 from tests import tiny
 
 TOKENIZER = tiny.tokenizer()
 BOS = 0
+TASK = CausalLM()
 
 
 def windows(documents, window=8, **options):
@@ -33,7 +35,7 @@ def test_a_document_is_cut_into_consecutive_windows_that_start_with_bos():
 def test_padding_is_masked_and_counts_nothing():
     data = windows(["x y z", "x y"] * 2)
     assert data.mask.sum(axis=1).tolist() == [1 + len(ids("x y z")), 1 + len(ids("x y"))] * 2
-    assert data.num_tokens == 2 * (len(ids("x y z")) + len(ids("x y")))
+    assert TASK.counted(data.mask).sum() == 2 * (len(ids("x y z")) + len(ids("x y")))
 
 
 def test_fill_up_windows_of_a_batch_count_nothing():
@@ -41,7 +43,7 @@ def test_fill_up_windows_of_a_batch_count_nothing():
     batches = list(data.batches(4))
     assert [b.inputs.shape for b in batches] == [(4, 8), (4, 8)]
     assert batches[1].document.tolist() == [4, -1, -1, -1]
-    assert sum(float(b.weight.sum()) for b in batches) == data.num_tokens
+    assert sum(TASK.counted(b.mask).sum() for b in batches) == TASK.counted(data.mask).sum() > 0
 
 
 def test_windows_of_a_single_document_are_documents_of_their_own():
@@ -106,14 +108,49 @@ def test_documents_of_text_and_jsonl(tmp_path):
     [
         ("a.txt", b"\xff\xfe\x00", "cannot be read as UTF-8"),
         ("a.txt", b" <|endoftext|> ", "is empty"),
-        ("a.jsonl", b"{}", "needs one object with a 'text' a line"),
-        ("a.jsonl", b"not json", "needs one object with a 'text' a line"),
+        ("a.jsonl", b"{}", "needs one object with a 'text' a line: line 1 has none"),
+        ("a.jsonl", b'{"text": 3}', "needs one object with a 'text' a line: line 1 has none"),
+        ("a.jsonl", b"[1]", "needs one object with a 'text' a line: line 1 is list"),
+        ("a.jsonl", b'{"text": "a"}\n\nnot json', "needs one object with a 'text' a line: line 3: Expecting value"),
+        ("a.jsonl", b'{"text": " "}', "is empty"),
     ],
 )
 def test_a_bad_text_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(MpqError, match=message):
         read_documents(tmp_path / name)
+
+
+def test_line_ends_inside_a_json_string_do_not_end_the_line(tmp_path):
+    text = "one\u2028two\x85three"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False), encoding="utf-8")
+    assert read_documents(tmp_path / "a.jsonl") == [text]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("one", encoding="utf-8-sig")
+    assert read_documents(tmp_path / "a.txt") == ["one"]
+
+
+def test_no_more_is_tokenized_than_the_windows_take(monkeypatch):
+    documents = [f"{'x' * (i % 5 + 1)} y z" for i in range(50)]
+    whole = windows(documents)
+    monkeypatch.setattr("mpq.data.text.CHUNK", 8)
+    for most in (1, 8, 9, 50, None):
+        np.testing.assert_array_equal(windows(documents, max_windows=most).inputs, whole.inputs[:most])
+    assert windows([*documents, None], max_windows=20).num_documents == 20  # the last one would raise
+    # A limit below one window's worth of tokens still reads on until there is that much.
+    with pytest.raises(MpqError, match="gives 36 tokens and one window takes 64"):
+        windows(["x y z"] * 9, window=64, max_windows=1)
+
+
+def test_truncation_and_padding_of_the_tokenizer_file_play_no_role():
+    own = tiny.tokenizer()
+    own.enable_truncation(3)
+    own.enable_padding(length=40, pad_id=5)
+    data = make_dataset(["x y z = x + y " * 8], own, bos=BOS, window=8, source="text")
+    np.testing.assert_array_equal(data.inputs, windows(["x y z = x + y " * 8]).inputs)
+    assert own.truncation["max_length"] == 3  # the model's own tokenizer is left alone
 
 
 def test_a_missing_text_is_refused(tmp_path):
