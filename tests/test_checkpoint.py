@@ -109,10 +109,10 @@ def test_transformers_5_rope_parameters_are_read(folder):
     rewrite(folder, rope_theta="DROP", rope_parameters={"rope_theta": 77.0, "rope_type": "default"})
     assert load(str(folder)).apply is not digest
     rewrite(folder, rope_parameters={"rope_theta": 77.0, "rope_type": "llama3"})
-    with pytest.raises(MpqError, match="rope_scaling"):
+    with pytest.raises(MpqError, match="'rope_parameters' lacks 'factor'"):
         load(str(folder))
     rewrite(folder, rope_parameters={"rope_theta": 77.0, "factor": 8.0})
-    with pytest.raises(MpqError, match=r"rope_parameters has \['factor'\]"):
+    with pytest.raises(MpqError, match=r"'rope_parameters' has \['factor'\]"):
         load(str(folder))
 
 
@@ -124,8 +124,8 @@ def test_transformers_5_rope_parameters_are_read(folder):
             "MambaForCausalLM.*supported is LlamaForCausalLM",
         ),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification.*supported is"),
-        ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu': supported is 'silu'"),
-        ({"attention_bias": True}, "'attention_bias' is True"),
+        ({"hidden_act": "softmax"}, "'hidden_act' is 'softmax': supported is .*'silu'"),
+        ({"attention_bias": True}, r"lacks the tensor 'model\.layers\.0\.self_attn\.k_proj\.bias'"),
         ({"rope_scaling": {"factor": 2}}, "'rope_scaling'"),
         ({"sliding_window": 128}, "'sliding_window' .value 128. is unknown"),
         ({"hidden_size": "DROP"}, "'hidden_size' is missing"),
@@ -159,14 +159,7 @@ def test_a_tensor_that_is_not_finite_is_named(folder):
 
 def test_an_integer_tensor_is_refused(folder):
     rewrite_tensors(folder, lambda w: w.update({"model.norm.weight": np.ones(32, np.int32)}))
-    with pytest.raises(MpqError, match=r"'model\.norm\.weight' is int32"):
-        load(str(folder))
-
-
-def test_truncated_weights_are_refused(folder):
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(MpqError, match="truncated or no safetensors"):
+    with pytest.raises(MpqError, match=r"'model\.norm\.weight' is I32: supported are float32, float16 and bfloat16"):
         load(str(folder))
 
 
@@ -193,22 +186,8 @@ def test_a_damaged_tokenizer_is_refused_and_a_missing_one_is_not(folder):
     assert load(str(folder)).tokenizer is None
 
 
-def test_something_that_is_no_folder_and_no_hub_id_is_refused():
-    with pytest.raises(MpqError, match="is no folder here"):
-        load("./nowhere")
-
-
-def test_an_unreachable_hub_id_is_refused_in_one_sentence(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(MpqError, match="could not be fetched from the hub"):
-        load("nobody/nothing-of-that-name")
-
-
 @pytest.mark.parametrize("name", ["stories260k", "tiny1m"])
 def test_real_models_load(shared_data, name):
     model = load(str(shared_data / "models" / name))
     assert model.num_parameters == {"stories260k": 260_032, "tiny1m": 935_040}[name]
-    assert model.bos == 1
+    assert model.inputs.bos == 1

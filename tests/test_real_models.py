@@ -28,8 +28,8 @@ def stories(shared_data, model, windows=100):
     return make_dataset(
         texts,
         model.tokenizer,
-        bos=model.bos,
-        window=model.context,
+        bos=model.inputs.bos,
+        window=model.inputs.context,
         windows_per_document=1,
         source="TinyStories validation",
     )
@@ -40,12 +40,12 @@ def test_perplexity_of_float_and_rtn_is_what_transformers_gives(shared_data, nam
     model = load(str(shared_data / "models" / name))
     data = stories(shared_data, model)
     blocks = [w for w in model.trace().weights if w.path.startswith("layers.")]
-    got = [score(model, model.params, data, batch_size=20).summary().perplexity]
+    got = [score(model, model.params, data, batch_size=20).summary().quality]
     for bits in (8, 4, 3):
         candidates = Candidates(model.params, blocks, RTN("absmax"))
         choice = dict.fromkeys((w.path for w in blocks), parse_scheme(f"int{bits}_channel_sfloat32"))
         quantized = apply_plan(model.params, blocks, candidates.choose(choice))
-        got.append(score(model, quantized, data, batch_size=20).summary().perplexity)
+        got.append(score(model, quantized, data, batch_size=20).summary().quality)
     # Four or five digits were published. At 3 bits a value next to a tie may round the other way: half a per cent.
     np.testing.assert_allclose(got[:2], PERPLEXITY[name][:2], rtol=2e-4)
     np.testing.assert_allclose(got[2:], PERPLEXITY[name][2:], rtol=5e-3)
@@ -55,7 +55,7 @@ def test_a_mixed_plan_of_a_real_model_is_exported_and_beats_uniform_three_bits(s
     model = load(str(shared_data / "models" / "tiny1m"))
     data = stories(shared_data, model, windows=48)
     text = read_documents(shared_data / "text" / "tinystories_train_316.txt")
-    calibration = make_dataset(text, model.tokenizer, bos=model.bos, window=256, max_windows=32, source="train")
+    calibration = make_dataset(text, model.tokenizer, bos=model.inputs.bos, window=256, max_windows=32, source="train")
     traced = model.trace(16, 256)
     stats = calibrate(traced, model.params, calibration, 16)
     candidates = Candidates(model.params, traced.weights, GPTQ(), stats)

@@ -1,85 +1,157 @@
-"""Read a model from a folder in the Hugging Face layout, from the hub, or the one that ships with the package."""
+"""Read a model from a folder in the Hugging Face layout, with safetensors or an Orbax checkpoint; write the latter."""
 
-import importlib.resources
+import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from mpq.files import read_json
-from mpq.models.family import Family
+from mpq.export.orbax import write_checkpoint
+from mpq.files import canonical_json, read_json, writing
+from mpq.inputs import Tokens
+from mpq.models.family import Family, Stored
 from mpq.models.model import Model, functional
+from mpq.models.tensors import FLOATS, ORBAX, SHARD_INDEX, SINGLE_FILE, OrbaxArrays, Tensors, find_tensors, nest
+from mpq.tasks import TASKS
 from mpq.types import MpqError
 
-SHARD_INDEX, SINGLE_FILE, PICKLE = "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"
-
-
-def resolve(source: str) -> Path:
-    """The folder that `source` names: `reference`, a folder, or a hub id `owner/name[@revision]`, downloaded.
-
-    Raises:
-      MpqError: neither a folder nor a hub id that could be fetched.
-    """
-    if source == "reference":
-        return Path(str(importlib.resources.files("mpq"))) / "assets" / "reference_lm"
-    if Path(source).is_dir():
-        return Path(source)
-    if source.count("/") != 1 or source.startswith((".", "/")):
-        raise MpqError(
-            f"model {source!r} is no folder here: give a checkpoint folder, a hub id 'owner/name', or 'reference'"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    name, _, revision = source.partition("@")
-    try:
-        files = ["*.safetensors", "*.json"]
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=files))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MpqError(
-            f"model {source!r} is no folder here and could not be fetched from the hub ({reason})"
-        ) from error
+SIDECARS = {
+    "preprocessor": "preprocessor_config.json",
+    "modules": "modules.json",
+    "pooling": "1_Pooling/config.json",
+}
+DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in FLOATS.values()}
+"""Dtypes in which parameters may be stored, by name."""
+_MASKS = {"float32": (0x7FFF_FFFF, 0x7F80_0000), "float16": (0x7FFF, 0x7C00), "bfloat16": (0x7FFF, 0x7F80)}
+"""All bits but the sign, and those of the exponent: a value whose exponent is all ones is NaN or infinite."""
+_ALIGNMENT = 64
+"""Bytes. XLA takes NumPy's memory as its own where it is aligned so, and copies it otherwise."""
 
 
 def load_checkpoint(folder: Path, families: Mapping[str, Family], name: str) -> Model:
-    """A model from a folder in the Hugging Face layout.
+    """A model from a folder.
+
+    Peak memory is that of the float32 parameters and of the largest tensor as it is stored.
 
     Args:
-      folder: holds `config.json`, `model.safetensors` (or shards and their index), and usually `tokenizer.json`.
+      folder: holds `config.json`; `model.safetensors`, or shards and their index, or an Orbax checkpoint of the
+        parameters by path in `params/`; and usually `tokenizer.json`.
       families: `model_type` -> family.
       name: for a person.
 
     Raises:
       MpqError: names the file, config key or tensor that is missing, unknown, misshapen or not finite.
     """
-    config = read_json(folder / "config.json", "the model's config")
+    config = read_config(folder)
     family = find_family(config, families)
-    apply, shapes = functional(nnx.eval_shape(lambda: family.build(family.parse(config))))
-    params, stored = read_parameters(folder, family, shapes)
-    return make_model(apply, params, stored, config, family, read_tokenizer(folder), name)
+    parsed = family.parse(config)
+    apply, shapes = functional(nnx.eval_shape(lambda: family.build(parsed)))
+    tensors = find_tensors(folder)
+    if tensors is None:
+        raise MpqError(f"{folder} holds no {SINGLE_FILE}, no {SHARD_INDEX} and no Orbax checkpoint {ORBAX}/")
+    wanted, dtypes = match(tensors, family, parsed, shapes)
+    params = {path: _read(tensors, wanted[path], tuple(shape.shape)) for path, shape in shapes.items()}
+    return make_model(apply, params, dtypes, config, family, read_tokenizer(folder), name)
+
+
+def abstract_checkpoint(source: Path, families: Mapping[str, Family], name: str) -> Model:
+    """A model whose parameters are shapes: it can be traced and sized, not run. No weight is read.
+
+    Args:
+      source: a folder as `load_checkpoint` reads it, or one without weights, or a `config.json` under any name. Where
+        there are weights, their names, shapes and dtypes are read and checked; else the dtype is the config's.
+      families: `model_type` -> family.
+      name: for a person.
+
+    Raises:
+      MpqError: names the config key or tensor that is missing, unknown or misshapen.
+    """
+    whole = source.is_dir()
+    config = read_config(source) if whole else read_json(source, "the model's config")
+    family = find_family(config, families)
+    parsed = family.parse(config)
+    apply, shapes = functional(nnx.eval_shape(lambda: family.build(parsed)))
+    tensors = find_tensors(source) if whole else None
+    if tensors is not None:
+        _, dtypes = match(tensors, family, parsed, shapes)
+    else:
+        dtypes = dict.fromkeys(shapes, _config_dtype(config))
+    return make_model(apply, shapes, dtypes, config, family, read_tokenizer(source) if whole else None, name)
+
+
+def save_orbax(model: Model, folder: Path) -> None:
+    """Write `model` as `config.json`, `tokenizer.json` and an Orbax checkpoint of its parameters, nested by path.
+
+    `load` reads it back bit by bit, and any Flax program with `StandardCheckpointer().restore(folder / "params")`.
+    Every parameter is written in the dtype that it was stored in. The folder appears whole or not at all, and equal
+    models give equal bytes.
+
+    Raises:
+      MpqError: the model has no config that it could be read back with, or the disk is full or refuses.
+    """
+    if not model.config:
+        raise MpqError(
+            f"model {model.name!r} has no config.json, without which it cannot be read back: save its params"
+        )
+    beside = set(SIDECARS) & set(model.config)
+    with writing(folder) as sibling:
+        sibling.mkdir()
+        for key in beside:
+            (sibling / SIDECARS[key]).parent.mkdir(exist_ok=True)
+            (sibling / SIDECARS[key]).write_text(canonical_json(model.config[key]))
+        config = {key: value for key, value in model.config.items() if key not in beside}
+        (sibling / "config.json").write_text(canonical_json(config))
+        if model.tokenizer is not None:
+            (sibling / "tokenizer.json").write_bytes(model.tokenizer.to_str().encode())
+        arrays = {path: jax.numpy.asarray(p).astype(DTYPES[model.stored[path]]) for path, p in model.params.items()}
+        write_checkpoint(sibling / ORBAX, nest(arrays))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json`, and under the keys of `SIDECARS` the files beside it that decide what the model computes.
+
+    Raises:
+      MpqError: no `config.json`, or a file that is not JSON.
+    """
+    config = read_json(folder / "config.json", "the model's config")
+    for key, file in SIDECARS.items():
+        if (folder / file).exists():
+            config[key] = read_json(folder / file, f"the model's {key}", list if key == "modules" else dict)
+    return config
 
 
 def make_model(
     apply: Any,
-    params: dict[str, jax.Array],
+    params: Mapping[str, Any],
     stored: Mapping[str, str],
     config: Mapping[str, Any],
     family: Family,
     tokenizer: Tokenizer | None,
     name: str,
 ) -> Model:
-    """Put the parts together; context and BOS come from the parsed config."""
+    """Put the parts together."""
     parsed = family.parse(config)
-    bos = parsed.bos_token_id if config.get("bos_token_id") is not None else None
-    return Model(apply, params, stored, name, config, tokenizer, parsed.max_position_embeddings, bos)
+    inputs = family.inputs(parsed)
+    if isinstance(inputs, Tokens):
+        bos = first_token(tokenizer) if tokenizer is not None else inputs.bos
+        inputs = dataclasses.replace(inputs, bos=bos if config.get("bos_token_id") is not None else None)
+    task = family.architectures[config["architectures"][0]]
+    if task == "classification" and getattr(parsed, "num_labels", None) == 1:
+        task = "regression"  # what transformers trains a single output for
+    return Model(apply, dict(params), stored, name, inputs, TASKS[task], config, tokenizer)
+
+
+def first_token(tokenizer: Tokenizer) -> int | None:
+    """The id that the tokenizer puts in front of a text, or None: a config may name a BOS that no text begins with."""
+    ids = tokenizer.encode("").ids
+    return ids[0] if ids else None
 
 
 def find_family(config: Mapping[str, Any], families: Mapping[str, Family]) -> Family:
@@ -98,76 +170,106 @@ def find_family(config: Mapping[str, Any], families: Mapping[str, Family]) -> Fa
     return family
 
 
-def read_parameters(
-    folder: Path, family: Family, shapes: Mapping[str, Any]
-) -> tuple[dict[str, jax.Array], dict[str, str]]:
-    """All parameters as float32 by path, and the dtype each is stored in, tensor by tensor.
+def match(
+    tensors: Tensors, family: Family, parsed: Any, shapes: Mapping[str, Any]
+) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Where each parameter is stored, and in which dtype, after names, shapes and dtypes have been checked.
 
     Raises:
-      MpqError: names a tensor that is missing, left over, misshapen, of an unknown dtype, or not finite.
+      MpqError: names a tensor that is missing, left over, misshapen, or of a dtype that is not read.
     """
-    where = tensor_files(folder)
-    wanted = {family.tensor_name(path)[0]: path for path in shapes}
-    tied = {"lm_head.weight"} if not any(path.startswith("lm_head") for path in shapes) else set()
-    if missing := sorted(set(wanted) - set(where)):
+    own = isinstance(tensors, OrbaxArrays)  # it has our paths and our layout
+    wanted = {path: Stored((path,)) if own else family.stored(parsed, path) for path in shapes}
+    if family.prefix and not any(name.startswith(family.prefix) for name in tensors.names):
+        wanted = {path: Stored(_without(family.prefix, s.names), s.permutation) for path, s in wanted.items()}
+    named = {name for stored in wanted.values() for name in stored.names}
+    if missing := sorted(named - tensors.names):
         raise MpqError(
-            f"{folder} lacks the tensor {missing[0]!r} ({len(missing)} missing in all): is the checkpoint complete?"
+            f"{tensors.folder} lacks the tensor {missing[0]!r} ({len(missing)} missing in all): "
+            "is the checkpoint complete?"
         )
-    if left_over := sorted(set(where) - set(wanted) - tied):
+    ignored = re.compile("|".join(f"(?:{pattern})" for pattern in family.ignored) or r"(?!)")
+    if left_over := sorted(name for name in tensors.names - named if not ignored.fullmatch(name)):
         raise MpqError(
-            f"{folder} holds the tensor {left_over[0]!r} that its config does not call for ({len(left_over)} in all)"
+            f"{tensors.folder} holds the tensor {left_over[0]!r} that its config does not call for "
+            f"({len(left_over)} in all)"
         )
-    params: dict[str, jax.Array] = {}
-    stored: dict[str, str] = {}
-    for name, tensor in read_tensors({n: f for n, f in where.items() if n in wanted}):
-        path = wanted[name]
-        transposed = family.tensor_name(path)[1]
-        shape = shapes[path].shape[::-1] if transposed else shapes[path].shape
-        if tensor.shape != shape:
-            raise MpqError(f"tensor {name!r} has shape {tensor.shape}: the config calls for {shape}")
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise MpqError(f"tensor {name!r} is {tensor.dtype}: supported are float32, float16 and bfloat16")
-        value = tensor.astype(np.float32)
-        if not np.isfinite(value).all():
-            raise MpqError(f"tensor {name!r} holds NaN or infinity: the checkpoint is damaged")
-        stored[path] = tensor.dtype.name
-        params[path] = jnp.asarray(value.T if transposed else value)
-    return {path: params[path] for path in shapes}, {path: stored[path] for path in shapes}
+    dtypes = {path: _dtype(tensors, stored, tuple(shapes[path].shape)) for path, stored in wanted.items()}
+    return wanted, dtypes
 
 
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> safetensors file, from the shard index or the single file.
-
-    Raises:
-      MpqError: no safetensors, a missing shard, or a damaged file.
-    """
-    if (index := folder / SHARD_INDEX).exists():
-        weight_map = read_json(index, "the shard index").get("weight_map", {})
-        for shard in sorted(set(weight_map.values())):
-            if not (folder / shard).exists():
-                raise MpqError(f"{folder} lacks the shard {shard!r} that its index names: download it again")
-        return {name: folder / shard for name, shard in weight_map.items()}
-    file = folder / SINGLE_FILE
-    if not file.exists():
-        hint = ""
-        if (folder / PICKLE).exists():
-            hint = (
-                f": {PICKLE} is a pickle and unsafe to read; convert it with model.save_pretrained(OUT) of transformers"
-            )
-        raise MpqError(f"{folder} holds no {SINGLE_FILE} and no {SHARD_INDEX}{hint}")
-    with _opened(file) as handle:
-        return dict.fromkeys(handle.keys(), file)  # a safetensors handle is not iterable
+def _without(prefix: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name.removeprefix(prefix) for name in names)
 
 
-def read_tensors(where: Mapping[str, Path]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield every named tensor, one at a time, each file memory-mapped once."""
-    for file in dict.fromkeys(where.values()):
-        with _opened(file) as handle:
-            for name in (n for n, f in where.items() if f == file):
-                try:
-                    yield name, handle.get_tensor(name)
-                except SafetensorError as error:
-                    raise MpqError(f"{file} cannot give the tensor {name!r} ({error})") from error
+def _dtype(tensors: Tensors, stored: Stored, shape: tuple[int, ...]) -> str:
+    """Dtype of the tensors of one parameter, the widest if there are several."""
+    one = shape[1:] if _is_stacked(stored, shape) else shape
+    if one is not shape and shape[0] != len(stored.names):
+        raise MpqError(
+            f"the config calls for {shape[0]} tensors like {stored.names[0]!r}: {len(stored.names)} are named"
+        )
+    order = stored.permutation or tuple(range(len(one)))
+    expected = tuple(one[order.index(axis)] for axis in range(len(one)))
+    headers = [tensors.header(name) for name in stored.names]
+    for name, header in zip(stored.names, headers, strict=True):
+        if header.shape != expected:
+            raise MpqError(f"tensor {name!r} has shape {header.shape}: the config calls for {expected}")
+        if header.dtype not in DTYPES:
+            raise MpqError(f"tensor {name!r} is {header.dtype}: supported are float32, float16 and bfloat16")
+    return max((header.dtype for header in headers), key=lambda dtype: DTYPES[dtype].itemsize)
+
+
+def _is_stacked(stored: Stored, shape: tuple[int, ...]) -> bool:
+    return len(stored.names) > 1 or len(shape) > len(stored.permutation or shape)
+
+
+def _read(tensors: Tensors, stored: Stored, shape: tuple[int, ...]) -> jax.Array:
+    """One parameter, float32. Slab by slab each value is checked, converted and written once into its own memory."""
+    value = _aligned(shape)
+    parts = value if _is_stacked(stored, shape) else value[None]
+    for part, name in zip(parts, stored.names, strict=True):
+        order = stored.permutation or tuple(range(part.ndim))
+        as_stored = part.transpose(np.argsort(order))
+        for rows, slab in tensors.slabs(name):
+            if not all_finite(slab):
+                raise MpqError(f"tensor {name!r} holds NaN or infinity: the checkpoint is damaged")
+            as_stored[rows].transpose(order)[...] = _transposed(slab, order)
+    return jax.device_put(value)
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite, from the bits: twice as fast as `isfinite`, and bfloat16 has no fast one."""
+    magnitude, exponent = _MASKS[array.dtype.name]
+    bits = array.view(f"u{array.dtype.itemsize}")
+    return not bits.size or int(np.max(bits & bits.dtype.type(magnitude))) < exponent
+
+
+def _transposed(array: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
+    """`array.transpose(order)` in C order. XLA's transposition works in blocks; NumPy's misses the cache throughout."""
+    if order == tuple(range(len(order))):
+        return array
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names an accelerator alone
+        return array.transpose(order)
+    return np.asarray(jax.device_put(array.transpose(order), cpu))
+
+
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """Uninitialized float32 memory that JAX need not copy."""
+    size = 4 * int(np.prod(shape))
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(np.float32).reshape(shape)
+
+
+def _config_dtype(config: Mapping[str, Any]) -> str:
+    """The dtype that a config names for its weights; float32, as for transformers, where it names none."""
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise MpqError(f"config key 'dtype' is {dtype!r}: supported are float32, float16 and bfloat16")
+    return dtype
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
@@ -183,10 +285,3 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
         return Tokenizer.from_str(json.dumps(read_json(file, "the tokenizer")))
     except Exception as error:  # the tokenizers package raises plain Exception
         raise MpqError(f"{file} is no tokenizer that the tokenizers package can read ({error})") from error
-
-
-def _opened(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise MpqError(f"{file} is truncated or no safetensors file ({error})") from error
