@@ -7,7 +7,7 @@ The whole pipeline on the reference language model that ships with the package:
 
     model = mpq.load("reference")
     sets = mpq.datasets(model, mpq.RunConfig(name="example", calibration_windows=16, test_windows=16))
-    traced = model.trace(batch=8, time=256)
+    traced = model.trace(batch=8, window=256)
     stats = mpq.calibrate(traced, model.params, sets["calibration"], batch_size=8)
     candidates = mpq.Candidates(model.params, traced.weights, mpq.GPTQ(), stats)
     schemes = tuple(map(mpq.parse_scheme, ("int2_g64", "int3_g64", "int4_g64", "int8_channel")))
@@ -26,22 +26,14 @@ from mpq.config import RunConfig
 from mpq.data import make_dataset, read_documents, require_disjoint, split_documents
 from mpq.evaluate import DocumentScores, Reference, score
 from mpq.formats import FORMATS, parse_scheme
-from mpq.models import FAMILIES, Model, load
+from mpq.inputs import Arrays, Dataset, Images, Tokens
+from mpq.models import FAMILIES, Model, functional, load
 from mpq.pipeline import datasets
 from mpq.quantize import GPTQ, QUANTIZERS, RTN, Candidates, apply_plan
 from mpq.sensitivity import METRICS
+from mpq.tasks import TASKS, CausalLM, Classification, Custom, Embedding, Regression
 from mpq.trace import Trace, trace
-from mpq.types import (
-    Allocation,
-    Dataset,
-    EvalResult,
-    LayerStats,
-    MpqError,
-    QTensor,
-    Scheme,
-    SensitivityTable,
-    WeightSpec,
-)
+from mpq.types import Allocation, EvalResult, LayerStats, MpqError, QTensor, Scheme, SensitivityTable, WeightSpec
 
 __version__ = "0.1.0"
 
@@ -53,26 +45,36 @@ __all__ = [
     "QUANTIZERS",
     "RTN",
     "SOLVERS",
+    "TASKS",
     "Allocation",
+    "Arrays",
     "Candidates",
+    "CausalLM",
+    "Classification",
+    "Custom",
     "Dataset",
     "DocumentScores",
+    "Embedding",
     "EvalResult",
     "Frontier",
+    "Images",
     "LayerStats",
     "Model",
     "MpqError",
     "Problem",
     "QTensor",
     "Reference",
+    "Regression",
     "RunConfig",
     "Scheme",
     "SensitivityTable",
+    "Tokens",
     "Trace",
     "WeightSpec",
     "apply_plan",
     "calibrate",
     "datasets",
+    "functional",
     "load",
     "make_dataset",
     "parse_scheme",

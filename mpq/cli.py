@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from mpq import commands
+from mpq import commands, show_inspection
 from mpq.progress import shown
 from mpq.types import MpqError
 
@@ -23,15 +23,26 @@ Source = tyro.conf.Positional[str]
 Json = Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(help="print one JSON object")]
 
 
-def inspect(model: Source, strict: tyro.conf.FlagCreatePairsOff[bool] = False, json: Json = False) -> None:
-    """List every weight: kind, shape, multiply-accumulates, fused group; and what is not quantized, with the reason.
+def inspect(
+    model: Source,
+    strict: tyro.conf.FlagCreatePairsOff[bool] = False,
+    bpw: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="X[,X...]")] = (),
+    all: tyro.conf.FlagCreatePairsOff[bool] = False,
+    json: Json = False,
+) -> None:
+    """List every weight: kind, shape, multiply-accumulates, fused group; what is not quantized, and why; what it costs.
+
+    Reads no weights: a config.json will do.
 
     Args:
-      model: checkpoint folder, hub id, or `reference`.
+      model: checkpoint folder, config.json, hub id, or `reference`.
       strict: fail if a matrix is claimed by no matmul, convolution or embedding.
+      bpw: bits per weight whose size is wanted; several joined by commas, or given again (default: 3.5).
+      all: one row for every weight, not one for equal blocks.
       json: print one JSON object.
     """
-    _answer(lambda: commands.inspect(model, strict=strict), json, commands.show_inspection)
+    show = lambda body, console: show_inspection.inspection(body, console, every=all)
+    _answer(lambda: commands.inspect(model, strict=strict, bpw=bpw), json, show)
 
 
 def calibrate(
@@ -54,7 +65,7 @@ def calibrate(
       batch_size: windows a batch.
       json: print one JSON object.
     """
-    text = commands.Text(data, window, max_windows, batch_size)
+    text = commands.Data(data, window, max_windows, batch_size)
     _answer(lambda: commands.calibrate(model, text, out), json, commands.show_written)
 
 
@@ -88,7 +99,7 @@ def sensitivity(
       seed: of random numbers.
       json: print one JSON object.
     """
-    text = commands.Text(data, window, max_windows, batch_size)
+    text = commands.Data(data, window, max_windows, batch_size)
     _answer(
         lambda: commands.sensitivity(model, text, out, metric, method, stats, schemes, seed), json, commands.show_table
     )
@@ -143,7 +154,7 @@ def quantize(
       batch_size: windows a batch.
       json: print one JSON object.
     """
-    text = None if data is None else commands.Text(data, window, max_windows, batch_size)
+    text = None if data is None else commands.Data(data, window, max_windows, batch_size)
     _answer(lambda: commands.quantize(model, plan, out, text, stats, method), json, commands.show_written)
 
 
@@ -167,7 +178,7 @@ def evaluate(
       batch_size: windows a batch.
       json: print one JSON object.
     """
-    text = commands.Text(data, window, max_windows, batch_size)
+    text = commands.Data(data, window, max_windows, batch_size)
     _answer(lambda: commands.evaluate(model, text, reference), json, commands.show_evaluation)
 
 

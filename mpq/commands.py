@@ -5,110 +5,79 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mpq import artifacts, show
 from mpq.allocate import Problem, solve_frontier
 from mpq.calibrate import calibrate as run_calibration
 from mpq.config import known, load_config
-from mpq.data import make_dataset, read_documents
+from mpq.data.sources import read_set
 from mpq.evaluate import Reference, score
 from mpq.export import orbax
 from mpq.files import read_json
 from mpq.formats import parse_scheme
+from mpq.inputs import Dataset, Tokens
+from mpq.inspect import inspect as inspect_model
+from mpq.inspect import parse_bpw
 from mpq.models import Model, load, resolve
 from mpq.pipeline import export_arguments
 from mpq.quantize import QUANTIZERS, Candidates
 from mpq.sensitivity import METRICS
 from mpq.trace import Trace
-from mpq.types import Dataset, LayerStats, MpqError
+from mpq.types import LayerStats, MpqError
 from mpq.units import parse_size
 
-show_inspection, show_written, show_table = show.inspection, show.written, show.table
+show_written, show_table = show.written, show.table
 show_plan, show_evaluation, show_run = show.plan, show.evaluation, show.run
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
-    """A text and how it is cut into windows. `source` is a file, or `reference`: the texts shipped with that model."""
+class Data:
+    """Data and how they are batched. `source`: a file, a folder, or `reference`, the texts shipped with that model."""
 
     source: str
     window: int | None
     max_windows: int
     batch_size: int
 
-    def window_for(self, model: Model) -> int:
-        """Tokens a window: as asked, else 256 or the model's context if that is shorter."""
-        return min(256, model.context) if self.window is None else self.window
+    def window_for(self, model: Model) -> int | None:
+        """Tokens a window: as asked, else 256 or the model's context if that is shorter; None for images."""
+        if not isinstance(model.inputs, Tokens):
+            return None
+        return min(256, model.inputs.context) if self.window is None else self.window
 
     def dataset(self, model: Model, reference_set: str) -> Dataset:
-        """Windows for `model`.
+        """Rows for `model`.
 
         Raises:
-          MpqError: no such text, too short for one window, or a window longer than the context.
+          MpqError: no such source, it does not suit the model, or a window is longer than the context.
         """
-        window = self.window_for(model)
-        if window > model.context:
-            raise MpqError(f"window {window} is longer than the model's context of {model.context}: use at most that")
         if self.batch_size < 1 or self.max_windows < 1:
             raise MpqError("batch-size and max-windows must be at least 1")
-        path = (
-            resolve("reference") / "text" / f"{reference_set}.txt" if self.source == "reference" else Path(self.source)
-        )
-        return make_dataset(
-            read_documents(path),
-            model.tokenizer,
-            bos=model.bos,
-            window=window,
-            max_windows=self.max_windows,
-            source=self.source,
-        )
+        return read_set(model, self.source, reference_set, window=self.window_for(model), limit=self.max_windows)
+
+    def trace(self, model: Model) -> Trace:
+        """The model's trace on batches of these data."""
+        return model.trace(self.batch_size, self.window_for(model))
 
 
-def inspect(model_source: str, *, strict: bool) -> dict[str, Any]:
-    """Weights and what was not taken."""
-    model = load(model_source)
-    traced = model.trace()
-    matrices = [s for s in traced.skipped if len(model.params[s.path].shape) >= 2]
-    if strict and matrices:
-        raise MpqError(f"{len(matrices)} matrices are not quantized, first {matrices[0].path!r}: {matrices[0].reason}")
-    width = {path: jnp.dtype(d).itemsize for path, d in model.stored.items()}
-    return {
-        "model": model.name,
-        "digest": model.digest,
-        "parameters": model.num_parameters,
-        "size_bytes": model.size_bytes,
-        "weights": [
-            {
-                "path": w.path,
-                "kind": w.kind,
-                "k": w.k,
-                "n": w.n,
-                "batch": w.batch,
-                "uses": len(w.uses),
-                "macs_per_token": w.macs / model.context,
-                "group": w.group,
-                "size_bytes": w.size * width[w.param],
-            }
-            for w in traced.weights
-        ],
-        "skipped": [{"path": s.path, "reason": s.reason} for s in traced.skipped],
-    }
+def inspect(model_source: str, *, strict: bool, bpw: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Weights, what was not taken, and what other sizes would take."""
+    return inspect_model(model_source, strict=strict, bpw=parse_bpw(bpw))
 
 
-def calibrate(model_source: str, text: Text, out: Path) -> dict[str, Any]:
+def calibrate(model_source: str, text: Data, out: Path) -> dict[str, Any]:
     """Statistics of every weight's input."""
     model = load(model_source)
     data = text.dataset(model, "calibration")
-    stats = run_calibration(model.trace(text.batch_size, text.window_for(model)), model.params, data, text.batch_size)
+    stats = run_calibration(text.trace(model), model.params, data, text.batch_size)
     artifacts.save_stats(out, stats, model.digest, data.digest)
-    return {"out": str(out), "weights": len(stats), "num_tokens": data.num_tokens, "size_bytes": out.stat().st_size}
+    return {"out": str(out), "weights": len(stats), "num_rows": len(data.inputs), "size_bytes": out.stat().st_size}
 
 
 def sensitivity(
     model_source: str,
-    text: Text,
+    text: Data,
     out: Path,
     metric: str,
     method: str,
@@ -122,7 +91,7 @@ def sensitivity(
     parsed = tuple(parse_scheme(s) for s in schemes)
     model = load(model_source)
     data = text.dataset(model, "calibration")
-    traced = model.trace(text.batch_size, text.window_for(model))
+    traced = text.trace(model)
     candidates = _candidates(model, traced, method, data, stats, text.batch_size)
     table = measure(model, traced, parsed, candidates, data, key=jax.random.key(seed), batch_size=text.batch_size)
     artifacts.save_table(out, table, {"other_bits": artifacts.other_bits(model, traced.weights)})
@@ -164,13 +133,12 @@ def allocate(
 
 
 def quantize(
-    model_source: str, plan_source: str, out: Path, text: Text | None, stats: Path | None, method: str
+    model_source: str, plan_source: str, out: Path, text: Data | None, stats: Path | None, method: str
 ) -> dict[str, Any]:
     """The quantized model as an Orbax folder."""
     known("method", method, QUANTIZERS)
     model = load(model_source)
-    window, batch = (text.window_for(model), text.batch_size) if text else (model.context, 1)
-    traced = model.trace(batch, window)
+    traced = text.trace(model) if text else model.trace()
     if Path(plan_source).exists():
         plan = artifacts.load_plan(Path(plan_source), model, traced.weights)
     else:
@@ -178,7 +146,7 @@ def quantize(
     if out.exists():
         raise MpqError(f"{out} exists already: choose another folder or remove it")
     data = text.dataset(model, "calibration") if text else None
-    candidates = _candidates(model, traced, method, data, stats, batch)
+    candidates = _candidates(model, traced, method, data, stats, text.batch_size if text else 1)
     written = orbax.save(out, **export_arguments(model, traced.weights, candidates.choose(plan.choices), plan))
     return {
         "out": str(out),
@@ -190,7 +158,7 @@ def quantize(
     }
 
 
-def evaluate(model_source: str, text: Text, reference_source: str | None) -> dict[str, Any]:
+def evaluate(model_source: str, text: Data, reference_source: str | None) -> dict[str, Any]:
     """Quality on a text."""
     model = load(model_source)
     data = text.dataset(model, "test")
@@ -201,7 +169,7 @@ def evaluate(model_source: str, text: Text, reference_source: str | None) -> dic
             raise MpqError(f"{reference_source} is no reference for {model_source}: their configs differ")
         reference = Reference(original, data, text.batch_size)
     result = score(model, model.params, data, reference=reference, batch_size=text.batch_size).summary()
-    body = dataclasses.asdict(result)
+    body = result.to_json()
     size, bpw = _sizes(model, model_source)
     return {**body, "size_bytes": size, "bits_per_weight": bpw}
 
@@ -216,17 +184,7 @@ def run(config_path: str, overrides: list[str], root: Path) -> dict[str, Any]:
     command = " ".join(["mpq run", config_path, *(f"--set {o}" for o in overrides)])
     body = results.finish(this, command)
     write_run(this.folder)
-    keep = (
-        "perplexity",
-        "nll",
-        "nll_stderr",
-        "kl",
-        "kl_stderr",
-        "top1_agreement",
-        "num_documents",
-        "size_bytes",
-        "bits_per_weight",
-    )
+    keep = (*body["reference"], "size_bytes", "bits_per_weight")
     rows = {
         kind: {f"{p['name']} {p['method']}": {k: p[k] for k in keep} for p in body["plans"] if p["kind"] == kind}
         for kind in ("mixed", "uniform")

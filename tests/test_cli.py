@@ -71,7 +71,7 @@ def test_inspect_counts_what_the_config_implies(mpq):
 def test_a_person_gets_a_table(capsys, place, monkeypatch, command):
     monkeypatch.chdir(place)
     monkeypatch.setenv("COLUMNS", "200")
-    cli.main([command, "model", *([] if command == "inspect" else ["--data", "test.txt", *WINDOW])])
+    cli.main([command, "model", *(["--all"] if command == "inspect" else ["--data", "test.txt", *WINDOW])])
     out = capsys.readouterr().out
     assert ("layers.0.self_attn.q_proj.kernel" in out) if command == "inspect" else ("perplexity" in out)
 
@@ -125,7 +125,7 @@ def test_evaluation_without_reference_has_no_kl(mpq):
 BAD = {
     "a folder without a config": (["inspect", "empty"], r"config\.json"),
     "no such model": (["inspect", "./nothing"], "is no folder here"),
-    "no such text": (["evaluate", "model", "--data", "no.txt"], "cannot be read"),
+    "no such text": (["evaluate", "model", "--data", "no.txt"], "is no file or folder here"),
     "text too short": (["evaluate", "model", "--data", "short.txt", *WINDOW], "too short"),
     "window too long": (
         ["evaluate", "model", "--data", "test.txt", "--window", "999"],
@@ -277,10 +277,10 @@ def test_the_whole_job_on_a_person_s_own_model_and_text(mpq, place, capsys):
     job = ["run", "config.py", "--model", "model", "--data", "calibration.txt", "--set", "seed=3", "--out", "runs"]
     code, body, _ = mpq(*job, "--json")
     assert code == 0
-    evaluate_keys = {"perplexity", "nll", "nll_stderr", "kl", "kl_stderr", "top1_agreement", "num_documents"}
+    evaluate_keys = set(mpq("evaluate", "model", "--data", "test.txt", "--reference", "model", *WINDOW, "--json")[1])
     rows = [*body["plans"].values(), *body["uniform"].values()]
     assert len(rows) == 2 * (1 + 3)
-    assert all(set(row) == evaluate_keys | {"size_bytes", "bits_per_weight"} for row in rows)
+    assert all(set(row) == evaluate_keys for row in rows)
     folder = place / body["run"]
     record = json.loads((folder / "record.json").read_text())
     assert (record["config"]["seed"], record["config"]["model"]) == (3, "model")
