@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 
 from analysis.figure import MUTED, PAPER, save
 from analysis.load import PlanResult, Result, TableInfo
-from analysis.text import code_width, layer_and_role, significant
+from analysis.text import code_width, layers_and_roles, significant
 
 _MAX_PLANS, _MAX_TABLES = 6, 4
 _COLUMNS = 2  # of panels
@@ -90,7 +90,7 @@ def sensitivity_figure(result: Result) -> Figure:
         if i > 0 and table.weights == next(iter(tables.values())).weights:
             ax.set_yticklabels([])
     bar = figure.colorbar(images[0], ax=list(panels), shrink=min(1.0, 4.0 / height), pad=0.02)
-    bar.set_label("predicted loss increase (nats per token)")
+    bar.set_label(f"predicted loss increase ({result.task.nats})")
     bar.ax.yaxis.set_major_formatter(lambda y, _: significant(y, 1))
     note = "grey: not above zero;  dot: within 2 standard errors of zero"
     figure.supxlabel(note, x=0.01, ha="left", fontsize=8, color=MUTED)
@@ -107,23 +107,18 @@ def _heat_map(ax: Axes, table: TableInfo, norm: LogNorm, height: float) -> AxesI
     ax.plot(unsure[:, 1], unsure[:, 0], linestyle="none", marker=".", markersize=3, color=PAPER)
     ax.set_xticks(range(len(table.schemes)), table.schemes, rotation=45, ha="right", fontsize=8)
     step = -(-len(table.weights) * 9 // int(72 * (height - 1.9)))  # a label needs nine points of height
-    rows = range(0, len(table.weights), max(1, step))
-    ax.set_yticks(rows, [_short(table.weights[row]) for row in rows], fontsize=7)
+    rows, placed = range(0, len(table.weights), max(1, step)), layers_and_roles(table.weights)
+    ax.set_yticks(rows, [" ".join(filter(None, placed[table.weights[row]])) for row in rows], fontsize=7)
     ax.grid(visible=False)
     return image
-
-
-def _short(path: str) -> str:
-    layer, role = layer_and_role(path)
-    return role if layer is None else f"{layer} {role}"
 
 
 class _Grid:
     """Where each weight is drawn: a row for each layer, a column for each role, a whole row for all else."""
 
     def __init__(self, paths: Sequence[str]):
-        placed = {path: layer_and_role(path) for path in paths}
-        layers = sorted({layer for layer, _ in placed.values() if layer is not None})
+        placed = layers_and_roles(paths)
+        layers = list(dict.fromkeys(layer for layer, _ in placed.values() if layer is not None))
         roles = list(dict.fromkeys(role for layer, role in placed.values() if layer is not None))
         seen_layer, before, after = False, [], []
         for path, (layer, _) in placed.items():
@@ -136,7 +131,7 @@ class _Grid:
         self._cell = {
             p: (len(before) + layers.index(n), roles.index(r)) for p, (n, r) in placed.items() if n is not None
         }
-        self.row_names = [placed[p][1] for p in before] + [str(n) for n in layers] + [placed[p][1] for p in after]
+        self.row_names = [placed[p][1] for p in before] + layers + [placed[p][1] for p in after]
 
     @property
     def num_rows(self) -> int:

@@ -73,15 +73,26 @@ def draw_plans(
     plans: Sequence[PlanResult],
     value: Callable[[PlanResult], float],
     error: Callable[[PlanResult], float] | None,
+    *,
+    rising: bool = False,
 ) -> None:
-    """One series for each kind and method; the method that is handed out is filled, others are hollow."""
+    """One series for each kind and method; the method that is handed out is filled, others are hollow.
+
+    Args:
+      ax: where.
+      result: tells which method is handed out.
+      plans: to draw.
+      value: height of a plan.
+      error: length of a plan's bar to either side, on a log axis; None: no bars.
+      rising: higher is better.
+    """
     methods = sorted({plan.method for plan in plans}, key=lambda method: (method != result.main_method, method))
     for kind, color, marker in (("mixed", MIXED, "o"), ("uniform", UNIFORM, "s")):
         for method in methods:
             chosen = [plan for plan in plans if (plan.kind, plan.method) == (kind, method)]
             chosen.sort(key=lambda plan: plan.bits_per_weight)
             x, y = [plan.bits_per_weight for plan in chosen], [value(plan) for plan in chosen]
-            _connect(ax, x, y, kind, main=method == result.main_method)
+            _connect(ax, x, y, kind, main=method == result.main_method, rising=rising)
             ax.errorbar(
                 x,
                 y,
@@ -91,12 +102,12 @@ def draw_plans(
             )
 
 
-def _connect(ax: Axes, x: Sequence[float], y: Sequence[float], kind: str, *, main: bool) -> None:
+def _connect(ax: Axes, x: Sequence[float], y: Sequence[float], kind: str, *, main: bool, rising: bool) -> None:
     """A thin line through mixed plans; the steps of the best scheme that fits for uniform ones: none lies between."""
     if kind == "mixed":
         ax.plot(x, y, color=MIXED, linewidth=0.9, alpha=0.6, zorder=2)
     elif main:
-        best = np.minimum.accumulate(y) if y else []
+        best = (np.maximum if rising else np.minimum).accumulate(y) if y else []
         ax.plot(x, best, color=UNIFORM, linewidth=0.9, alpha=0.7, linestyle=DASHES, drawstyle="steps-post", zorder=2)
 
 

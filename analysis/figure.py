@@ -102,6 +102,8 @@ def place_labels(
     labels: Sequence[Label],
     markers: Sequence[tuple[float, float]],
     line: Sequence[tuple[float, float]] = (),
+    *,
+    rising: bool = False,
 ) -> None:
     """Write each label beside its point, where it covers least of the markers, the line, other labels and the frame.
 
@@ -110,6 +112,7 @@ def place_labels(
       labels: in order of importance.
       markers: points in data coordinates that should stay visible.
       line: vertices in data coordinates of a curve that should.
+      rising: the curve rises to the right, so that the side below it is the emptier one.
     """
     figure = ax.get_figure(root=True)
     assert isinstance(figure, Figure)  # an axes that is drawn has a figure
@@ -118,9 +121,10 @@ def place_labels(
     frame, taken = ax.get_window_extent(), []
     point = figure.dpi / 72  # pixels
     dots, curve = _boxes(ax, markers, 8 * point), _boxes(ax, line, 1.5 * point)
+    offsets = [(dx, -dy, h, _MIRRORED[v]) for dx, dy, h, v in _OFFSETS] if rising else _OFFSETS
     for label in labels:
         choices = []
-        for rank, (dx, dy, horizontal, vertical) in enumerate(_OFFSETS):
+        for rank, (dx, dy, horizontal, vertical) in enumerate(offsets):
             note = ax.annotate(
                 label.text,
                 (label.x, label.y),
@@ -168,3 +172,4 @@ _OFFSETS = (
     (-20, -8, "right", "top"),
     (20, -10, "left", "top"),
 )
+_MIRRORED = {"bottom": "top", "center": "center", "top": "bottom"}

@@ -15,7 +15,7 @@ def headline(result: Result) -> str:
     compared = [c for c in main if c.baseline is not None]
     if not compared:
         plans = ", ".join(f"{p.name} loses {with_error(p.kl, p.kl_stderr)}" for p in handed_out_plans(result))
-        return f"KL to the original in nats per token: {plans}; no uniform scheme fits a budget to compare with."
+        return f"KL to the original in {result.task.nats}: {plans}; no uniform scheme fits a budget to compare with."
     comparison = sorted(compared, key=lambda c: c.bits_per_weight)[len(compared) // 2]
     plan = result.plan(comparison.plan, comparison.method)
     assert plan is not None  # the loader checked it
@@ -23,7 +23,7 @@ def headline(result: Result) -> str:
     assert baseline is not None
     return (
         f"At {significant(plan.bits_per_weight)} bits per weight ({megabytes(plan.size_bytes)}) the mixed plan loses "
-        f"{with_error(plan.kl, plan.kl_stderr)} nats per token (KL to the original); the best uniform scheme that "
+        f"{with_error(plan.kl, plan.kl_stderr)} {result.task.nats} (KL to the original); the best uniform scheme that "
         f"fits, {baseline.name}, loses {with_error(baseline.kl, baseline.kl_stderr)}. {_verdict_sentence(comparison)}"
     )
 

@@ -1,32 +1,67 @@
 """`results.json`, which a run writes and every figure reads: its schema, and a loader that checks it.
 
-The dataclasses below are the schema, one field for one key; `mpq.results` writes it. Losses and KL are in nats per
-token with standard errors over documents, sizes in bytes of the whole model, `bits_per_weight` counts every stored bit
-of the quantized weights over their number. A number that does not exist (the standard error of one document) is null.
-Keys beyond these are allowed and not read, so that a file may gain some without a new schema number.
+The dataclasses below are the schema, one field for one key; `mpq.results` writes it. Quality and agreement are under
+the names that the task gives them, such as `perplexity` or `accuracy`. Losses and KL are in nats per token (image,
+example: the task's unit) with standard errors over documents, sizes in bytes of the whole model, `bits_per_weight`
+counts every stored bit of the quantized weights over their number. A number that does not exist (the standard error of
+one document, the quality without labels) is null. Keys beyond these are allowed and not read, so that a file may gain
+some without a new schema number.
 """
 
 import dataclasses
 import functools
-import math
 import os
-import types
-import typing
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
+from analysis.reading import read
 from mpq.files import read_json
 from mpq.types import MpqError
 
 SCHEMA = 1
-_TYPE_NAMES = {
-    tuple: "a list",
-    Mapping: "an object",
-    float: "a number",
-    int: "a whole number",
-    str: "text",
-    bool: "true or false",
-}
+_BY_TASK = MappingProxyType({"by_task": True})  # the key of this field is a name of the task, see `TaskInfo.keys`
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskInfo:
+    """What the model is for, and the names of the numbers that only this task has.
+
+    Attributes:
+      name: such as `causal_lm` or `classification`.
+      unit: what one output is about: losses and KL are in nats per unit.
+      quality: the task's own measure; `analysis.measures` says how each is shown.
+      agreement: how alike quantized model and original decide.
+    """
+
+    name: str
+    unit: str
+    quality: Literal["perplexity", "accuracy", "spearman", "mse", "loss"]
+    agreement: Literal["top1_agreement", "cosine", "likeness"]
+
+    @property
+    def nats(self) -> str:
+        """The unit of losses: `nats per token`."""
+        return f"nats per {self.unit}"
+
+    @property
+    def material(self) -> str:
+        """What the model is measured on, in a word."""
+        return "text" if self.unit == "token" else "data"
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """Field of an evaluation -> its key in the file: quality -> `perplexity`, agreement -> `top1_agreement`."""
+        return {
+            "quality": self.quality,
+            "quality_stderr": f"{self.quality}_stderr",
+            "agreement": self.agreement,
+            "agreement_stderr": f"{self.agreement.removesuffix('_agreement')}_stderr",
+        }
+
+
+CAUSAL_LM = TaskInfo("causal_lm", "token", "perplexity", "top1_agreement")
+"""The task of a file that names none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,21 +83,22 @@ class ModelInfo:
 
 @dataclasses.dataclass(frozen=True)
 class DataInfo:
-    """One data set; `num_tokens` counts the predicted ones."""
+    """One data set; `num_outputs` counts what was predicted: tokens of a text, or examples."""
 
     source: str
     digest: str
     num_documents: int
-    num_tokens: int
+    num_outputs: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The original model on the test set."""
+    """The original model on the test set; None is what the task or the data has not."""
 
-    perplexity: float | None
-    nll: float
+    quality: float | None = dataclasses.field(metadata=_BY_TASK)
+    nll: float | None
     nll_stderr: float | None = None
+    quality_stderr: float | None = dataclasses.field(default=None, metadata=_BY_TASK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +119,9 @@ class PlanResult:
     Attributes:
       kind: `mixed` (a solution of the knapsack) or `uniform` (every weight under `scheme`).
       handed_out: it is the plan that its budget ends with.
-      perplexity: None where it overflows.
+      quality: None without labels, and where it is not finite (a perplexity that overflows).
+      nll: None without labels, and for embeddings, which have no right answer.
+      agreement: with the original; 1 where both decide alike.
       choices: path of the weight -> scheme.
     """
 
@@ -93,18 +131,19 @@ class PlanResult:
     handed_out: bool
     size_bytes: int
     bits_per_weight: float
-    perplexity: float | None
-    nll: float
+    quality: float | None = dataclasses.field(metadata=_BY_TASK)
+    nll: float | None
     nll_stderr: float | None
     kl: float
     kl_stderr: float | None
-    top1_agreement: float
-    top1_stderr: float | None
+    agreement: float = dataclasses.field(metadata=_BY_TASK)
+    agreement_stderr: float | None = dataclasses.field(metadata=_BY_TASK)
     num_documents: int
     choices: Mapping[str, str]
     scheme: str | None = None
     predicted_kl: float | None = None
     predicted_stderr: float | None = None
+    quality_stderr: float | None = dataclasses.field(default=None, metadata=_BY_TASK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,9 +233,15 @@ class Result:
     weights: tuple[WeightInfo, ...]
     agreement: Mapping[str, Agreement]
     name: str = "run"
+    task: TaskInfo = CAUSAL_LM
     reference: Evaluation | None = None
     winners: Mapping[str, Winner] = dataclasses.field(default_factory=dict)
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def has_quality(self) -> bool:
+        """False without labels: then no model of this result has a quality."""
+        return any(model.quality is not None for model in (*self.plans, self.reference) if model is not None)
 
     @property
     def allocation_table(self) -> TableInfo | None:
@@ -234,7 +279,8 @@ def parse_result(data: Mapping[str, Any]) -> Result:
     """
     if data.get("schema") != SCHEMA:
         raise MpqError(f"result: schema is {data.get('schema')!r}, this version reads {SCHEMA}: run again")
-    result: Result = _read(Result, data, "")
+    task: TaskInfo = read(TaskInfo, data["task"], "task", {}) if "task" in data else CAUSAL_LM
+    result: Result = read(Result, data, "", task.keys)
     for field, fault in _contradictions(result):
         raise MpqError(f"result: {field} {fault}")
     return result
@@ -299,49 +345,3 @@ def _comparison_contradictions(result: Result, comparison: Comparison, where: st
     slack = 1e-6 * max(abs(plan.kl), abs(baseline.kl)) + 0.1 * (comparison.stderr or 0.0)
     if abs(comparison.kl_difference - (plan.kl - baseline.kl)) > slack:
         yield f"{where}.kl_difference", f"is not KL of {plan.name!r} less KL of {baseline.name!r}"
-
-
-def _read(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the type `hint`; `where` is its place, such as `plans[0].kl`."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:  # only `X | None` occurs
-        return None if value is None else _read(arguments[0], value, where)
-    if origin is Literal:
-        return value if value in arguments else _refuse(where, value, " or ".join(map(repr, arguments)))
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return _read_object(hint, value, where)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_read(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is Mapping and isinstance(value, Mapping):
-        return {key: _read(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value) if math.isfinite(value) else _refuse(where, value, "a finite number")
-    if hint in (int, str, bool) and type(value) is hint:
-        return value
-    names = {
-        tuple: "a list",
-        Mapping: "an object",
-        float: "a number",
-        int: "a whole number",
-        str: "text",
-        bool: "true or false",
-    }
-    return _refuse(where, value, names[origin or hint])
-
-
-def _read_object(cls: type, value: Any, where: str) -> Any:
-    if not isinstance(value, Mapping):
-        return _refuse(where, value, "an object")
-    hints, arguments = typing.get_type_hints(cls), {}
-    for field in dataclasses.fields(cls):
-        place = f"{where}.{field.name}" if where else field.name
-        if field.name in value:
-            arguments[field.name] = _read(hints[field.name], value[field.name], place)
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise MpqError(f"result: {place} is missing")
-    return cls(**arguments)
-
-
-def _refuse(where: str, value: Any, wanted: str) -> typing.NoReturn:
-    shown = repr(value)
-    raise MpqError(f"result: {where} is {shown if len(shown) <= 60 else shown[:57] + '...'}, not {wanted}")

@@ -31,19 +31,21 @@ def draw_prediction(
     predicted_kl: Sequence[float],
     plan: Mapping[str, Any],
     *outs: str | os.PathLike[str],
+    unit: str = "token",
 ) -> None:
     """Write a predicted frontier, with the plan that was chosen on it, to each of `outs`, as .png or .svg.
 
     Args:
       bits_per_weight: of every point of the frontier, ascending.
-      predicted_kl: nats per token.
+      predicted_kl: nats per `unit`.
       plan: content of a plan file: `name`, `bits_per_weight`, `predicted_kl`, `size_bytes`, `num_weights`.
       *outs: where to.
+      unit: what one output of the model is about.
 
     Raises:
       MpqError: a suffix is another one, or a file cannot be written.
     """
-    save(lambda: prediction_figure(bits_per_weight, predicted_kl, plan), *outs)
+    save(lambda: prediction_figure(bits_per_weight, predicted_kl, plan, unit), *outs)
 
 
 def frontier_figure(result: Result) -> Figure:
@@ -59,7 +61,7 @@ def frontier_figure(result: Result) -> Figure:
     panels = figure.subplots(1, 1 + zoom, squeeze=False)[0]
     for ax, limits in zip(panels, (whole, near), strict=False):
         _frontier_panel(ax, result, drawn, limits, named=ax is panels[-1])
-    panels[0].set_ylabel("KL to the original (nats per token)")
+    panels[0].set_ylabel(f"KL to the original ({result.task.nats})")
     panels[0].set_title("whole range" if zoom else "", pad=8)
     if zoom:
         panels[1].set_title("around the mixed plans", pad=8)
@@ -97,7 +99,7 @@ def _frontier_panel(
 
 
 def prediction_figure(
-    bits_per_weight: Sequence[float], predicted_kl: Sequence[float], plan: Mapping[str, Any]
+    bits_per_weight: Sequence[float], predicted_kl: Sequence[float], plan: Mapping[str, Any], unit: str
 ) -> Figure:
     """A predicted frontier and one plan on it; see `draw_prediction`."""
     figure = Figure(figsize=(8.0, 4.8))
@@ -111,7 +113,7 @@ def prediction_figure(
     if y > 0:
         ax.errorbar([x], [y], label=f"{plan['name']}: {megabytes(plan['size_bytes'])}", **marks(MIXED, "o", MIXED))
     kl_ticks(ax)
-    ax.set_ylabel("predicted KL (nats per token)")
+    ax.set_ylabel(f"predicted KL (nats per {unit})")
     ax.set_title("The predicted frontier", pad=12)
     ax.legend(*legend_entries(ax), loc="upper right")
     if y > 0:

@@ -1,7 +1,7 @@
 // The page is complete without this script; it only brings the budget slider to life.
 (() => {
   "use strict";
-  const { frontier, uniform } = JSON.parse(document.getElementById("data").textContent);
+  const { frontier, uniform, unit, perplexity } = JSON.parse(document.getElementById("data").textContent);
   const box = document.getElementById("budget");
   if (!box || frontier.length < 2) return;
   const input = box.querySelector("input");
@@ -13,7 +13,8 @@
     const fits = uniform.filter((u) => u[2] <= bytes);
     const best = fits.reduce((a, b) => (a && a[3] <= b[3] ? a : b), null);
     const line = `${bpw.toFixed(2)} bits per weight, ${size(bytes)}: predicted loss ${number(Math.max(kl, 0), 3)}` +
-      (error === null ? "" : ` ± ${number(error, 2)}`) + ` nats per token (perplexity × ${Math.exp(kl).toFixed(3)}).`;
+      (error === null ? "" : ` ± ${number(error, 2)}`) + ` nats per ${unit}` +
+      (perplexity ? ` (perplexity × ${Math.exp(kl).toFixed(3)}).` : ".");
     const rest = best ? ` Best uniform scheme of at most this size: ${best[0]}, measured ${number(best[3], 3)}.`
       : " No uniform scheme is this small.";
     output.textContent = line + rest;

@@ -1,9 +1,11 @@
 """Everything that is drawn of a run: its figures, and one static page that says what the run found."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from analysis import sections
 from analysis.allocation import allocation_figure, sensitivity_figure
@@ -11,18 +13,9 @@ from analysis.figure import Drawing, render
 from analysis.findings import headline
 from analysis.html import escape, page, paragraph, section
 from analysis.load import Result, load_result
-from analysis.measured import agreement_figure, perplexity_figure
+from analysis.measured import agreement_figure, quality_figure
 from analysis.pareto import frontier_figure
 from mpq.files import read_json, write_text
-
-FIGURES = {
-    "frontier": frontier_figure,
-    "perplexity": perplexity_figure,
-    "agreement": agreement_figure,
-    "allocation": allocation_figure,
-    "sensitivity": sensitivity_figure,
-}
-"""File name -> what makes the figure of a result."""
 
 _SECTIONS = {
     "size": ("Size and loss", sections.frontier_section),
@@ -67,9 +60,20 @@ def write_report(result: Result, record: Mapping[str, Any] | None, out_html: str
     write_text(out_html, report_html(result, record, draw(result)))
 
 
+def figures(result: Result) -> dict[str, Callable[[Result], Figure]]:
+    """File name -> what makes the figure; quality goes by its own name and is left out where the data has no labels."""
+    return {
+        "frontier": frontier_figure,
+        **({result.task.quality: quality_figure} if result.has_quality else {}),
+        "agreement": agreement_figure,
+        "allocation": allocation_figure,
+        "sensitivity": sensitivity_figure,
+    }
+
+
 def draw(result: Result) -> dict[str, Drawing]:
     """All figures of a result, by file name without suffix."""
-    return {name: render(lambda make=make: make(result)) for name, make in FIGURES.items()}
+    return {name: render(lambda make=make: make(result)) for name, make in figures(result).items()}
 
 
 def report_html(result: Result, record: Mapping[str, Any] | None, drawings: Mapping[str, Drawing]) -> str:

@@ -7,7 +7,8 @@ from analysis.allocation import handed_out_plans, scheme_color
 from analysis.figure import Drawing
 from analysis.findings import next_scheme_note, verdict, z_score
 from analysis.html import definitions, escape, figure, paragraph, table
-from analysis.load import PlanResult, Result, TableInfo, WeightInfo, Winner
+from analysis.load import Evaluation, PlanResult, Result, TableInfo, WeightInfo, Winner
+from analysis.measures import AGREEMENTS, QUALITIES, counted, document_noun
 from analysis.text import megabytes, significant, thin, with_error
 
 Drawings = Mapping[str, Drawing]
@@ -19,8 +20,9 @@ _MAX_WEIGHT_ROWS = 400
 def frontier_section(result: Result, drawings: Drawings) -> list[str]:
     """The Pareto curve and the budget slider."""
     caption = (
-        "KL to the original over size. Line: predicted for the best plan of every size. Points: measured on text that "
-        "neither calibration nor selection saw. Filled: rounded by the method of the plans handed out."
+        "KL to the original over size. Line: predicted for the best plan of every size. Points: measured on "
+        f"{result.task.material} that neither calibration nor selection saw. Filled: rounded by the method of the "
+        "plans handed out."
     )
     start = _middle(result)
     slider = (
@@ -68,21 +70,31 @@ def mixing_section(result: Result, drawings: Drawings) -> list[str]:
         "KL mixed",
         "KL uniform",
     ]
+    noun = document_noun(result.task, result.data.get("test"))
     note = (
-        "KL in nats per token, ± one standard error over documents. The difference is paired by document; below zero "
-        "mixing loses less. A verdict needs two standard errors. What a budget ends with is chosen on other text."
+        f"KL in {result.task.nats}, ± one standard error over {noun}s. The difference is paired by {noun}; below zero "
+        "mixing loses less. A verdict needs two standard errors. What a budget ends with is chosen on other "
+        f"{result.task.material}."
     )
     title = "Mixed plans against the best uniform scheme that fits the same budget"
     return [table(title, [*head, "difference", "z"], rows, 5), _note(note)]
 
 
 def plans_section(result: Result, drawings: Drawings) -> list[str]:
-    """Every plan and baseline with its numbers."""
+    """Every plan and baseline with its numbers; quality has a column and a figure where the data has labels."""
+    quality, agreement = QUALITIES[result.task.quality], AGREEMENTS[result.task.agreement]
+
+    def quality_cell(model: PlanResult | Evaluation) -> list[str]:
+        if not result.has_quality:
+            return []
+        bounded = quality.higher_is_better
+        return [quality.shown(model.quality, model.quality_stderr) if bounded else significant(model.quality, 4)]
+
     rows = []
     if result.reference is not None:
         size = megabytes(result.model.reference_size_bytes)
         dash = significant(None)
-        rows.append(["original", dash, size, dash, "0", significant(result.reference.perplexity, 4), "100"])
+        rows.append(["original", dash, size, dash, "0", *quality_cell(result.reference), str(agreement.scale)])
     for plan in sorted(result.plans, key=lambda p: (p.bits_per_weight, p.name, p.method)):
         tag = ' <span class="tag">handed out</span>' if plan.handed_out else ""
         rows.append(
@@ -92,18 +104,34 @@ def plans_section(result: Result, drawings: Drawings) -> list[str]:
                 megabytes(plan.size_bytes),
                 significant(plan.predicted_kl if plan.method == result.main_method else None),
                 with_error(plan.kl, plan.kl_stderr),
-                significant(plan.perplexity, 4),
-                with_error(100 * plan.top1_agreement, None if plan.top1_stderr is None else 100 * plan.top1_stderr),
+                *quality_cell(plan),
+                agreement.shown(plan.agreement, plan.agreement_stderr),
             ]
         )
-    head = ["plan", "bits/weight", "size", "predicted KL", "KL", "perplexity", "same top-1 (%)"]
-    test = result.data.get("test")
-    count = f"{test.num_documents} documents, {test.num_tokens} tokens" if test else "the test set"
+    columns = [quality.column] * result.has_quality + [agreement.column]
+    head = ["plan", "bits/weight", "size", "predicted KL", "KL", *columns]
     note = f"The prediction is of errors by {result.main_method.upper()}, hence for plans rounded by it only."
-    label = "Perplexity of every plan over size; the table has the same numbers"
-    caption = "Perplexity on the same text; its own standard error is common to all plans and not drawn."
-    drawn = figure(drawings["perplexity"], "perplexity", label, caption)
-    return [table(f"Every plan, measured on {count}", head, rows), _note(note), f'<div class="small">{drawn}</div>']
+    if not result.has_quality and result.task.unit != "token":
+        note += f" Without labels there is no {quality.title}: all numbers compare with the original."
+    content = [table(f"Every plan, measured on {counted(result)}", head, rows), _note(note)]
+    return (
+        [*content, f'<div class="small">{_quality_drawing(result, drawings)}</div>'] if result.has_quality else content
+    )
+
+
+def _quality_drawing(result: Result, drawings: Drawings) -> str:
+    quality = QUALITIES[result.task.quality]
+    name = quality.title[0].upper() + quality.title[1:]
+    label = f"{name} of every plan over size; the table has the same numbers"
+    caption = f"{name} on the same {result.task.material}"
+    if not quality.higher_is_better:
+        caption += "; its own standard error is common to all plans and not drawn."
+    elif result.reference is not None and result.reference.quality_stderr:
+        noun = document_noun(result.task, result.data.get("test"))
+        caption += f"; the band is of the original. All plans see the same {noun}s: their differences are known better."
+    else:
+        caption += "."
+    return figure(drawings[result.task.quality], result.task.quality, label, caption)
 
 
 def prediction_section(result: Result, drawings: Drawings) -> list[str]:
@@ -137,8 +165,9 @@ def weights_section(result: Result, drawings: Drawings) -> list[str]:
     ]
     head = ["weight", "k × n", "read by", *(plan.name for plan in plans)]
     note = (
-        "Below a scheme: the loss predicted for this weight alone, in thousandths of a nat per token. ≈: not "
-        "distinguishable from the next larger scheme, under which the loss is less than two standard errors lower."
+        f"Below a scheme: the loss predicted for this weight alone, in thousandths of a nat per {result.task.unit}. "
+        "≈: not distinguishable from the next larger scheme, under which the loss is less than two standard errors "
+        "lower."
     )
     if len(shown) < len(result.weights):
         note += f" The {len(shown)} weights of {len(result.weights)} with the largest predicted loss are listed."
@@ -166,18 +195,22 @@ def provenance_section(result: Result, record: Mapping[str, Any] | None) -> list
             escape(d.source),
             f"<code>{escape(d.digest[:16])}</code>",
             str(d.num_documents),
-            str(d.num_tokens),
+            str(d.num_outputs),
         ]
         for name, d in sorted(result.data.items())
     ]
     model = {
         "model": result.model.name,
+        "task": result.task.name,
         "model digest": result.model.digest,
         "parameters": f"{result.model.parameters:,}",
         "in quantizable weights": f"{result.model.weights:,}",
         "original size": megabytes(result.model.reference_size_bytes),
     }
-    parts = [definitions(model), table("Data", ["set", "source", "digest", "documents", "tokens"], sets, 3)]
+    parts = [
+        definitions(model),
+        table("Data", ["set", "source", "digest", "documents", f"{result.task.unit}s"], sets, 3),
+    ]
     if result.seconds:
         parts.append(definitions({f"{stage} (s)": significant(s) for stage, s in sorted(result.seconds.items())}))
     if record is None:
@@ -203,7 +236,8 @@ def slider_data(result: Result) -> dict[str, Any]:
         for p in result.plans
         if p.kind == "uniform" and p.method == result.main_method
     ]
-    return {"frontier": points, "uniform": uniform}
+    perplexity = result.task.quality == "perplexity"
+    return {"frontier": points, "uniform": uniform, "unit": result.task.unit, "perplexity": perplexity}
 
 
 def _choice(table_: TableInfo | None, path: str, plan: PlanResult) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 MINUS = "\N{MINUS SIGN}"
 _CODE_WIDTH = re.compile(r"[a-z]+(?P<bits>\d+)|q(?P<kbits>\d)_")
 _GROUP = re.compile(r"_g(?P<size>\d+)")
-_INDEX = re.compile(r"\[(?P<bracket>[\d,\s]+)\]$|(?:^|[./])(?P<dotted>\d+)(?=[./])")
+_PART, _NUMBER = re.compile(r"[^./]+"), re.compile(r"\d+")
 
 
 def significant(value: float | None, digits: int = 3) -> str:
@@ -56,24 +56,38 @@ def effective_bits(scheme: str) -> float:
     return bits + (16 + zero_point) / int(group["size"])
 
 
-def layer_and_role(path: str) -> tuple[int | None, str]:
-    """Layer number and role of a weight: `layers.3.mlp.up_proj.kernel` -> (3, `mlp.up_proj`); no number -> None.
+def layers_and_roles(paths: Sequence[str]) -> dict[str, tuple[str | None, str]]:
+    """Layer and role of every weight: `layers.3.mlp.up_proj.kernel` -> (`3`, `mlp.up_proj`); None without a number.
 
-    The number is the last one in brackets (a slice of a scanned weight), else the first one that is a part of the path;
-    the role is what remains without the outer container and the closing `kernel`, `weight` or `embedding`.
+    No two paths have both in common. A layer is counted by the first number that is a part of the path, else by the
+    first in brackets (a slice of a scanned weight), and named by what stands before it where that differs between
+    weights: `layer1.0`, `layer2.0`. The role is what remains, without a closing `kernel`, `weight` or `embedding`.
     """
-    match = _INDEX.search(path)
-    stem = path
-    layer = None
-    if match:
-        layer = int((match["bracket"] or match["dotted"]).split(",")[-1])
-        stem = path[: match.start()] if match["bracket"] else path[match.end() :].lstrip("./")
-    parts = [part for part in re.split(r"[./]", stem) if part]
+    parsed = {path: _parse(path) for path in paths}
+    one_list = len({container for container, number, _ in parsed.values() if number is not None}) == 1
+    named = lambda container, number: number if one_list or not container else f"{container}.{number}"
+    return {
+        path: (None if number is None else named(container, number), role)
+        for path, (container, number, role) in parsed.items()
+    }
+
+
+def _parse(path: str) -> tuple[str, str | None, str]:
+    """What stands before the number of the layer, the number, and the role."""
+    stem, _, brackets = path.partition("[")
+    parts, index = _PART.findall(stem), _NUMBER.findall(brackets)
     if len(parts) > 1 and parts[-1] in ("kernel", "weight", "embedding"):
         parts.pop()
-    if match and match["bracket"] and len(parts) > 1 and parts[0] in ("layers", "blocks", "h", "model"):
-        parts.pop(0)
-    return layer, ".".join(parts)
+    place = next((i for i, part in enumerate(parts[:-1]) if part.isdigit()), None)
+    if place is not None:
+        container, number, rest = ".".join(parts[:place]), parts[place], parts[place + 1 :]
+    elif index:
+        container, number, rest = "", index.pop(0), parts
+        if len(rest) > 1 and rest[0] in ("layers", "blocks", "h", "model"):
+            rest = rest[1:]
+    else:
+        container, number, rest = "", None, parts
+    return container, number, ".".join(rest) + (f"[{','.join(index)}]" if index else "")
 
 
 def thin(values: Sequence[float], limit: int) -> list[int]:
