@@ -3,8 +3,7 @@
 Run:     python -m experiments.bench_allocate --out experiments/results/bench_allocate.json
 Takes:   about two minutes on 2 cores, of which HiGHS has 60 s at most
 Expect:  300 groups x 8 schemes of a transformer under 1 s of processor time, 2,000 x 8 under 10 s
-Writes:  one JSON file, and a table on standard output; seconds of processor time, best of `--repeats`, with wall time
-beside it
+Writes:  one JSON file, and a table on standard output: seconds of processor time, best of `--repeats`, and wall time
 """
 
 import dataclasses

@@ -7,12 +7,13 @@ Writes:  one JSON object: both ratios, and for every metric its agreement with m
 Two ratios, each of wall-clock times after compilation, the median over repeats that take turns:
 
 - `fisher_over_gradient`: the whole Fisher table over a plain gradient pass (d mean NLL / d all parameters) of the same
-batches; - `kl_over_forward`: the whole KL table over as many bare forward passes (logits only) as it has candidates,
-plus the reference's.
+  batches;
+- `kl_over_forward`: the whole KL table over as many bare forward passes (logits only) as it has candidates, plus the
+  reference's.
 
 Quality: over all (weight, scheme) pairs with a KL above 1e-7, Kendall's tau, and the geometric mean and spread of
-predicted / measured.
-`--spans` repeats the Fisher metric with other spans: 1 is independent positions, 0 the whole window.
+predicted / measured. `--spans` repeats the Fisher metric with other spans: 1 is independent positions, 0 the whole
+window.
 """
 
 import dataclasses
@@ -30,11 +31,13 @@ import tyro
 from scipy.stats import kendalltau
 
 from mpq.data import make_dataset, read_documents
+from mpq.evaluate import counts_of
 from mpq.formats import parse_scheme
+from mpq.inputs import Batch, Dataset, Tokens
 from mpq.models import Model, load
 from mpq.quantize import RTN, Candidates
 from mpq.sensitivity import METRICS, Fisher
-from mpq.types import Batch, Dataset, Params, Scheme, SensitivityTable
+from mpq.types import MpqError, Params, Scheme, SensitivityTable
 
 SCHEMES = ("int2_g32", "int2_g64", "int3_g32", "int3_g64", "int4_g32", "int4_g64", "int6_g64", "int8_g64")
 
@@ -69,10 +72,12 @@ class Options:
 def main(options: Options) -> None:
     """Measure, print, write."""
     model = load(options.model)
+    if not isinstance(model.inputs, Tokens):
+        raise MpqError(f"model {model.name!r} reads no text: give a language model")
     data = make_dataset(
         read_documents(options.data),
         model.tokenizer,
-        bos=model.bos,
+        bos=model.inputs.bos,
         window=options.window,
         max_windows=options.windows,
         drop_tail=True,
@@ -97,7 +102,7 @@ def main(options: Options) -> None:
     result = {
         "model": model.name,
         "data": data.source,
-        "tokens": data.num_tokens,
+        "tokens": int(counts_of(model.task, data).sum()),
         "weights": len(traced.weights),
         "schemes": options.schemes,
         "device": jax.devices()[0].device_kind,
@@ -135,7 +140,7 @@ def forward_pass(model: Model, data: Dataset, batch_size: int) -> None:
 def gradient_pass(model: Model, data: Dataset, batch_size: int) -> None:
     """Gradient of the mean NLL with respect to all parameters, every batch."""
     for batch in data.batches(batch_size):
-        jax.block_until_ready(_gradient(model, model.params, batch))
+        jax.block_until_ready(_gradient(model, model.params, batch, model.task.counted(batch.mask)))
 
 
 def agreement(table: SensitivityTable, truth: SensitivityTable, schemes: Sequence[Scheme]) -> dict[str, Any]:
@@ -160,14 +165,15 @@ def _tau(a: np.ndarray, b: np.ndarray) -> float:
     return round(float(np.asarray(kendalltau(a, b))[0]), 3)
 
 
-def _nll(model: Model, params: Params, batch: Batch) -> jax.Array:
+def _nll(model: Model, params: Params, batch: Batch, counted: jax.Array) -> jax.Array:
     log_q = jax.nn.log_softmax(model.apply(params, batch.inputs)[:, :-1])
-    return -jnp.sum(jnp.take_along_axis(log_q, batch.inputs[:, 1:, None], -1)[..., 0] * batch.weight[:, :-1])
+    return -jnp.sum(jnp.take_along_axis(log_q, batch.inputs[:, 1:, None], -1)[..., 0] * counted[:, :-1])
 
 
 _forward = jax.jit(lambda model, params, batch: model.apply(params, batch.inputs), static_argnums=0)
 _gradient = jax.jit(
-    lambda model, params, batch: jax.value_and_grad(lambda p: _nll(model, p, batch))(params), static_argnums=0
+    lambda model, params, batch, counted: jax.value_and_grad(lambda p: _nll(model, p, batch, counted))(params),
+    static_argnums=0,
 )
 
 

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from experiments.reference_card_text import card
 from experiments.stdlib_corpus import Corpus
-from mpq.data import SEPARATOR
+from mpq.data.text import SEPARATOR
 from mpq.files import write_bytes, write_json, write_text, writing
 from mpq.models.llama import Llama, LlamaConfig, tensor_name
 from mpq.progress import track
