@@ -36,6 +36,9 @@ class RunConfig:
       selection_windows: for the choice between the solution and uniform schemes.
       test_windows: for every number reported.
       windows_per_document: at most so many of one document, so that standard errors see many documents; None: all.
+      refine_rounds: most rounds of the search on measured plans that follows the exact solution, for `method` alone;
+        0: the exact solution as it is.
+      refine_windows: of the calibration set, that plans are measured on.
       seed: of all random numbers.
     """
 
@@ -57,6 +60,8 @@ class RunConfig:
     selection_windows: int = 32
     test_windows: int = 64
     windows_per_document: int | None = 4
+    refine_rounds: int = 0
+    refine_windows: int = 16
     seed: int = 0
 
     def check(self) -> None:
@@ -79,7 +84,16 @@ class RunConfig:
             )
         if self.hand_out not in self.budgets:
             raise MpqError(f"hand_out {self.hand_out!r} is not among the budgets {', '.join(self.budgets)}: add it")
-        for field in ("window", "batch_size", "calibration_windows", "selection_windows", "test_windows"):
+        if self.refine_rounds < 0:
+            raise MpqError(f"refine_rounds is {self.refine_rounds}: it must be at least 0, which is no search")
+        for field in (
+            "window",
+            "refine_windows",
+            "batch_size",
+            "calibration_windows",
+            "selection_windows",
+            "test_windows",
+        ):
             if getattr(self, field) < 1:
                 raise MpqError(f"{field} is {getattr(self, field)}: it must be at least 1")
 

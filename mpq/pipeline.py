@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from mpq.allocate import Frontier, Problem, solve_frontier
+from mpq.allocate import Frontier, Problem, Refine, solve_frontier
 from mpq.artifacts import (
     Plan,
     load_plan,
@@ -36,11 +36,14 @@ from mpq.calibrate import calibrate
 from mpq.config import RunConfig
 from mpq.data import take
 from mpq.data.sources import read_sets
+from mpq.estimate import mean_over_documents
 from mpq.evaluate import DocumentScores, Reference, score
 from mpq.export import orbax
 from mpq.formats import parse_scheme
 from mpq.inputs import Dataset
+from mpq.measure import PlanLoss
 from mpq.models import Model, load
+from mpq.progress import track
 from mpq.quantize import QUANTIZERS, Candidates, apply_plan
 from mpq.record import timed
 from mpq.sensitivity import METRICS
@@ -122,9 +125,18 @@ class Run:
         return {s: uniform_plan(parse_scheme(s), self.model, self.traced.weights) for s in self.config.schemes}
 
     @functools.cached_property
-    def mixed(self) -> dict[str, dict[str, Plan]]:
+    def separable(self) -> dict[str, dict[str, Plan]]:
         """The solution of the knapsack, by rounding algorithm and budget."""
         return {m: {budget: self._solve(budget, m) for budget in self.config.budgets} for m in self.methods}
+
+    @functools.cached_property
+    def mixed(self) -> dict[str, dict[str, Plan]]:
+        """The plans that are reported: solutions of the knapsack, those of the main method searched on if asked for."""
+        main = self.config.method
+        if not self.config.refine_rounds:
+            return self.separable
+        budgets = track(self.config.budgets, "refine", len(self.config.budgets))
+        return self.separable | {main: {budget: self._refine(budget) for budget in budgets}}
 
     def scores(self, plan: Plan, method: str, which: str) -> DocumentScores:
         """A plan's quality on the selection or test set."""
@@ -147,7 +159,9 @@ class Run:
         return self.candidates[method].choose(plan.choices)
 
     def winner(self, budget: str) -> tuple[Plan, dict[str, float]]:
-        """Do no harm: of the solution and every uniform plan that fits the budget, the best KL on the selection set.
+        """Do no harm: of the solution, what it was searched from, and every uniform plan that fits, the best.
+
+        Judged by the KL on the selection set.
 
         Returns:
           The plan to hand out, and the KL on the selection set of every plan that was considered.
@@ -155,6 +169,9 @@ class Run:
         mixed = self.mixed[self.config.method][budget]
         limit = budget_bits(budget, self.model, self.traced, self.uniform)
         fitting = [mixed, *(p for p in self.uniform.values() if p.size_bits <= limit)]
+        separable = self.separable[self.config.method][budget]
+        if separable.choices != mixed.choices:
+            fitting.append(dataclasses.replace(separable, name=f"separable@{budget}"))
         kl = {p.name: _kl(self.scores(p, self.config.method, "selection")) for p in fitting}
         return min(fitting, key=lambda p: kl[p.name]), kl
 
@@ -181,6 +198,28 @@ class Run:
 
         load_it = lambda path: load_plan(path, self.model, self.traced.weights)
         return self._stage(f"plans/{method}-mixed@{budget}.json", load_it, make, save_plan)
+
+    def _refine(self, budget: str) -> Plan:
+        method = self.config.method
+        table, problem = self.allocation_tables[method], self.frontiers[method].problem
+
+        def make() -> Plan:
+            start = self.frontiers[method].at(bits=budget_bits(budget, self.model, self.traced, self.uniform))
+            found = Refine(self.config.refine_rounds)(problem, start, self._plan_loss).allocation
+            mean, stderr = mean_over_documents(self._plan_loss.documents(found.choice), self._plan_loss.counts)
+            measured = dataclasses.replace(found, loss=float(mean), stderr=float(stderr))
+            return plan_of_allocation(f"mixed@{budget}", measured, table, other_bits(self.model, self.traced.weights))
+
+        load_it = lambda path: load_plan(path, self.model, self.traced.weights)
+        return self._stage(f"plans/{method}-mixed@{budget}-refined.json", load_it, make, save_plan)
+
+    @functools.cached_property
+    def _plan_loss(self) -> PlanLoss:
+        """Measured KL of the main method's plans on calibration data."""
+        data = take(self.sets["calibration"], self.config.refine_windows)
+        reference = Reference(self.model, data, min(self.config.batch_size, len(data.inputs)))
+        store = ItemStore(self.folder / "plans.items.jsonl", self.folder.name)
+        return PlanLoss(self.model, self.traced, self.candidates[self.config.method], reference, store)
 
     def _table(self, metric: str, method: str) -> SensitivityTable:
         windows = dict(self.config.sensitivity_windows).get(metric, self.config.batch_size)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy import stats as scipy_stats
 
-from mpq.allocate import Frontier
+from mpq.allocate import Frontier, Refine
 from mpq.artifacts import Plan, other_bits, save_plan
 from mpq.evaluate import DocumentScores, counts_of, score
 from mpq.export import orbax
@@ -73,6 +73,8 @@ def collect(run: Run) -> dict[str, Any]:
     winners = {budget: run.winner(budget) for budget in run.config.budgets}
     handed_out = {winner.name for winner, _ in winners.values()}
     pairs = [(plan, m) for m in run.methods for plan in (*run.mixed[m].values(), *run.uniform.values())]
+    listed = {plan.name for plan, _ in pairs}
+    pairs += [(winner, run.config.method) for winner, _ in winners.values() if winner.name not in listed]
     scores = {(plan.name, m): run.scores(plan, m, "test") for plan, m in track(pairs, "measure plans")}
     return {
         "schema": SCHEMA,
@@ -141,7 +143,13 @@ def evaluation(scores: DocumentScores) -> dict[str, Any]:
 
 
 def predict(plan: Plan, table: SensitivityTable) -> tuple[float, float | None]:
-    """Predicted loss increase of a plan: the sum over weights, and its standard error, errors taken as independent."""
+    """Predicted loss increase of a plan, and its standard error.
+
+    The sum over weights, whose errors are taken as independent; of a plan that was searched on, what the search
+    measured.
+    """
+    if plan.prediction is not None and plan.prediction["solver"] == Refine().name:
+        return plan.prediction["predicted_kl"], _number(plan.prediction["predicted_stderr"])
     column = {str(scheme): i for i, scheme in enumerate(table.schemes)}
     picks = [(row, column[str(plan.choices[w.path])]) for row, w in enumerate(table.weights)]
     loss = float(sum(table.loss_increase[pick] for pick in picks))

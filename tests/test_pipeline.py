@@ -1,5 +1,6 @@
 """The main job on a tiny model: everything is written, numbers agree, and an interrupted run gives the same bytes."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -142,8 +143,6 @@ def test_an_interrupted_run_continues_and_gives_the_same_bytes(finished, config,
 
 
 def test_another_config_gets_another_folder(finished, config, tmp_path):
-    import dataclasses
-
     other = pipeline.prepare(dataclasses.replace(config, seed=1), tmp_path)
     assert other.folder.name != finished[0].folder.name
 
@@ -159,16 +158,12 @@ def test_another_config_gets_another_folder(finished, config, tmp_path):
     ],
 )
 def test_a_wrong_run_is_refused_before_anything_is_written(config, tmp_path, change, message):
-    import dataclasses
-
     with pytest.raises(MpqError, match=message):
         pipeline.prepare(dataclasses.replace(config, **change), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_budget_below_the_smallest_size_says_that_size(config, tmp_path):
-    import dataclasses
-
     run = pipeline.prepare(dataclasses.replace(config, budgets=("1bpw",), hand_out="1bpw"), tmp_path)
     with pytest.raises(MpqError, match="smallest"):
         results.finish(run, "")
@@ -193,3 +188,52 @@ def test_comparisons_are_paired(finished):
     b = run.scores(run.uniform[row["baseline"]], "gptq", "test")
     np.testing.assert_allclose(row["kl_difference"], (a.kl - b.kl).sum() / a.counts.sum(), rtol=1e-9)
     assert row["stderr"] > 0
+
+
+@pytest.fixture(scope="module")
+def searched(config, tmp_path_factory):
+    """A run whose solutions are searched on, of one rounding algorithm."""
+    changes = {"refine_rounds": 2, "refine_windows": 12, "method": "rtn", "compare_methods": ()}
+    changes |= {"metrics": ("fisher",), "allocate_by": "fisher", "budgets": ("3.5bpw", "int3_g16")}
+    run = pipeline.prepare(dataclasses.replace(config, **changes), tmp_path_factory.mktemp("searched"))
+    return run, results.finish(run, "mpq run tiny")
+
+
+def test_a_searched_plan_is_measured_and_keeps_its_budget(searched):
+    run, body = searched
+    loss = run._plan_loss
+    for budget, plan in run.mixed["rtn"].items():
+        start = run.separable["rtn"][budget]
+        assert plan.size_bits <= pipeline.budget_bits(budget, run.model, run.traced, run.uniform)
+        assert plan.prediction["solver"] == "refine"
+        assert plan.prediction["predicted_kl"] == loss(plan.choices) <= loss(start.choices)
+        row = next(p for p in body["plans"] if p["name"] == plan.name)
+        assert (row["predicted_kl"], row["kind"]) == (loss(plan.choices), "mixed")
+        assert row["predicted_stderr"] > 0
+
+
+def test_the_plan_that_the_search_began_with_is_a_candidate_too(searched):
+    run, body = searched
+    changed = [b for b in run.mixed["rtn"] if run.mixed["rtn"][b].choices != run.separable["rtn"][b].choices]
+    assert changed  # else this shows nothing
+    for budget in changed:
+        assert f"separable@{budget}" in body["winners"][budget]["selection_kl"]
+    assert {winner["plan"] for winner in body["winners"].values()} <= {plan["name"] for plan in body["plans"]}
+
+
+def test_an_interrupted_search_continues_and_gives_the_same_bytes(searched, tmp_path, monkeypatch):
+    run, _ = searched
+    original, puts = ItemStore.put, []
+
+    def put(self, key, value):
+        original(self, key, value)
+        puts.append((self._path.name, key))
+        if self._path.name == "plans.items.jsonl" and len(puts) > 20:
+            raise Stop
+
+    monkeypatch.setattr(ItemStore, "put", put)
+    with pytest.raises(Stop):
+        results.finish(pipeline.prepare(run.config, tmp_path), "mpq run tiny")
+    monkeypatch.setattr(ItemStore, "put", original)
+    results.finish(again := pipeline.prepare(run.config, tmp_path), "mpq run tiny")
+    assert content(again.folder) == content(run.folder)

@@ -14,6 +14,7 @@ from typing import Protocol
 from mpq.allocate.frontier import Exact, Frontier, solve_frontier
 from mpq.allocate.lagrangian import Lagrangian, lower_bound
 from mpq.allocate.problem import Problem
+from mpq.allocate.refine import Refine, Refined
 from mpq.allocate.uniform import Uniform, best_uniform, uniform
 from mpq.types import Allocation
 
@@ -23,6 +24,8 @@ __all__ = [
     "Frontier",
     "Lagrangian",
     "Problem",
+    "Refine",
+    "Refined",
     "Solver",
     "Uniform",
     "best_uniform",

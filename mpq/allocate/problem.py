@@ -197,6 +197,31 @@ class Problem:
         fixed = int(self.fixed_point[0][rows, index].sum())
         return int(self.size_bits[rows, index].sum()), fixed, math.sqrt(math.fsum(self.variance[rows, index]))
 
+    def by_path(self, choice: Sequence[int] | np.ndarray) -> dict[str, Scheme]:
+        """Path -> scheme, of one scheme index per group."""
+        schemes = {
+            spec.path: self.schemes[int(index)]
+            for group, index in zip(self.members, choice, strict=True)
+            for spec in group
+        }
+        return {path: schemes[path] for path in self.paths or schemes}
+
+    def by_group(self, choice: Mapping[str, Scheme]) -> np.ndarray:
+        """`int64[G]`, scheme index of every group; inverse of `by_path`.
+
+        Raises:
+          MpqError: a weight has no scheme, or one that is not among the problem's.
+        """
+        column = {str(scheme): index for index, scheme in enumerate(self.schemes)}
+        chosen = [column.get(str(choice.get(group[0].path))) for group in self.members]
+        for group, index in zip(self.members, chosen, strict=True):
+            if index is None:
+                raise MpqError(
+                    f"the plan gives {group[0].path} {choice.get(group[0].path)}, which is none of the problem's "
+                    f"schemes {_join(self.schemes)}: solve it from this table"
+                )
+        return np.array(chosen, np.int64)
+
     def allocation(
         self, choice: Sequence[int] | np.ndarray, *, budget_bits: int, lower_bound: int, solver: str
     ) -> Allocation:
@@ -210,13 +235,8 @@ class Problem:
             raise MpqError(
                 f"{solver}: the choice takes {self.format_size(size_bits)}, more than {self.format_size(budget_bits)}"
             )
-        by_path = {
-            spec.path: self.schemes[int(index)]
-            for group, index in zip(self.members, choice, strict=True)
-            for spec in group
-        }
         return Allocation(
-            choice={path: by_path[path] for path in self.paths or by_path},
+            choice=self.by_path(choice),
             loss=self.to_loss(fixed),
             stderr=stderr,
             size_bits=size_bits,

@@ -1,0 +1,86 @@
+"""The measured loss of whole plans: what a sum over single weights only predicts.
+
+    loss(plan) = 1/N sum KL(original || model with every weight at its scheme)    [nats per output, N that count]
+
+Cost: one forward pass over the data a plan; every plan is measured once.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from mpq.estimate import sums_over_documents
+from mpq.evaluate import Reference, row_divergence
+from mpq.models.model import Model
+from mpq.quantize import Candidates, apply_plan
+from mpq.sensitivity.base import MemoryStore, Store, check_inputs
+from mpq.trace import Trace
+from mpq.types import MpqError, Scheme
+
+
+class PlanLoss:
+    """Measured KL to the original of plans whose weights one rounding algorithm makes.
+
+    Attributes:
+      counts: `float64[D]`, outputs that count in every document of the data.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        traced: Trace,
+        candidates: Candidates,
+        reference: Reference,
+        store: Store | None = None,
+    ) -> None:
+        """Measure nothing yet.
+
+        Args:
+          model: gives the function and the original parameters.
+          traced: gives the weights.
+          candidates: quantized weights.
+          reference: outputs of the original on the data that is measured on.
+          store: measured plans; None: they are kept as long as this object.
+
+        Raises:
+          MpqError: no output counts, or a weight is not finite.
+        """
+        self.counts = check_inputs(model, traced.weights, reference.data)
+        self._model, self._weights, self._candidates, self._reference = model, traced.weights, candidates, reference
+        self._store: Store = MemoryStore() if store is None else store
+
+    def documents(self, choice: Mapping[str, Scheme]) -> np.ndarray:
+        """Sums of the KL over the outputs of each document, `float64[D]` nats.
+
+        Args:
+          choice: path -> scheme, for every weight.
+
+        Raises:
+          MpqError: the outputs of the plan are NaN or infinite.
+        """
+        key = "|".join(str(choice[spec.path]) for spec in self._weights)
+        values = self._store.get(key)
+        if values is None:
+            values = self._measure(choice)
+            self._store.put(key, values)
+        return sums_over_documents(np.asarray(values, np.float64), self._reference.data.document)
+
+    def __call__(self, choice: Mapping[str, Scheme]) -> float:
+        """Mean KL, nats per output. Raises as `documents` does."""
+        return float(self.documents(choice).sum() / self.counts.sum())
+
+    def _measure(self, choice: Mapping[str, Scheme]) -> list[float]:
+        """Sum of the KL over each window."""
+        model, windows = self._model, len(self._reference.data.inputs)
+        params = apply_plan(model.params, self._weights, self._candidates.choose(choice))
+        sums = [
+            row_divergence(model.apply, model.task, params, batch.inputs, model.task.counted(batch.mask), p)
+            for batch, p in self._reference.batches()
+        ]
+        values = np.concatenate([np.asarray(s, np.float64) for s in sums])[:windows]
+        if not np.isfinite(values).all():
+            schemes = ", ".join(dict.fromkeys(str(scheme) for scheme in choice.values()))
+            raise MpqError(
+                f"a plan of {schemes} makes the model's outputs NaN or infinite: leave its smallest scheme out"
+            )
+        return values.tolist()
