@@ -49,7 +49,7 @@ from mpq.record import timed
 from mpq.sensitivity import METRICS
 from mpq.store import ItemStore
 from mpq.trace import Trace
-from mpq.types import MpqError, SensitivityTable, WeightSpec
+from mpq.types import LayerStats, MpqError, SensitivityTable, WeightSpec
 from mpq.units import parse_size
 
 T = TypeVar("T")
@@ -88,15 +88,20 @@ class Run:
         return self.model.trace(self.config.batch_size, self.config.window)
 
     @functools.cached_property
-    def candidates(self) -> dict[str, Candidates]:
-        """Quantized weights by rounding algorithm, made when asked for."""
-        stats = self._stage(
+    def stats(self) -> dict[str, LayerStats]:
+        """Second moments of every weight's input."""
+        return self._stage(
             "stats.safetensors",
             lambda path: load_stats(path, self.model.digest),
             lambda: calibrate(self.traced, self.model.params, self.sets["calibration"], self.config.batch_size),
             lambda path, s: save_stats(path, s, self.model.digest, self.sets["calibration"].digest),
         )
-        return {m: Candidates(self.model.params, self.traced.weights, QUANTIZERS[m], stats) for m in self.methods}
+
+    @functools.cached_property
+    def candidates(self) -> dict[str, Candidates]:
+        """Quantized weights by rounding algorithm, made when asked for."""
+        params, weights = self.model.params, self.traced.weights
+        return {m: Candidates(params, weights, QUANTIZERS[m], self.stats) for m in self.methods}
 
     @property
     def methods(self) -> tuple[str, ...]:

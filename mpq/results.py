@@ -10,6 +10,7 @@ from scipy import stats as scipy_stats
 
 from mpq.allocate import Frontier, Refine
 from mpq.artifacts import Plan, other_bits, save_plan
+from mpq.checks import check
 from mpq.evaluate import DocumentScores, counts_of, score
 from mpq.export import orbax
 from mpq.files import write_json
@@ -25,11 +26,13 @@ def finish(run: Run, command: str) -> dict[str, Any]:
     """Compute what is missing, export the winner, check the export, and write the results, the record and the plan.
 
     Raises:
-      MpqError: the exported model differs from the evaluated one, in size or in what it computes.
+      MpqError: the exported model differs from the evaluated one, in size or in what it computes, or a self-check of
+        the run fails (`mpq.checks`).
     """
     body = collect(run)
     with timed(run.seconds, "export"):
         body["exported"] = check_export(run)
+    body["checks"] = check(run)
     plan, _ = run.winner(run.config.hand_out)
     save_plan(run.folder / "plan.json", plan)
     write_json(run.folder / "results.json", body)

@@ -75,6 +75,13 @@ class Candidates:
         got = np.asarray(self.dequantized(spec, scheme), np.float64)
         return float(np.sum((got - np.asarray(self._matrix(spec), np.float64)) ** 2))
 
+    def ignores_statistics(self, spec: WeightSpec, scheme: Scheme) -> bool:
+        """Whether the weight is rounded as it would be without statistics. Raises as `qtensor` does."""
+        weight, _ = self._inputs(spec)
+        plain, got = self.quantizer(weight, scheme), self.qtensor(spec, scheme)
+        same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), plain, got)
+        return all(jax.tree.leaves(same))
+
     def _matrix(self, spec: WeightSpec) -> jax.Array:
         return spec.to_matrix(jnp.asarray(self._params[spec.param], jnp.float32))
 

@@ -71,6 +71,11 @@ class GPTQ:
         """`gptq`."""
         return "gptq"
 
+    @property
+    def data_aware(self) -> bool:
+        """Always."""
+        return True
+
     def __call__(self, w: jax.Array, scheme: Scheme, gram: jax.Array | None = None) -> QTensor:
         """Quantize `w` so that `x @ w` changes little.
 

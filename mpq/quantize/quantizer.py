@@ -15,6 +15,11 @@ class Quantizer(Protocol):
         """Its name in `QUANTIZERS`."""
         ...
 
+    @property
+    def data_aware(self) -> bool:
+        """Whether a gram changes what it returns."""
+        ...
+
     def __call__(self, w: jax.Array, scheme: Scheme, gram: jax.Array | None = None) -> QTensor:
         """Quantize `w: float32[batch, k, n]`, with `gram: float32[batch, k, k]` = E[x xT] or without."""
         ...

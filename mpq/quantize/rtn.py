@@ -29,6 +29,11 @@ class RTN:
         """`rtn`."""
         return "rtn"
 
+    @property
+    def data_aware(self) -> bool:
+        """Only where scales are searched: a gram weighs the rows."""
+        return self.scale != "absmax"
+
     def __call__(self, w: jax.Array, scheme: Scheme, gram: jax.Array | None = None) -> QTensor:
         """Quantize `w`.
 

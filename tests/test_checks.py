@@ -1,0 +1,137 @@
+"""Every self-check catches the fault that it is there for, and no sound run."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from mpq import checks
+from mpq.allocate import Problem, solve_frontier
+from mpq.artifacts import make_plan
+from mpq.calibrate import calibrate
+from mpq.data import make_dataset
+from mpq.formats import parse_scheme
+from mpq.models import load
+from mpq.quantize import GPTQ, RTN, Candidates
+from mpq.types import MpqError, SensitivityTable
+from tests import tiny
+
+SCHEMES = tuple(map(parse_scheme, ("int2_g16", "int4_g16", "int8_channel")))
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    model = load(str(tiny.write_folder(tmp_path_factory.mktemp("checks") / "model")))
+    documents = tiny.text(documents=20).split("<|endoftext|>")
+    data = make_dataset(documents, model.tokenizer, bos=model.inputs.bos, window=16, max_windows=8, source="noise")
+    traced = model.trace(4, 16)
+    stats = calibrate(traced, model.params, data, 4)
+    return model, traced.weights, stats
+
+
+def table_of(weights, seed=0):
+    """Losses that fall with the bits."""
+    spread = np.random.default_rng(seed).lognormal(size=(len(weights), 1))
+    loss = spread * 4.0 ** -np.array([2, 4, 8])
+    return SensitivityTable(tuple(weights), SCHEMES, loss, np.zeros_like(loss), "kl", "rtn", "model", "data")
+
+
+def test_a_weight_without_input_is_named(setup):
+    """A module that is never called has no loss: a search gave such experts the fewest bits (ModelOpt #641)."""
+    _, weights, stats = setup
+    checks.require_executed(weights, stats)
+    spec = weights[3]
+    dead = dataclasses.replace(stats[spec.path], absmax=np.zeros_like(stats[spec.path].absmax))
+    with pytest.raises(MpqError, match=f"weight {spec.path} saw no input but zeros in calibration"):
+        checks.require_executed(weights, {**stats, spec.path: dead})
+
+
+def test_an_expert_without_input_is_named(setup):
+    _, weights, stats = setup
+    spec = dataclasses.replace(weights[3], batch=3)
+    absmax = np.ones((3, spec.k), np.float32)
+    absmax[1] = 0
+    with pytest.raises(MpqError, match=f"expert 1 of {spec.path} saw no input"):
+        checks.require_executed([spec], {spec.path: dataclasses.replace(stats[spec.path], absmax=absmax)})
+
+
+def test_calibration_without_effect_is_caught(setup):
+    """A calibration that silently did nothing was shipped for months (keras PR #23512)."""
+    model, weights, stats = setup
+
+    @dataclasses.dataclass(frozen=True)
+    class Deaf:
+        """GPTQ that never sees its gram."""
+
+        name = "deaf"
+        data_aware = True
+
+        def __call__(self, w, scheme, gram=None):
+            return GPTQ()(w, scheme)
+
+    sound = Candidates(model.params, weights, GPTQ(), stats)
+    checks.require_calibrated(sound, weights, stats, SCHEMES[0])
+    checks.require_calibrated(Candidates(model.params, weights, RTN(), stats), weights, stats, SCHEMES[0])
+    deaf = Candidates(model.params, weights, Deaf(), stats)
+    with pytest.raises(MpqError, match="calibration changed nothing: deaf rounds all"):
+        checks.require_calibrated(deaf, weights, stats, SCHEMES[0])
+
+
+def test_a_weight_whose_rounding_changes_nothing_is_named(setup):
+    model, weights, _ = setup
+    candidates, table = Candidates(model.params, weights, RTN()), table_of(weights)
+    checks.require_effect(table, candidates)
+    loss = table.loss_increase.copy()
+    loss[2] = 0
+    with pytest.raises(MpqError, match=f"weight {weights[2].path} changes nothing that counts"):
+        checks.require_effect(dataclasses.replace(table, loss_increase=loss), candidates)
+
+
+def test_a_weight_that_every_scheme_holds_exactly_may_lose_nothing(setup):
+    model, weights, _ = setup
+    params = model.params | {weights[2].param: model.params[weights[2].param] * 0}
+    table = table_of(weights)
+    loss = table.loss_increase.copy()
+    loss[2] = 0
+    checks.require_effect(dataclasses.replace(table, loss_increase=loss), Candidates(params, weights, RTN()))
+
+
+def test_fused_weights_of_two_schemes_are_named(setup):
+    _, weights, _ = setup
+    choices = {spec.path: SCHEMES[0] for spec in weights}
+    plan = make_plan("mixed", choices, None, weights, 0, "model")
+    checks.require_groups(plan, weights)
+    fused = next(spec for spec in weights if sum(other.group == spec.group for other in weights) > 1)
+    broken = dataclasses.replace(plan, choices=choices | {fused.path: SCHEMES[1]})
+    with pytest.raises(MpqError, match="which is fused with"):
+        checks.require_groups(broken, weights)
+
+
+def test_a_plan_at_the_floor_of_a_larger_budget_is_caught(setup):
+    """A search that silently returned the smallest scheme for every budget (mlx-lm #1758)."""
+    _, weights, _ = setup
+    problem = Problem.from_table(table_of(weights))
+    budget = (problem.min_bits + problem.max_bits) // 2
+    best = solve_frontier(problem).at(bits=budget)
+    checks.require_budget_used(problem, best.choice, budget, "mixed")
+    floor = {spec.path: SCHEMES[0] for spec in weights}
+    with pytest.raises(MpqError, match=r"plan mixed leaves \d+ bits unused although"):
+        checks.require_budget_used(problem, floor, budget, "mixed")
+
+
+def test_a_plan_above_its_budget_is_caught(setup):
+    """A target of 2.80 bits that became 2.94 (AutoRound #2186)."""
+    _, weights, _ = setup
+    problem = Problem.from_table(table_of(weights))
+    largest = {spec.path: SCHEMES[-1] for spec in weights}
+    with pytest.raises(MpqError, match="takes 8 bits more than its budget"):
+        checks.require_budget_used(problem, largest, problem.max_bits - 8, "mixed")
+
+
+def test_twenty_sound_solutions_pass(setup):
+    _, weights, _ = setup
+    for seed in range(20):
+        problem = Problem.from_table(table_of(weights, seed))
+        frontier = solve_frontier(problem)
+        for budget in np.linspace(problem.min_bits, problem.max_bits, 7, dtype=int).tolist():
+            checks.require_budget_used(problem, frontier.at(bits=budget).choice, budget, "mixed")
