@@ -1,8 +1,8 @@
 """Bit allocation: which scheme every weight gets within a size.
 
-    problem = Problem.from_table(table, pins={"lm_head.*": "int8_channel"}) frontier = solve_frontier(problem)
-    # every non-dominated allocation, exactly, once plan = frontier.at(bpw=3.5)                 # or size="4MB",
-    bits=..., loss=0.01
+    problem = Problem.from_table(table, pins={"lm_head.*": "int8_channel"})
+    frontier = solve_frontier(problem)       # every non-dominated allocation, exactly, once
+    allocation = frontier.at(bpw=3.5)        # or size="4MB", bits=..., loss=0.01
 
 `SOLVERS` is the table of solvers for a single budget: frozen objects with `solve(problem, budget_bits) -> Allocation`.
 """

@@ -117,8 +117,7 @@ class Frontier:
             for point in index[wrong]:
                 raise MpqError(
                     f"point {point} of the frontier does not hold: its choice does not give {self.size_bits[point]} "
-                    f"bits and a "
-                    f"predicted loss of {self.loss[point]}; the frontier is damaged, solve again"
+                    f"bits and a predicted loss of {self.loss[point]}; the frontier is damaged, solve again"
                 )
         if (np.diff(self.size_bits) <= 0).any() or (np.diff(self.loss) > 0).any():
             raise MpqError("the frontier is damaged: sizes must ascend and losses descend; solve again")
@@ -134,8 +133,7 @@ class Frontier:
             size = format_bits(int(self.size_bits[-1]) + self.problem.overhead_bits)
             raise MpqError(
                 f"no allocation has a predicted loss of {loss:g}: the best reachable is {self.loss[-1]:.9g} nats "
-                f"per token, at {size}; "
-                "allow more, or add a larger scheme"
+                f"per token, at {size}; allow more, or add a larger scheme"
             )
         return self._allocation(index, int(self.size_bits[index]))
 

@@ -73,8 +73,7 @@ class Problem:
         for row, column in np.argwhere(bad):
             raise MpqError(
                 f"predicted loss of {self.names[row]} at {self.schemes[column]} is {self.loss[row, column]} with "
-                f"variance "
-                f"{self.variance[row, column]}: both must be finite; look at this weight's sensitivity"
+                f"variance {self.variance[row, column]}: both must be finite; look at this weight's sensitivity"
             )
         if (self.allowed & (self.size_bits < 0)).any():
             raise MpqError("a size is negative: sizes are bits")
@@ -179,8 +178,8 @@ class Problem:
         if budget_bits > self.max_bits:
             raise MpqError(
                 f"budget of {self.format_size(budget_bits)} is above the largest useful size, "
-                f"{self.format_size(self.max_bits)} "
-                "(every weight at its largest scheme): lower it, or add a larger scheme"
+                f"{self.format_size(self.max_bits)} (every weight at its largest scheme): lower it, or add a larger "
+                "scheme"
             )
         return budget_bits
 
@@ -257,8 +256,7 @@ def _check_table(table: SensitivityTable) -> None:
         for row, column in np.argwhere(~np.isfinite(array)):
             raise MpqError(
                 f"sensitivity table: {name} of {table.weights[row].path} at {table.schemes[column]} is "
-                f"{array[row, column]}: "
-                "compute the table again, and look at this weight if it persists"
+                f"{array[row, column]}: compute the table again, and look at this weight if it persists"
             )
 
 

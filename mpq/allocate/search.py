@@ -213,8 +213,7 @@ def _staircase_height(root: Node, size: np.ndarray, loss: np.ndarray) -> np.ndar
     """`float64[H]`: how far the staircase of known points rises above the hull within each interval, at integer sizes.
 
     It is highest just before a step; given with the allowance for rounding that `tree.py` makes everywhere. Hull
-    vertices are among the points, so every step ends in the
-    interval where it begins.
+    vertices are among the points, so every step ends in the interval where it begins.
     """
     end = np.append(size[1:] - 1, size[-1])
     j = _interval(root, end)

@@ -30,8 +30,8 @@ def uniform(problem: Problem, scheme: Scheme | str, budget_bits: int | None = No
     budget_bits = size_bits if budget_bits is None else problem.check_budget(budget_bits)
     if size_bits > budget_bits:
         raise MpqError(
-            f"uniform {scheme} needs {problem.format_size(size_bits)}, which does not fit "
-            f"{problem.format_size(budget_bits)}"
+            f"uniform {scheme} needs {problem.format_size(size_bits)}, "
+            f"which does not fit {problem.format_size(budget_bits)}"
         )
     choice = np.full(len(problem.names), column)
     return problem.allocation(
@@ -49,8 +49,8 @@ def best_uniform(problem: Problem, budget_bits: int) -> Allocation:
     everywhere = np.flatnonzero(problem.allowed.all(axis=0))
     if not len(everywhere):
         raise MpqError(
-            "no scheme is allowed for every weight, so there is no uniform allocation: drop the pins to compare "
-            "with one"
+            "no scheme is allowed for every weight, so there is no uniform allocation: "
+            "drop the pins to compare with one"
         )
     size_bits, loss = problem.size_bits.sum(axis=0), problem.fixed_point[0].sum(axis=0)
     fitting = [column for column in everywhere if size_bits[column] <= budget_bits]
@@ -58,8 +58,7 @@ def best_uniform(problem: Problem, budget_bits: int) -> Allocation:
         smallest = min(everywhere, key=lambda column: size_bits[column])
         raise MpqError(
             f"no uniform scheme fits {problem.format_size(budget_bits)}: the smallest is "
-            f"{problem.schemes[smallest]} with "
-            f"{problem.format_size(int(size_bits[smallest]))}"
+            f"{problem.schemes[smallest]} with {problem.format_size(int(size_bits[smallest]))}"
         )
     best = min(fitting, key=lambda column: (loss[column], size_bits[column]))
     return uniform(problem, problem.schemes[best], budget_bits)
