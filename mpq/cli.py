@@ -16,6 +16,7 @@ from rich.console import Console
 
 from mpq import commands, show_inspection
 from mpq.progress import shown
+from mpq.request import Request
 from mpq.types import MpqError
 
 Out = Annotated[Path, tyro.conf.arg(aliases=["-o"], help="file or folder to write")]
@@ -111,6 +112,8 @@ def allocate(
     bpw: float | None = None,
     size: str | None = None,
     max_kl: float | None = None,
+    pin: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="REGEX=SCHEME")] = (),
+    only: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="REGEX=SCHEME,SCHEME")] = (),
     frontier: Path | None = None,
     json: Json = False,
 ) -> None:
@@ -122,10 +125,13 @@ def allocate(
       bpw: bits per quantized weight, scales included.
       size: of the whole model, such as 4MB.
       max_kl: the smallest model whose predicted loss increase is at most this (nats per token).
+      pin: the scheme of every weight whose path the pattern matches; may be repeated.
+      only: the schemes such weights may take; may be repeated.
       frontier: picture of the whole frontier to write (.png or .svg).
       json: print one JSON object.
     """
-    _answer(lambda: commands.allocate(Path(table), out, bpw, size, max_kl, frontier), json, commands.show_plan)
+    ask = lambda: Request(bpw, size, max_kl, pin, only)
+    _answer(lambda: commands.allocate(Path(table), out, ask(), frontier), json, commands.show_plan)
 
 
 def quantize(

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from mpq import artifacts, show
-from mpq.allocate import Problem, solve_frontier
 from mpq.calibrate import calibrate as run_calibration
 from mpq.config import known, load_config
 from mpq.data.sources import read_set
@@ -22,10 +21,10 @@ from mpq.inspect import parse_bpw
 from mpq.models import Model, load, resolve
 from mpq.pipeline import export_arguments
 from mpq.quantize import QUANTIZERS, Candidates
+from mpq.request import Request
 from mpq.sensitivity import METRICS
 from mpq.trace import Trace
 from mpq.types import LayerStats, MpqError
-from mpq.units import parse_size
 
 show_written, show_table = show.written, show.table
 show_plan, show_evaluation, show_run = show.plan, show.evaluation, show.run
@@ -105,31 +104,20 @@ def sensitivity(
     }
 
 
-def allocate(
-    table_path: Path, out: Path, bpw: float | None, size: str | None, max_kl: float | None, picture: Path | None
-) -> dict[str, Any]:
+def allocate(table_path: Path, out: Path, request: Request, picture: Path | None) -> dict[str, Any]:
     """One plan, from the exact frontier."""
-    given = {"bpw": bpw, "size": size, "max-kl": max_kl}
-    asked = [name for name, value in given.items() if value is not None]
-    if len(asked) != 1:
-        raise MpqError(f"give exactly one of --bpw, --size and --max-kl (given: {', '.join(asked) or 'none'})")
     table, body = artifacts.load_table(table_path)
-    frontier = solve_frontier(Problem.from_table(table))
     beside = int(body["other_bits"])
-    if bpw is not None:
-        name, allocation = f"mixed@{bpw:g}bpw", frontier.at(bpw=bpw)
-    elif size is not None:
-        name, allocation = f"mixed@{size}", frontier.at(bits=parse_size(size) - beside)
-    else:
-        name, allocation = f"mixed@kl{max_kl:g}", frontier.at(loss=max_kl)
-    plan = artifacts.plan_of_allocation(name, allocation, table, beside)
+    matched = request.matched([w.path for w in table.weights])
+    allocation, frontier = request.solve(request.problem(table, beside))
+    plan = artifacts.plan_of_allocation(request.name, allocation, table, beside)
     artifacts.save_plan(out, plan)
     if picture is not None:
         from analysis.pareto import draw_prediction
 
         values = sum(w.size for w in table.weights)
         draw_prediction([int(b) / values for b in frontier.size_bits], frontier.loss.tolist(), plan.to_json(), picture)
-    return {"out": str(out), **plan.to_json()}
+    return {"out": str(out), **plan.to_json(), "matched": matched}
 
 
 def quantize(

@@ -31,6 +31,8 @@ def plan(body: dict[str, Any], console: Console) -> None:
     for path, scheme in body["choices"].items():
         rows.add_row(path, scheme)
     console.print(rows)
+    for rule, paths in body["matched"].items():
+        console.print(f"{rule} matched {len(paths)}: {', '.join(paths)}", markup=False)
     console.print(
         f"predicted loss increase {_with_error(body['predicted_kl'], body['predicted_stderr'])} nats per token, "
         f"lower bound {body['lower_bound']:.4g}, {body['status']}; written to {body['out']}"

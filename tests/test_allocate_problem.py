@@ -81,6 +81,42 @@ def test_equal_pins_on_one_group_agree():
     np.testing.assert_array_equal(problem.allowed[0], [False, False, True])
 
 
+def test_only_leaves_the_schemes_it_names_and_several_intersect():
+    only = {"0.*": ["int2_g64", "int3_g64"], r"0\.q": [parse_scheme("int3_g64"), "int2_g32"]}
+    problem = Problem.from_table(table(WEIGHTS, LOSS), only=only)
+    expected = [[False, False, True], [True, True, True], [True, False, True]]
+    np.testing.assert_array_equal(problem.allowed, expected)
+
+
+def test_a_pin_and_only_hold_together():
+    problem = Problem.from_table(
+        table(WEIGHTS, LOSS), pins={"head": "int2_g32"}, only={".*": ["int2_g64", "int2_g32"], r"0\.k": ["int2_g64"]}
+    )
+    np.testing.assert_array_equal(problem.allowed, [[True, False, False], [False, True, False], [True, True, False]])
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"only": {"1.*": ["int2_g64"]}}, r"only '1\.\*' matches no weight; .* there are 0\.q, head"),
+        (
+            {"only": {"head": ["int2_g64", "int9"]}},
+            "only 'head': scheme 'int9' is not in the table, which has int2_g64",
+        ),
+        ({"only": {"head": []}}, "only 'head' names no scheme: give at least one of int2_g64, int2_g32, int3_g64"),
+        ({"only": {"he(": ["int2_g64"]}}, r"only 'he\(' is not a regular expression"),
+        (
+            {"only": {r"0\.k": ["int3_g64"], "0.*": ["int2_g64", "int2_g32"]}},
+            r"only '0\\\\.k' \(int3_g64\) and only '0\.\*' \(int2_g64, int2_g32\) contradict each other on 0\.q",
+        ),
+        ({"pins": {"head": "int3_g64"}, "only": {"h.*": ["int2_g64"]}}, "pin 'head' .* and only .* leave no scheme"),
+    ],
+)
+def test_wrong_only(rules, message):
+    with pytest.raises(MpqError, match=message):
+        Problem.from_table(table(WEIGHTS, LOSS), **rules)
+
+
 @pytest.mark.parametrize(
     ("pins", "message"),
     [

@@ -92,6 +92,21 @@ def test_the_plan_keeps_its_budget_and_its_groups(mpq, stages):
     assert loose["size_bytes"] == body["size_bytes"]
 
 
+def test_rules_hold_and_what_they_matched_is_told(mpq, stages, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    rules = ["--pin", r".*\.v_proj\.kernel=int8_channel", "--only", r"layers\.1\..*=int2_g16,int8_channel"]
+    code, body, _ = mpq("allocate", "table", "--bpw", "6", *rules, "-o", "ruled", "--json")
+    assert code == 0
+    matched = list(body["matched"].values())
+    assert list(body["matched"]) == [r"--pin .*\.v_proj\.kernel=int8_channel", f"--only {rules[3]}"]
+    assert matched[0] == [f"layers.{i}.self_attn.v_proj.kernel" for i in (0, 1)]
+    assert {body["choices"][path] for path in matched[0]} == {"int8_channel"}
+    assert len(matched[1]) == 7
+    assert {body["choices"][path] for path in matched[1]} <= {"int2_g16", "int8_channel"}
+    assert cli.main(["allocate", "table", "--bpw", "6", *rules, "-o", "ruled"]) is None
+    assert r"--pin .*\.v_proj\.kernel=int8_channel matched 2: layers.0.self_attn" in capsys.readouterr().out
+
+
 def test_the_quantized_folder_is_what_the_plan_says_and_evaluates(mpq, stages):
     plan = json.loads((stages / "plan").read_text())
     code, body, _ = mpq("evaluate", "quantized", "--data", "test.txt", "--reference", "model", *WINDOW, "--json")
@@ -153,6 +168,15 @@ BAD = {
     "budget that is no size": (["allocate", "table", "--size", "many", "-o", "x"], "many"),
     "two budgets": (["allocate", "table", "--bpw", "4", "--size", "1MB", "-o", "x"], "exactly one of"),
     "no budget": (["allocate", "table", "-o", "x"], "exactly one of"),
+    "a pin that is none": (["allocate", "table", "--bpw", "6", "--pin", "int8_channel", "-o", "x"], "is not a pattern"),
+    "a pin given twice": (
+        ["allocate", "table", "--bpw", "6", "--pin", "a=int8_channel", "--pin", "a=fp32", "-o", "x"],
+        "--pin 'a' is given twice",
+    ),
+    "a rule that matches nothing": (
+        ["allocate", "table", "--bpw", "6", "--only", "head=int8_channel", "-o", "x"],
+        "only 'head' matches no weight; .* there are embed_tokens.embedding",
+    ),
     "unreachable loss": (["allocate", "table", "--max-kl", "-1", "-o", "x"], "smallest|reach"),
     "plan of another model": (["quantize", "other", "plan", "--method", "rtn", "-o", "x"], "made for another model"),
     "statistics of another model": (

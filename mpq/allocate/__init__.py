@@ -1,6 +1,7 @@
 """Bit allocation: which scheme every weight gets within a size.
 
     problem = Problem.from_table(table, pins={"lm_head.*": "int8_channel"})
+    # only={"layers.0.*": ["int4_g64", "int8_channel"]} leaves a choice where a pin leaves none
     frontier = solve_frontier(problem)       # every non-dominated allocation, exactly, once
     allocation = frontier.at(bpw=3.5)        # or size="4MB", bits=..., loss=0.01
 
@@ -15,6 +16,7 @@ from mpq.allocate.frontier import Exact, Frontier, solve_frontier
 from mpq.allocate.lagrangian import Lagrangian, lower_bound
 from mpq.allocate.problem import Problem
 from mpq.allocate.refine import Refine, Refined
+from mpq.allocate.rules import matching
 from mpq.allocate.uniform import Uniform, best_uniform, uniform
 from mpq.types import Allocation
 
@@ -30,6 +32,7 @@ __all__ = [
     "Uniform",
     "best_uniform",
     "lower_bound",
+    "matching",
     "solve_frontier",
     "uniform",
 ]

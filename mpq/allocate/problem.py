@@ -10,11 +10,11 @@ which sums are exact, ties are ties, and every order of groups gives the same an
 import dataclasses
 import functools
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from mpq.allocate.rules import Only, Pins, allowed_schemes, join
 from mpq.types import Allocation, MpqError, Scheme, SensitivityTable, Status, WeightSpec
 from mpq.units import format_bits, format_bpw
 
@@ -68,7 +68,7 @@ class Problem:
                 f"{len(self.names)} names for {len(self.members)} groups: give every group one name of its own"
             )
         for row in np.flatnonzero(~self.allowed.any(axis=1)):
-            raise MpqError(f"no scheme is allowed for {self.names[row]}: allow at least one of {_join(self.schemes)}")
+            raise MpqError(f"no scheme is allowed for {self.names[row]}: allow at least one of {join(self.schemes)}")
         bad = self.allowed & ~(np.isfinite(self.loss) & np.isfinite(self.variance) & (self.variance >= 0))
         for row, column in np.argwhere(bad):
             raise MpqError(
@@ -83,7 +83,8 @@ class Problem:
         cls,
         table: SensitivityTable,
         *,
-        pins: Mapping[str, Scheme | str] | None = None,
+        pins: Pins | None = None,
+        only: Only | None = None,
         overhead_bits: int = 0,
     ) -> "Problem":
         """The problem that a sensitivity table poses: losses, variances and sizes summed over each fused group.
@@ -93,11 +94,12 @@ class Problem:
         Args:
           table: rows are weights, columns schemes.
           pins: regular expression that matches a whole weight path -> the scheme it must take; its fused group follows.
+          only: regular expression -> the schemes it may take; where several match, what they have in common.
           overhead_bits: see the class.
 
         Raises:
-          MpqError: a loss or standard error is NaN or infinite; a pin matches nothing, names no scheme of the table,
-            contradicts another, or is no regular expression.
+          MpqError: a loss or standard error is NaN or infinite; a pattern matches nothing or is no regular expression,
+            a scheme is not in the table, or the rules leave a group no scheme.
         """
         _check_table(table)
         groups: dict[str, list[int]] = {}
@@ -113,7 +115,7 @@ class Problem:
             loss=total(table.loss_increase),
             variance=total(table.stderr**2),
             size_bits=total(size_bits),
-            allowed=_apply_pins(table, rows, pins or {}),
+            allowed=allowed_schemes(table, rows, pins or {}, only or {}),
             paths=tuple(spec.path for spec in table.weights),
             overhead_bits=overhead_bits,
         )
@@ -258,38 +260,3 @@ def _check_table(table: SensitivityTable) -> None:
                 f"sensitivity table: {name} of {table.weights[row].path} at {table.schemes[column]} is "
                 f"{array[row, column]}: compute the table again, and look at this weight if it persists"
             )
-
-
-def _apply_pins(table: SensitivityTable, rows: list[list[int]], pins: Mapping[str, Scheme | str]) -> np.ndarray:
-    """`bool[G, S]`: what the pins leave of each group's schemes."""
-    texts = [str(scheme) for scheme in table.schemes]
-    paths = [spec.path for spec in table.weights]
-    allowed = np.ones((len(rows), len(texts)), np.bool_)
-    taken: dict[int, tuple[str, str]] = {}
-    for pattern, scheme in pins.items():
-        if str(scheme) not in texts:
-            raise MpqError(f"pin {pattern!r}: scheme {str(scheme)!r} is not in the table, which has {_join(texts)}")
-        try:
-            matched = {row for row, path in enumerate(paths) if re.fullmatch(pattern, path)}
-        except re.error as error:
-            raise MpqError(f"pin {pattern!r} is not a regular expression: {error}") from None
-        if not matched:
-            raise MpqError(
-                f"pin {pattern!r} matches no weight; write '.*' for the part that varies; there are {_join(paths)}"
-            )
-        for group, index in enumerate(rows):
-            if matched.isdisjoint(index):
-                continue
-            other, text = taken.setdefault(group, (pattern, str(scheme)))
-            if text != str(scheme):
-                raise MpqError(
-                    f"pins {other!r} ({text}) and {pattern!r} ({scheme}) contradict each other on {paths[index[0]]} "
-                    "and the weights fused with it: keep one of them"
-                )
-            allowed[group] = [candidate == text for candidate in texts]
-    return allowed
-
-
-def _join(items: Sequence[object], most: int = 40) -> str:
-    shown = ", ".join(str(item) for item in items[:most])
-    return shown if len(items) <= most else f"{shown} and {len(items) - most} more"

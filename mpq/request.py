@@ -1,0 +1,93 @@
+"""What a person asks of `mpq allocate`, as text: one budget, and rules by regular expression."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from mpq.allocate import Frontier, Problem, matching, solve_frontier
+from mpq.types import Allocation, MpqError, SensitivityTable
+from mpq.units import parse_size
+
+Value = TypeVar("Value")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One budget, and what the plan must keep to.
+
+    Attributes:
+      bpw: bits per quantized weight.
+      size: of the whole model, such as `4MB`.
+      max_kl: most predicted loss increase; the smallest plan within it is wanted.
+      pin: `REGEX=SCHEME` each.
+      only: `REGEX=SCHEME,SCHEME` each.
+    """
+
+    bpw: float | None = None
+    size: str | None = None
+    max_kl: float | None = None
+    pin: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        given = {"bpw": self.bpw, "size": self.size, "max-kl": self.max_kl}
+        asked = [name for name, value in given.items() if value is not None]
+        if len(asked) != 1:
+            raise MpqError(f"give exactly one of --bpw, --size and --max-kl (given: {', '.join(asked) or 'none'})")
+
+    @property
+    def name(self) -> str:
+        """Of the plan: `mixed@3.5bpw`."""
+        if self.bpw is not None:
+            return f"mixed@{self.bpw:g}bpw"
+        return f"mixed@{self.size}" if self.size is not None else f"mixed@kl{self.max_kl:g}"
+
+    @property
+    def pins(self) -> dict[str, str]:
+        """Pattern -> scheme.
+
+        Raises:
+          MpqError: not of the form REGEX=SCHEME, or a pattern given twice.
+        """
+        return _rules("--pin", self.pin, "lm_head.*=int8_channel", str)
+
+    @property
+    def sets(self) -> dict[str, list[str]]:
+        """Pattern -> the schemes allowed.
+
+        Raises:
+          MpqError: not of the form REGEX=SCHEME,SCHEME, or a pattern given twice.
+        """
+        return _rules("--only", self.only, "layers.0.*=int4_g64,int8_channel", lambda text: text.split(","))
+
+    def matched(self, paths: Sequence[str]) -> dict[str, list[str]]:
+        """Rule -> the weights it matches."""
+        rules = [("pin", "--pin", pattern, scheme) for pattern, scheme in self.pins.items()]
+        rules += [("only", "--only", pattern, ",".join(schemes)) for pattern, schemes in self.sets.items()]
+        return {
+            f"{flag} {pattern}={schemes}": [paths[row] for row in matching(pattern, paths, kind)]
+            for kind, flag, pattern, schemes in rules
+        }
+
+    def problem(self, table: SensitivityTable, overhead_bits: int) -> Problem:
+        """The problem that the table poses under the rules; `overhead_bits` are stored beside the weights."""
+        return Problem.from_table(table, pins=self.pins, only=self.sets, overhead_bits=overhead_bits)
+
+    def solve(self, problem: Problem) -> tuple[Allocation, Frontier]:
+        """The best allocation, and the frontier it lies on."""
+        frontier = solve_frontier(problem)
+        if self.size is not None:
+            return frontier.at(bits=parse_size(self.size) - problem.overhead_bits), frontier
+        return frontier.at(bpw=self.bpw, loss=self.max_kl), frontier
+
+
+def _rules(flag: str, texts: tuple[str, ...], example: str, value: Callable[[str], Value]) -> dict[str, Value]:
+    rules: dict[str, Value] = {}
+    for text in texts:
+        pattern, separator, schemes = text.rpartition("=")  # a regular expression may hold one, a scheme does not
+        if not (separator and pattern and schemes):
+            raise MpqError(f"{flag} {text!r} is not a pattern and schemes: write for instance '{example}'")
+        if pattern in rules:
+            raise MpqError(f"{flag} {pattern!r} is given twice: keep one of them")
+        rules[pattern] = value(schemes)
+    return rules
