@@ -114,6 +114,7 @@ def allocate(
     max_kl: float | None = None,
     pin: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="REGEX=SCHEME")] = (),
     only: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="REGEX=SCHEME,SCHEME")] = (),
+    rules: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TOOL=FILE")] = (),
     frontier: Path | None = None,
     json: Json = False,
 ) -> None:
@@ -127,10 +128,11 @@ def allocate(
       max_kl: the smallest model whose predicted loss increase is at most this (nats per token).
       pin: the scheme of every weight whose path the pattern matches; may be repeated.
       only: the schemes such weights may take; may be repeated.
+      rules: also write the plan for llama.cpp, qwix or compressed-tensors; may be repeated.
       frontier: picture of the whole frontier to write (.png or .svg).
       json: print one JSON object.
     """
-    ask = lambda: Request(bpw, size, max_kl, pin, only)
+    ask = lambda: Request(bpw, size, max_kl, pin, only, rules)
     _answer(lambda: commands.allocate(Path(table), out, ask(), frontier), json, commands.show_plan)
 
 

@@ -12,7 +12,7 @@ from mpq.calibrate import calibrate as run_calibration
 from mpq.config import known, load_config
 from mpq.data.sources import read_set
 from mpq.evaluate import Reference, score
-from mpq.export import orbax
+from mpq.export import orbax, rules
 from mpq.files import read_json
 from mpq.formats import parse_scheme
 from mpq.inputs import Dataset, Tokens
@@ -111,13 +111,16 @@ def allocate(table_path: Path, out: Path, request: Request, picture: Path | None
     matched = request.matched([w.path for w in table.weights])
     allocation, frontier = request.solve(request.problem(table, beside))
     plan = artifacts.plan_of_allocation(request.name, allocation, table, beside)
+    files = request.rules_for(plan.choices, table.weights)
     artifacts.save_plan(out, plan)
+    for path, written in files.items():
+        rules.save(path, written)
     if picture is not None:
         from analysis.pareto import draw_prediction
 
         values = sum(w.size for w in table.weights)
         draw_prediction([int(b) / values for b in frontier.size_bits], frontier.loss.tolist(), plan.to_json(), picture)
-    return {"out": str(out), **plan.to_json(), "matched": matched}
+    return {"out": str(out), **plan.to_json(), "matched": matched, "rules": [str(path) for path in files]}
 
 
 def quantize(

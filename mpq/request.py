@@ -1,11 +1,13 @@
 """What a person asks of `mpq allocate`, as text: one budget, and rules by regular expression."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 from mpq.allocate import Frontier, Problem, matching, solve_frontier
-from mpq.types import Allocation, MpqError, SensitivityTable
+from mpq.export.rules import RULES
+from mpq.types import Allocation, MpqError, Scheme, SensitivityTable, WeightSpec
 from mpq.units import parse_size
 
 Value = TypeVar("Value")
@@ -21,6 +23,7 @@ class Request:
       max_kl: most predicted loss increase; the smallest plan within it is wanted.
       pin: `REGEX=SCHEME` each.
       only: `REGEX=SCHEME,SCHEME` each.
+      rules: `TOOL=FILE` each: the plan as another tool's rules.
     """
 
     bpw: float | None = None
@@ -28,6 +31,7 @@ class Request:
     max_kl: float | None = None
     pin: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
+    rules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         given = {"bpw": self.bpw, "size": self.size, "max-kl": self.max_kl}
@@ -59,6 +63,20 @@ class Request:
           MpqError: not of the form REGEX=SCHEME,SCHEME, or a pattern given twice.
         """
         return _rules("--only", self.only, "layers.0.*=int4_g64,int8_channel", lambda text: text.split(","))
+
+    def rules_for(self, choices: Mapping[str, Scheme], weights: Sequence[WeightSpec]) -> dict[Path, Any]:
+        """File -> the rules to write there.
+
+        Raises:
+          MpqError: not of the form TOOL=FILE, an unknown tool, or a plan that the tool has no form for.
+        """
+        files: dict[Path, Any] = {}
+        for text in self.rules:
+            tool, _, file = text.partition("=")
+            if tool not in RULES or not file:
+                raise MpqError(f"--rules {text!r} is not TOOL=FILE with a tool of {', '.join(RULES)}")
+            files[Path(file)] = RULES[tool](choices, weights)
+        return files
 
     def matched(self, paths: Sequence[str]) -> dict[str, list[str]]:
         """Rule -> the weights it matches."""

@@ -33,6 +33,8 @@ def plan(body: dict[str, Any], console: Console) -> None:
     console.print(rows)
     for rule, paths in body["matched"].items():
         console.print(f"{rule} matched {len(paths)}: {', '.join(paths)}", markup=False)
+    for path in body["rules"]:
+        console.print(f"rules written to {path}", markup=False)
     console.print(
         f"predicted loss increase {_with_error(body['predicted_kl'], body['predicted_stderr'])} nats per token, "
         f"lower bound {body['lower_bound']:.4g}, {body['status']}; written to {body['out']}"

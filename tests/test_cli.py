@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 
 import numpy as np
 import pytest
@@ -107,6 +108,18 @@ def test_rules_hold_and_what_they_matched_is_told(mpq, stages, capsys, monkeypat
     assert r"--pin .*\.v_proj\.kernel=int8_channel matched 2: layers.0.self_attn" in capsys.readouterr().out
 
 
+def test_a_plan_is_written_for_another_tool_too(mpq, stages):
+    rules = ["--rules", "qwix=qwix.json", "--rules", "compressed-tensors=vllm.json"]
+    code, body, _ = mpq("allocate", "table", "--bpw", "6", *rules, "-o", "told", "--json")
+    assert code == 0
+    assert body["rules"] == ["qwix.json", "vllm.json"]
+    written = json.loads((stages / "qwix.json").read_text())
+    module = "layers/0/self_attn/q_proj"
+    (rule,) = [r for r in written if re.fullmatch(r["module_path"], module)]
+    assert body["choices"][f"{module.replace('/', '.')}.kernel"].startswith(rule["weight_qtype"] or "fp32")
+    assert set(json.loads((stages / "vllm.json").read_text())) == {"config_groups", "ignore"}
+
+
 def test_the_quantized_folder_is_what_the_plan_says_and_evaluates(mpq, stages):
     plan = json.loads((stages / "plan").read_text())
     code, body, _ = mpq("evaluate", "quantized", "--data", "test.txt", "--reference", "model", *WINDOW, "--json")
@@ -177,6 +190,14 @@ BAD = {
         ["allocate", "table", "--bpw", "6", "--only", "head=int8_channel", "-o", "x"],
         "only 'head' matches no weight; .* there are embed_tokens.embedding",
     ),
+    "an unknown tool": (
+        ["allocate", "table", "--bpw", "6", "--rules", "onnx=f", "-o", "x"],
+        "--rules 'onnx=f' is not TOOL=FILE with a tool of llama.cpp, qwix, compressed-tensors",
+    ),
+    "a plan without a form there": (
+        ["allocate", "table", "--bpw", "6", "--rules", "llama.cpp=f", "-o", "x"],
+        "has no type in llama.cpp, which takes int4_g32",
+    ),
     "unreachable loss": (["allocate", "table", "--max-kl", "-1", "-o", "x"], "smallest|reach"),
     "plan of another model": (["quantize", "other", "plan", "--method", "rtn", "-o", "x"], "made for another model"),
     "statistics of another model": (
@@ -212,8 +233,6 @@ def test_bad_input_ends_in_one_sentence(mpq, broken, case):
     before = sorted(p.name for p in broken.iterdir())
     code, _, err = mpq(*arguments)
     assert code == 2
-    import re
-
     assert re.search(message, err), err
     assert "Traceback" not in err
     assert [line for line in err.splitlines() if line.startswith("mpq: ")] == [err.splitlines()[-1]]

@@ -1,0 +1,218 @@
+"""A plan as rules for other quantizers: `mpq` chooses, the other tool rounds and stores.
+
+Facts about the formats, read from the sources named:
+
+- llama.cpp (tools/quantize/quantize.cpp at 0bae9d8, src/llama-quant.cpp): `--tensor-type REGEX=TYPE`, or many of them
+  in a `--tensor-type-file`, separated by white space. Patterns are put in lower case and searched for, not matched as a
+  whole, hence `^` and `$`. They count only without `--pure` and where the type at the end of the command line is a
+  quantized one. Where rows do not fill blocks of 32 it takes another type without a word; here that is an error.
+- qwix (qwix/_src/qconfig.py at 04d2536): `QuantizationRule(module_path, weight_qtype, tile_size,
+  weight_calibration_method)`. `module_path` matches the whole path, names joined by `/`; the first rule that matches
+  counts, and one without `weight_qtype` leaves weights as they are. Asymmetric (`minmax`) are int4 and int8 alone.
+- compressed-tensors (quantization/quant_args.py at 016da27, utils/match.py): `config_groups` of `targets` and
+  `weights`, and `ignore`. `re:` targets are matched from the start of a module's name, hence `$`.
+
+Equal neighbours are folded: names that differ in one part become one pattern with alternatives, as long as that says
+neither more nor less. So every weight is matched by exactly one rule, and the order of the rules does not matter.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from mpq.files import write_json, write_text
+from mpq.types import MpqError, Scheme, WeightSpec
+
+Choices = Mapping[str, Scheme]
+Weights = Sequence[WeightSpec]
+
+GGML_TYPES: Mapping[str, str] = MappingProxyType(
+    {
+        "int4_g32": "q4_0",
+        "int4_g32_zp": "q4_1",
+        "int5_g32": "q5_0",
+        "int5_g32_zp": "q5_1",
+        "int8_g32": "q8_0",
+        "bf16": "bf16",
+        "fp16": "f16",
+        "fp32": "f32",
+    }
+)
+"""Scheme -> the ggml type with these bits, blocks and float16 scales. Types with an offset (q4_1, q5_1) store it as
+float16 where a zero point takes 4 or 5 bits, so they are a little larger than planned."""
+
+GGUF_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "mlp.experts.gate_proj": "ffn_gate_exps",
+        "mlp.experts.up_proj": "ffn_up_exps",
+        "mlp.experts.down_proj": "ffn_down_exps",
+    }
+)
+"""Part of a decoder's layer -> its GGUF name, `blk.N.` before and `.weight` behind it (gguf-py, tensor_mapping.py)."""
+
+_GGUF_ENDS = {"embed_tokens.embedding": "token_embd.weight", "lm_head.kernel": "output.weight"}
+_LAYER = re.compile(r"layers\.(\d+)\.(.+)\.kernel")
+
+
+def llama_cpp(choices: Choices, weights: Weights) -> str:
+    """Lines for `--tensor-type-file`, each `REGEX=TYPE`; `--tensor-type` before each makes an option of it.
+
+    Raises:
+      MpqError: a scheme that ggml has no type for, a weight whose GGUF name is not known, or rows that do not fill
+        blocks.
+    """
+    named: dict[str, str] = {}
+    for spec in weights:
+        kind = _known(spec, choices, GGML_TYPES, "llama.cpp")
+        if spec.k % 32:
+            raise MpqError(f"{spec.path} has rows of {spec.k}, and blocks of llama.cpp hold 32: pin it to bf16")
+        _set(named, _gguf_name(spec.path), kind, spec)
+    return "".join(f"^{pattern}$={kind}\n" for pattern, kind in fold(named, "."))
+
+
+def qwix(choices: Choices, weights: Weights) -> list[dict[str, Any]]:
+    """Keyword arguments of one `qwix.QuantizationRule` each, as plain data.
+
+    Raises:
+      MpqError: an affine scheme that is neither int4 nor int8, groups that do not fill `k`, a slice of a parameter, or
+        one module that would need two rules.
+    """
+    named: dict[str, tuple[tuple[str, Any], ...]] = {}
+    for spec in weights:
+        scheme = choices[spec.path]
+        _check_groups(spec, scheme)
+        if scheme.zero_point and scheme.format.bits not in (4, 8):
+            raise MpqError(
+                f"{spec.path} at {scheme}: qwix has a zero point with int4 and int8 only; allow another scheme"
+            )
+        rule: dict[str, Any] = {"weight_qtype": scheme.format.name if scheme.has_scale else None}
+        rule |= {"tile_size": scheme.group_size} if scheme.group_size else {}
+        rule |= {"weight_calibration_method": "minmax"} if scheme.zero_point else {}
+        _set(named, _module(spec).replace(".", "/"), tuple(rule.items()), spec)
+    return [{"module_path": pattern, **dict(rule)} for pattern, rule in fold(named, "/")]
+
+
+def compressed_tensors(choices: Choices, weights: Weights) -> dict[str, Any]:
+    """`config_groups` and `ignore` of a `quantization_config`; what is stored as plain floats is ignored.
+
+    Module names are those of `transformers`: `model.` before all but the head.
+
+    Raises:
+      MpqError: a scheme that is neither integer nor plain float, groups that do not fill `k`, a slice or stack of
+        weights, which have no module of their own, or one module that would need two rules.
+    """
+    named: dict[str, tuple[tuple[str, Any], ...] | None] = {}
+    for spec in weights:
+        scheme = choices[spec.path]
+        _check_groups(spec, scheme)
+        if spec.batch > 1 or (scheme.has_scale and not scheme.format.uniform):
+            raise MpqError(
+                f"{spec.path} at {scheme} has no form in compressed-tensors: it takes single matrices, as integers or "
+                "plain floats"
+            )
+        module = _module(spec)
+        grouped = (
+            {"strategy": "group", "group_size": scheme.group_size} if scheme.group_size else {"strategy": "channel"}
+        )
+        value = {"num_bits": scheme.format.bits, "type": "int", "symmetric": not scheme.zero_point, **grouped}
+        name = module if module == "lm_head" else f"model.{module}"
+        _set(named, name, tuple(value.items()) if scheme.has_scale else None, spec)
+    groups: dict[tuple[tuple[str, Any], ...], list[str]] = {}
+    ignore: list[str] = []
+    for pattern, value in fold(named, "."):
+        (ignore if value is None else groups.setdefault(value, [])).append(f"re:{pattern}$")
+    return {
+        "config_groups": {
+            f"group_{index}": {"targets": targets, "weights": dict(value)}
+            for index, (value, targets) in enumerate(groups.items())
+        },
+        "ignore": ignore,
+    }
+
+
+RULES: Mapping[str, Callable[[Choices, Weights], Any]] = MappingProxyType(
+    {"llama.cpp": llama_cpp, "qwix": qwix, "compressed-tensors": compressed_tensors}
+)
+"""Tool -> its rules for a plan."""
+
+
+def save(path: Path, rules: Any) -> None:
+    """Write what a function of `RULES` gave: lines as text, all else as JSON."""
+    if isinstance(rules, str):
+        write_text(path, rules)
+    else:
+        write_json(path, rules)
+
+
+def fold(named: Mapping[str, Any], separator: str) -> list[tuple[str, Any]]:
+    """Regular expressions, each with the value of all names that it matches as a whole; no two match one name.
+
+    Args:
+      named: name -> hashable value.
+      separator: between the parts of a name; names merge where all but one part are equal, the first parts first.
+    """
+    parts = [(tuple((part,) for part in name.split(separator)), value) for name, value in named.items()]
+    for position in range(max((len(name) for name, _ in parts), default=0)):
+        merged: dict[Any, tuple[str, ...]] = {}
+        for name, value in parts:
+            key = name[:position], name[position + 1 :], value, len(name)
+            merged[key] = merged.get(key, ()) + (name[position] if position < len(name) else ())
+        parts = [((*head, here, *tail) if here else head, value) for (head, tail, value, _), here in merged.items()]
+    join = re.escape(separator).join
+    return [(join(map(_alternatives, name)), value) for name, value in parts]
+
+
+def _alternatives(parts: Iterable[str]) -> str:
+    escaped = [re.escape(part) for part in parts]
+    return escaped[0] if len(escaped) == 1 else f"({'|'.join(escaped)})"
+
+
+def _known(spec: WeightSpec, choices: Choices, types: Mapping[str, str], tool: str) -> str:
+    text = str(choices[spec.path])
+    if text not in types:
+        raise MpqError(
+            f"{spec.path} at {text} has no type in {tool}, which takes {', '.join(types)}: allocate among these"
+        )
+    return types[text]
+
+
+def _gguf_name(path: str) -> str:
+    match = _LAYER.fullmatch(path)
+    name = GGUF_NAMES.get(match[2]) if match else None
+    if match and name:
+        return f"blk.{match[1]}.{name}.weight"
+    if path not in _GGUF_ENDS:
+        raise MpqError(
+            f"{path} has no GGUF name that is known here: Llama-like decoders have layers.N. with "
+            f"{', '.join(GGUF_NAMES)}, and {' and '.join(_GGUF_ENDS)}"
+        )
+    return _GGUF_ENDS[path]
+
+
+def _module(spec: WeightSpec) -> str:
+    module, _, _ = spec.path.rpartition(".")
+    if spec.index or not module:
+        raise MpqError(f"{spec.path} has no module of its own, which rules are written for: use the Orbax export")
+    return module
+
+
+def _set(named: dict[str, Any], name: str, value: Any, spec: WeightSpec) -> None:
+    if named.setdefault(name, value) != value:
+        raise MpqError(
+            f"{spec.path} shares module {name!r} with a weight at another scheme, and a rule is for all of a module: "
+            "pin them to one"
+        )
+
+
+def _check_groups(spec: WeightSpec, scheme: Scheme) -> None:
+    if scheme.group_size and spec.k % scheme.group_size:
+        raise MpqError(f"{spec.path} has rows of {spec.k}, no multiple of the groups of {scheme}: allow another scheme")
