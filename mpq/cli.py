@@ -115,10 +115,14 @@ def allocate(
     pin: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="REGEX=SCHEME")] = (),
     only: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="REGEX=SCHEME,SCHEME")] = (),
     rules: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TOOL=FILE")] = (),
+    max_bops: float | None = None,
+    activation_bits: int = 16,
+    latency: Path | None = None,
+    max_latency_us: float | None = None,
     frontier: Path | None = None,
     json: Json = False,
 ) -> None:
-    """Solve the knapsack exactly for one budget.
+    """Solve the knapsack exactly for one budget, and for limits beside it.
 
     Args:
       table: what `mpq sensitivity` wrote.
@@ -129,10 +133,15 @@ def allocate(
       pin: the scheme of every weight whose path the pattern matches; may be repeated.
       only: the schemes such weights may take; may be repeated.
       rules: also write the plan for llama.cpp, qwix or compressed-tensors; may be repeated.
+      max_bops: most bit operations (MACs x bits of the weight x activation-bits) of the traced inputs.
+      activation_bits: of what weights multiply, in BOPs.
+      latency: table {"kxn": {"scheme": microseconds}} as JSON, measured on the device.
+      max_latency_us: most microseconds by that table.
       frontier: picture of the whole frontier to write (.png or .svg).
       json: print one JSON object.
     """
-    ask = lambda: Request(bpw, size, max_kl, pin, only, rules)
+    limits = (max_bops, activation_bits, latency, max_latency_us)
+    ask = lambda: Request(bpw, size, max_kl, pin, only, rules, *limits)
     _answer(lambda: commands.allocate(Path(table), out, ask(), frontier), json, commands.show_plan)
 
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from mpq import artifacts, show
+from mpq.allocate import solve_frontier
 from mpq.calibrate import calibrate as run_calibration
 from mpq.config import known, load_config
 from mpq.data.sources import read_set
@@ -105,11 +106,13 @@ def sensitivity(
 
 
 def allocate(table_path: Path, out: Path, request: Request, picture: Path | None) -> dict[str, Any]:
-    """One plan, from the exact frontier."""
+    """One plan: from the exact frontier, or by mixed-integer programming where more than the size is limited."""
     table, body = artifacts.load_table(table_path)
     beside = int(body["other_bits"])
     matched = request.matched([w.path for w in table.weights])
-    allocation, frontier = request.solve(request.problem(table, beside))
+    problem = request.problem(table, beside)
+    limits = request.limits(problem)
+    allocation = request.solve(problem, limits)
     plan = artifacts.plan_of_allocation(request.name, allocation, table, beside)
     files = request.rules_for(plan.choices, table.weights)
     artifacts.save_plan(out, plan)
@@ -118,9 +121,15 @@ def allocate(table_path: Path, out: Path, request: Request, picture: Path | None
     if picture is not None:
         from analysis.pareto import draw_prediction
 
+        frontier = solve_frontier(problem)
         values = sum(w.size for w in table.weights)
         draw_prediction([int(b) / values for b in frontier.size_bits], frontier.loss.tolist(), plan.to_json(), picture)
-    return {"out": str(out), **plan.to_json(), "matched": matched, "rules": [str(path) for path in files]}
+    reached = [
+        {"name": limit.name, "unit": limit.unit, "limit": limit.limit, "reached": limit.of(problem, allocation)}
+        for limit in limits
+    ]
+    told = {"matched": matched, "limits": reached, "rules": [str(path) for path in files]}
+    return {"out": str(out), **plan.to_json(), **told}
 
 
 def quantize(

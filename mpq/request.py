@@ -1,14 +1,15 @@
-"""What a person asks of `mpq allocate`, as text: one budget, and rules by regular expression."""
+"""What a person asks of `mpq allocate`, as text: one budget, rules by regular expression, limits beside the size."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mpq.allocate import Frontier, Problem, matching, solve_frontier
+from mpq.allocate import Constraint, Problem, bops, latency, matching, solve_constrained, solve_frontier
 from mpq.export.rules import RULES
+from mpq.files import read_json
 from mpq.types import Allocation, MpqError, Scheme, SensitivityTable, WeightSpec
-from mpq.units import parse_size
+from mpq.units import bpw_to_bits, parse_size
 
 Value = TypeVar("Value")
 
@@ -24,6 +25,9 @@ class Request:
       pin: `REGEX=SCHEME` each.
       only: `REGEX=SCHEME,SCHEME` each.
       rules: `TOOL=FILE` each: the plan as another tool's rules.
+      max_bops: most bit operations, with inputs of `activation_bits`.
+      latency: JSON file, `{"kxn": {scheme: microseconds}}`.
+      max_latency_us: most microseconds by that table.
     """
 
     bpw: float | None = None
@@ -32,12 +36,22 @@ class Request:
     pin: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     rules: tuple[str, ...] = ()
+    max_bops: float | None = None
+    activation_bits: int = 16
+    latency: Path | None = None
+    max_latency_us: float | None = None
 
     def __post_init__(self) -> None:
         given = {"bpw": self.bpw, "size": self.size, "max-kl": self.max_kl}
         asked = [name for name, value in given.items() if value is not None]
         if len(asked) != 1:
             raise MpqError(f"give exactly one of --bpw, --size and --max-kl (given: {', '.join(asked) or 'none'})")
+        if (self.latency is None) != (self.max_latency_us is None):
+            raise MpqError("--latency and --max-latency-us go together: give the table and the limit")
+        if self.max_kl is not None and (self.max_bops is not None or self.latency is not None):
+            raise MpqError(
+                "--max-kl asks for the smallest size, which other limits do not go with: give --bpw or --size"
+            )
 
     @property
     def name(self) -> str:
@@ -91,12 +105,27 @@ class Request:
         """The problem that the table poses under the rules; `overhead_bits` are stored beside the weights."""
         return Problem.from_table(table, pins=self.pins, only=self.sets, overhead_bits=overhead_bits)
 
-    def solve(self, problem: Problem) -> tuple[Allocation, Frontier]:
-        """The best allocation, and the frontier it lies on."""
-        frontier = solve_frontier(problem)
-        if self.size is not None:
-            return frontier.at(bits=parse_size(self.size) - problem.overhead_bits), frontier
-        return frontier.at(bpw=self.bpw, loss=self.max_kl), frontier
+    def limits(self, problem: Problem) -> list[Constraint]:
+        """The limits beside the size.
+
+        Raises:
+          MpqError: a limit is no positive number, or the table of latencies is damaged or lacks an entry.
+        """
+        limits = [] if self.max_bops is None else [bops(problem, self.max_bops, self.activation_bits)]
+        if self.latency is not None and self.max_latency_us is not None:
+            times = read_json(self.latency, 'a table of latencies, {"kxn": {"scheme": microseconds}}')
+            limits.append(latency(problem, times, self.max_latency_us))
+        return limits
+
+    def solve(self, problem: Problem, limits: Sequence[Constraint]) -> Allocation:
+        """The best allocation: from the exact frontier where the size alone is limited."""
+        bits = None if self.size is None else parse_size(self.size) - problem.overhead_bits
+        if not limits:
+            return solve_frontier(problem).at(bits=bits, bpw=self.bpw, loss=self.max_kl)
+        if bits is None:
+            assert self.bpw is not None  # as `__post_init__` sees to
+            bits = bpw_to_bits(self.bpw, problem.num_weights)
+        return solve_constrained(problem, bits, limits)
 
 
 def _rules(flag: str, texts: tuple[str, ...], example: str, value: Callable[[str], Value]) -> dict[str, Value]:

@@ -33,6 +33,8 @@ def plan(body: dict[str, Any], console: Console) -> None:
     console.print(rows)
     for rule, paths in body["matched"].items():
         console.print(f"{rule} matched {len(paths)}: {', '.join(paths)}", markup=False)
+    for limit in body["limits"]:
+        console.print(f"{limit['name']} {limit['reached']:,} of at most {limit['limit']:,} {limit['unit']}")
     for path in body["rules"]:
         console.print(f"rules written to {path}", markup=False)
     console.print(

@@ -120,6 +120,26 @@ def test_a_plan_is_written_for_another_tool_too(mpq, stages):
     assert set(json.loads((stages / "vllm.json").read_text())) == {"config_groups", "ignore"}
 
 
+def test_limits_beside_the_size_are_kept_and_told(mpq, stages):
+    budget = ["allocate", "table", "--bpw", "6", "--json", "-o", "limited"]
+    loose = mpq(*budget, "--max-bops", "1e15")[1]
+    assert loose["limits"][0]["name"] == "BOPs"
+    assert loose["solver"] == "highs"
+    exact = mpq(*budget)[1]
+    assert exact["limits"] == []
+    assert loose["predicted_kl"] == pytest.approx(exact["predicted_kl"], rel=1e-9)
+    speed = {"int2_g16": 1, "int4_g16": 2, "int8_channel": 3.5, "fp32": 9}
+    shapes = {(w["k"], w["n"]) for w in json.loads((stages / "table").read_text())["weights"]}
+    (stages / "times.json").write_text(json.dumps({f"{k}x{n}": speed for k, n in shapes}))
+    asked = ["--latency", "times.json", "--max-latency-us", "30", "--max-bops", loose["limits"][0]["reached"] * 0.95]
+    code, body, _ = mpq(*budget, *asked)
+    assert code == 0
+    assert [limit["name"] for limit in body["limits"]] == ["BOPs", "latency"]
+    assert all(limit["reached"] <= limit["limit"] for limit in body["limits"])
+    assert body["limits"][1]["reached"] == sum(1000 * speed[scheme] for scheme in body["choices"].values())
+    assert body["predicted_kl"] > loose["predicted_kl"]
+
+
 def test_the_quantized_folder_is_what_the_plan_says_and_evaluates(mpq, stages):
     plan = json.loads((stages / "plan").read_text())
     code, body, _ = mpq("evaluate", "quantized", "--data", "test.txt", "--reference", "model", *WINDOW, "--json")
@@ -197,6 +217,22 @@ BAD = {
     "a plan without a form there": (
         ["allocate", "table", "--bpw", "6", "--rules", "llama.cpp=f", "-o", "x"],
         "has no type in llama.cpp, which takes int4_g32",
+    ),
+    "a limit without its table": (
+        ["allocate", "table", "--bpw", "6", "--max-latency-us", "5", "-o", "x"],
+        "--latency and --max-latency-us go together",
+    ),
+    "a limit of loss and another": (
+        ["allocate", "table", "--max-kl", "1", "--max-bops", "1e9", "-o", "x"],
+        "--max-kl asks for the smallest size",
+    ),
+    "too few operations": (
+        ["allocate", "table", "--size", "18kB", "--max-bops", "5", "-o", "x"],
+        "BOPs of at most 5 bit operations cannot be met: the smallest reachable is",
+    ),
+    "no table of latencies": (
+        ["allocate", "table", "--bpw", "6", "--latency", "no.json", "--max-latency-us", "5", "-o", "x"],
+        "no.json",
     ),
     "unreachable loss": (["allocate", "table", "--max-kl", "-1", "-o", "x"], "smallest|reach"),
     "plan of another model": (["quantize", "other", "plan", "--method", "rtn", "-o", "x"], "made for another model"),

@@ -5,6 +5,9 @@
     frontier = solve_frontier(problem)       # every non-dominated allocation, exactly, once
     allocation = frontier.at(bpw=3.5)        # or size="4MB", bits=..., loss=0.01
 
+    # limits beside the size, by mixed-integer programming
+    allocation = solve_constrained(problem, budget_bits, [bops(problem, 1e12), latency(problem, times, 500.0)])
+
 `SOLVERS` is the table of solvers for a single budget: frozen objects with `solve(problem, budget_bits) -> Allocation`.
 """
 
@@ -12,6 +15,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Protocol
 
+from mpq.allocate.constrained import solve_constrained
+from mpq.allocate.constraints import Constraint, bops, latency, peak_memory
 from mpq.allocate.frontier import Exact, Frontier, solve_frontier
 from mpq.allocate.lagrangian import Lagrangian, lower_bound
 from mpq.allocate.problem import Problem
@@ -22,6 +27,7 @@ from mpq.types import Allocation
 
 __all__ = [
     "SOLVERS",
+    "Constraint",
     "Exact",
     "Frontier",
     "Lagrangian",
@@ -31,8 +37,12 @@ __all__ = [
     "Solver",
     "Uniform",
     "best_uniform",
+    "bops",
+    "latency",
     "lower_bound",
     "matching",
+    "peak_memory",
+    "solve_constrained",
     "solve_frontier",
     "uniform",
 ]
