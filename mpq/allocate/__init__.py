@@ -7,6 +7,8 @@
 
     # limits beside the size, by mixed-integer programming
     allocation = solve_constrained(problem, budget_bits, [bops(problem, 1e12), latency(problem, times, 500.0)])
+    # how often every scheme is chosen, were the sensitivities measured again
+    found = stability(problem, budget_bits, np.random.default_rng(0))
 
 `SOLVERS` is the table of solvers for a single budget: frozen objects with `solve(problem, budget_bits) -> Allocation`.
 """
@@ -22,6 +24,7 @@ from mpq.allocate.lagrangian import Lagrangian, lower_bound
 from mpq.allocate.problem import Problem
 from mpq.allocate.refine import Refine, Refined
 from mpq.allocate.rules import matching
+from mpq.allocate.stability import Stability, gaussian, resampled, stability
 from mpq.allocate.uniform import Uniform, best_uniform, uniform
 from mpq.types import Allocation
 
@@ -35,15 +38,19 @@ __all__ = [
     "Refine",
     "Refined",
     "Solver",
+    "Stability",
     "Uniform",
     "best_uniform",
     "bops",
+    "gaussian",
     "latency",
     "lower_bound",
     "matching",
     "peak_memory",
+    "resampled",
     "solve_constrained",
     "solve_frontier",
+    "stability",
     "uniform",
 ]
 
