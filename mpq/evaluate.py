@@ -308,7 +308,7 @@ def row_divergence(
     Returns:
       `float32[batch]`.
     """
-    return _counted(task.divergence(p, distributions(apply, task, params, inputs)), counted)
+    return sum_counted(task.divergence(p, distributions(apply, task, params, inputs)), counted)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -318,11 +318,11 @@ def _row_sums(apply: Apply, task: Task, params: Params, batch: Batch, counted: j
     targets = task.targets(batch.inputs, batch.labels)
     evidence = task.evidence(q, targets)
     return _Sums(
-        nll=None if targets is None else _counted(task.loss(q, targets), counted),
-        kl=None if p is None else _counted(task.divergence(p, q), counted),
-        agree=None if p is None else _counted(task.agreement(p, q), counted),
-        evidence=_counted(evidence, counted) if evidence.ndim < q.ndim else evidence,
-        finite=_counted(jnp.where(jnp.isnan(q).any(axis=-1), jnp.nan, 0.0), counted),
+        nll=None if targets is None else sum_counted(task.loss(q, targets), counted),
+        kl=None if p is None else sum_counted(task.divergence(p, q), counted),
+        agree=None if p is None else sum_counted(task.agreement(p, q), counted),
+        evidence=sum_counted(evidence, counted) if evidence.ndim < q.ndim else evidence,
+        finite=sum_counted(jnp.where(jnp.isnan(q).any(axis=-1), jnp.nan, 0.0), counted),
     )
 
 
@@ -332,7 +332,7 @@ def _nan_if_any(p: jax.Array, counted: jax.Array) -> jax.Array:
     return jnp.where(jnp.any(jnp.isnan(p).any(axis=-1) & counted), jnp.nan, 0.0)
 
 
-def _counted(values: jax.Array, counted: jax.Array) -> jax.Array:
+def sum_counted(values: jax.Array, counted: jax.Array) -> jax.Array:
     """Sum over each row where `counted`; what stands elsewhere, NaN included, has no influence."""
     return jnp.sum(jnp.where(counted, values, 0.0).reshape(len(values), -1), axis=1)
 

@@ -13,21 +13,18 @@ correlate; that gap grows below 3 bits.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from mpq.estimate import mean_over_documents, sums_over_documents
 from mpq.evaluate import Reference, row_divergence
 from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
-from mpq.progress import track
-from mpq.sensitivity.base import CandidateSource, Store, check_inputs, make_table, substituted
+from mpq.sensitivity.base import CandidateSource, Store, check_inputs
+from mpq.sensitivity.one_by_one import concatenated, score_one_by_one
 from mpq.trace import Trace
-from mpq.types import MpqError, Scheme, SensitivityTable, WeightSpec
+from mpq.types import Params, Scheme, SensitivityTable, WeightSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,24 +74,29 @@ class MeasuredKL:
         counts = check_inputs(model, traced.weights, data)
         reference = Reference(model, data, batch_size, keep_bytes=0)
         per_part = max(1, self.keep_bytes * -(-len(data.inputs) // batch_size) // reference.nbytes)
-        windows = np.zeros((len(data.inputs), len(traced.weights), len(schemes)))
-        items = itertools.product(
-            range(0, len(data.inputs), per_part * batch_size), enumerate(traced.weights), enumerate(schemes)
-        )
-        total = -(-len(data.inputs) // (per_part * batch_size)) * len(traced.weights) * len(schemes)
         part = _Part(reference, per_part)
-        for first, (row, spec), (column, scheme) in track(items, "sensitivity kl", total):
-            last = min(first + per_part * batch_size, len(data.inputs))
-            name = f"{spec.path}|{scheme}|{first}:{last}"
-            values = None if store is None else store.get(name)
-            if values is None:
-                values = _measure(model, spec, scheme, candidates, part.at(first))[: last - first]
-                if store is not None:
-                    store.put(name, values)
-            windows[first:last, row, column] = values
-        mean, stderr = mean_over_documents(sums_over_documents(windows, data.document), counts)
-        stderr = np.where((windows == 0).all(axis=0), 0.0, stderr)  # an exact candidate costs nothing: that is certain
-        return make_table(self.name, model, traced.weights, schemes, candidates, data, mean, stderr)
+
+        def measure(spec: WeightSpec, changed: Params, first: int) -> np.ndarray:
+            del spec
+            counted = model.task.counted
+            pairs = part.at(first)
+            return concatenated(
+                [row_divergence(model.apply, model.task, changed, b.inputs, counted(b.mask), p) for b, p in pairs]
+            )
+
+        return score_one_by_one(
+            self.name,
+            model,
+            traced.weights,
+            schemes,
+            candidates,
+            data,
+            counts,
+            measure,
+            batch_size=batch_size,
+            store=store,
+            batches_per_part=per_part,
+        )
 
 
 class _Part:
@@ -113,26 +115,3 @@ class _Part:
             self._pairs = list(self._reference.batches(start, start + self._num_batches))
             self._first = first
         return self._pairs
-
-
-def _measure(
-    model: Model,
-    spec: WeightSpec,
-    scheme: Scheme,
-    candidates: CandidateSource,
-    pairs: Sequence[tuple[Batch, jax.Array]],
-) -> list[float]:
-    """Sum of the KL over each window, nats; no forward pass where the candidate is the weight itself, bit for bit."""
-    params = substituted(model.params, spec, candidates.dequantized(spec, scheme))
-    if bool(jnp.array_equal(params[spec.param], model.params[spec.param])):
-        return [0.0] * sum(len(batch.inputs) for batch, _ in pairs)
-    sums = [
-        row_divergence(model.apply, model.task, params, batch.inputs, model.task.counted(batch.mask), p)
-        for batch, p in pairs
-    ]
-    values = np.concatenate([np.asarray(s, np.float64) for s in sums])
-    if not np.isfinite(values).all():
-        raise MpqError(
-            f"weight {spec.path} stored as {scheme} makes the model's outputs NaN or infinite: leave this scheme out"
-        )
-    return values.tolist()
