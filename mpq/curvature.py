@@ -6,6 +6,7 @@ structure.
     Hessian        H v = d/de grad f(theta + e v) at e = 0        Pearlmutter 1994, Neural Computation 6(1)
     Gauss-Newton   G v = J^T (d^2 loss / dz^2) J v, J = dz/dtheta   Schraudolph 2002, Neural Computation 14(7)
     Hutchinson     E[v^T H v] = tr(H) for E[v v^T] = I            Hutchinson 1989, Comm. Stat. Simul. 18(3)
+    Hutch++        tr(Q^T H Q) + tr of the rest by Hutchinson     Meyer et al. 2021, arXiv:2010.09649, algorithm 1
 
 For a softmax output with cross-entropy, d^2 loss / dz^2 = diag(p) - p p^T does not depend on the label, and G is the
 type-II Fisher matrix (Martens 2020, JMLR 21(146)), which is also the Hessian of KL(p_theta || p_theta') in theta' at
@@ -17,8 +18,10 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
 Tree = TypeVar("Tree")
+Result = TypeVar("Result")
 
 
 def hvp(loss: Callable[[Tree, Any], jax.Array], weights: Tree, batch: Any, v: Tree) -> Tree:
@@ -57,6 +60,23 @@ def ggn_vp(logits_fn: Callable[[Tree, Any], jax.Array], weights: Tree, batch: An
     return pullback(p * (tangent - jnp.sum(p * tangent, axis=-1, keepdims=True)))[0]
 
 
+def second_derivative(function: Callable[[Tree], Result], at: Tree, direction: Tree) -> Result:
+    """d^2/de^2 function(at + e direction) at e = 0, forward over forward: no backward pass, and any shape of result.
+
+    Of a loss it is v^T H v. Where the result is a vector of losses, such as one a window, a form for each comes out.
+
+    Args:
+      function: of one pytree.
+      at: where.
+      direction: same structure and shapes as `at`.
+
+    Returns:
+      What `function` returns, differentiated twice.
+    """
+    slope = lambda x: jax.jvp(function, (x,), (direction,))[1]
+    return jax.jvp(slope, (at,), (direction,))[1]
+
+
 def rademacher_like(key: jax.Array, tree: Tree) -> Tree:
     """Independent signs (+1 or -1, each with probability 1/2) in the shapes and dtypes of `tree`.
 
@@ -88,6 +108,38 @@ def trace_sample(loss: Callable[[Tree, Any], jax.Array], weights: Tree, batch: A
       A scalar per leaf, same structure.
     """
     return jax.tree.map(lambda a, b: jnp.sum(a * b), v, hvp(loss, weights, batch, v))
+
+
+def hutch_plus_plus(product: Callable[[Tree], Tree], like: Tree, key: jax.Array, rank: int) -> tuple[Any, Any]:
+    """Trace of one symmetric matrix H by Hutch++: what H does most is taken exactly, the rest by Hutchinson.
+
+    Q is an orthonormal basis of H S for `rank` random sign vectors S; with P = I - Q Q^T and sign vectors g,
+
+        tr(H) = tr(Q^T H Q) + tr(P H P)  ~=  tr(Q^T H Q) + mean over g of (P g)^T H (P g)
+
+    Unbiased for every Q. Hutchinson needs 1/epsilon^2 products for a relative error epsilon of a semi-definite matrix,
+    this 1/epsilon; it is exact where the rank of H is at most `rank`. It serves one matrix at a time: with probes over
+    all weights at once, as `trace_sample` has them, the cross terms of tr(Q^T H Q) would have no mean zero.
+
+    Args:
+      product: v -> H v.
+      like: gives the structure, shapes and dtype of v.
+      key: of S and g.
+      rank: columns of S, and probes g; at most the number of elements. 3 `rank` products are taken, and 2 `rank`
+        vectors kept.
+
+    Returns:
+      `(trace, stderr)`; the standard error is over the probes of the rest, NaN for one probe.
+    """
+    flat, unravel = ravel_pytree(like)
+    products = lambda columns: jax.lax.map(lambda v: ravel_pytree(product(unravel(v)))[0], columns.T).T
+    signs = lambda i: jax.random.rademacher(jax.random.fold_in(key, i), (flat.size, rank), flat.dtype)
+    q = jnp.linalg.qr(products(signs(0)))[0]
+    g = signs(1)
+    rest = g - q @ (q.T @ g)
+    samples = jnp.sum(rest * products(rest), axis=0)
+    spread = jnp.std(samples, ddof=1) if rank > 1 else jnp.nan
+    return jnp.sum(q * products(q)) + samples.mean(), spread / rank**0.5
 
 
 def _stable_id(text: str) -> int:
