@@ -1,18 +1,37 @@
-"""Sensitivity metrics: the predicted loss increase, in nats per token, of every weight at every scheme.
+"""Sensitivity metrics: the predicted loss increase, in nats per output, of every weight at every scheme.
 
-`METRICS` is the table of all of them. `kl` measures and is the ground truth; the others predict it from curvature.
+`METRICS` is the table of all of them. `kl` measures and is the ground truth, `loss` measures against the data's labels;
+the others predict from curvature.
 """
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
 from mpq.sensitivity.base import MemoryStore, Metric, Store
+from mpq.sensitivity.empirical_fisher import EmpiricalFisher
 from mpq.sensitivity.fisher import Fisher
 from mpq.sensitivity.hessian_trace import HessianTrace
 from mpq.sensitivity.measured_kl import MeasuredKL
+from mpq.sensitivity.measured_loss import MeasuredLoss
 
-__all__ = ["METRICS", "Fisher", "HessianTrace", "MeasuredKL", "MemoryStore", "Metric", "Store"]
+__all__ = [
+    "METRICS",
+    "EmpiricalFisher",
+    "Fisher",
+    "HessianTrace",
+    "MeasuredKL",
+    "MeasuredLoss",
+    "MemoryStore",
+    "Metric",
+    "Store",
+]
 
 METRICS: Mapping[str, Metric] = MappingProxyType(
-    {"kl": MeasuredKL(), "fisher": Fisher(), "hessian_trace": HessianTrace()}
+    {
+        "kl": MeasuredKL(),
+        "fisher": Fisher(),
+        "hessian_trace": HessianTrace(),
+        "loss": MeasuredLoss(),
+        "empirical_fisher": EmpiricalFisher(),
+    }
 )

@@ -1,6 +1,6 @@
 """What all metrics share: their interface, the quantization errors they score, and the checks on what they return."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq.estimate import sums_over_documents
-from mpq.evaluate import require_outputs
-from mpq.inputs import Dataset
+from mpq.evaluate import distributions, require_labels, require_outputs
+from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
+from mpq.tasks import Task
 from mpq.trace import Trace
 from mpq.types import MpqError, Params, Scheme, SensitivityTable, WeightSpec
 
@@ -112,9 +113,48 @@ def check_inputs(model: Model, weights: Sequence[WeightSpec], data: Dataset) -> 
     return sums_over_documents(counts, data.document)
 
 
+def require_targets(metric: str, model: Model, data: Dataset) -> None:
+    """Refuse data whose outputs have nothing to be compared with.
+
+    Raises:
+      MpqError: the task or the data has no targets, or a label is no class of the model.
+    """
+    if model.task.targets(data.inputs[:1], None if data.labels is None else data.labels[:1]) is None:
+        raise MpqError(
+            f"metric {metric} compares outputs with targets, which {data.source} does not have for task "
+            f"{model.task.name}: give data with a label for every output, or use kl or fisher, which need none"
+        )
+    require_labels(model, model.params, data)
+
+
 def substituted(params: Params, spec: WeightSpec, matrix: jax.Array) -> dict[str, jax.Array]:
     """`params` with one weight replaced by `matrix[batch, k, n]`; equal tree and shapes, so nothing recompiles."""
     return {**params, spec.param: spec.from_matrix(matrix, params[spec.param])}
+
+
+def output_losses(
+    apply: Callable[[Params, jax.Array], jax.Array], task: Task, params: Params, batch: Batch
+) -> jax.Array:
+    """The loss whose Hessian is taken, of every output: `[batch, ...]` nats.
+
+    At the data's targets; without any it is the divergence from the model's own outputs, whose Hessian is the
+    Gauss-Newton matrix.
+    """
+    q = distributions(apply, task, params, batch.inputs)
+    targets = task.targets(batch.inputs, batch.labels)
+    return task.divergence(jax.lax.stop_gradient(q), q) if targets is None else task.loss(q, targets)
+
+
+def half_mean_square(
+    params: Params, spec: WeightSpec, schemes: Sequence[Scheme], candidates: CandidateSource
+) -> np.ndarray:
+    """`float64[schemes]`: ||delta||^2 / (2 n), over the n elements of the weight.
+
+    Raises:
+      MpqError: a candidate is not finite.
+    """
+    errors = quantization_error(params, spec, schemes, candidates)
+    return np.square(np.asarray(errors), dtype=np.float64).mean(axis=(1, 2, 3)) / 2
 
 
 def quantization_error(

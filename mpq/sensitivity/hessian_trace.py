@@ -27,11 +27,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq.curvature import rademacher_like, trace_sample
-from mpq.evaluate import distributions, require_finite
+from mpq.evaluate import require_finite
 from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
 from mpq.progress import track
-from mpq.sensitivity.base import CandidateSource, Store, check_inputs, make_table, quantization_error, substituted
+from mpq.sensitivity.base import (
+    CandidateSource,
+    Store,
+    check_inputs,
+    half_mean_square,
+    make_table,
+    output_losses,
+    substituted,
+)
 from mpq.tasks import Task
 from mpq.trace import Trace
 from mpq.types import Params, Scheme, SensitivityTable, WeightSpec
@@ -97,7 +105,7 @@ class HessianTrace:
                     store.put(str(probe), values)
             samples[probe] = values
         require_finite(samples, model.params, f"{data.source}, in a Hessian-vector product")
-        half = np.array([_half_mean_square(model.params, spec, schemes, candidates) for spec in traced.weights])
+        half = np.array([half_mean_square(model.params, spec, schemes, candidates) for spec in traced.weights])
         stderr = (
             samples.std(axis=0, ddof=1) / np.sqrt(self.num_probes)
             if self.num_probes > 1
@@ -107,14 +115,6 @@ class HessianTrace:
         loss = samples.mean(axis=0)[:, None] * half
         label = f"{self.name}(num_probes={self.num_probes})"
         return make_table(label, model, traced.weights, schemes, candidates, data, loss, stderr)
-
-
-def _half_mean_square(
-    params: Params, spec: WeightSpec, schemes: Sequence[Scheme], candidates: CandidateSource
-) -> np.ndarray:
-    """`float64[schemes]`: ||delta||^2 / (2 n)."""
-    errors = quantization_error(params, spec, schemes, candidates)
-    return np.square(np.asarray(errors), dtype=np.float64).mean(axis=(1, 2, 3)) / 2
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -128,17 +128,11 @@ def _samples(
     counted: jax.Array,
     v: Params,
 ) -> jax.Array:
-    """`float32[weights]`: v_l^T (H v)_l of the loss summed over the batch's outputs that count.
-
-    Without targets the loss is the divergence from the model's own outputs, whose Hessian is the Gauss-Newton matrix.
-    """
+    """`float32[weights]`: v_l^T (H v)_l of the loss summed over the batch's outputs that count."""
 
     def loss(weights: Params, batch: Batch) -> jax.Array:
         changed = functools.reduce(lambda p, spec: substituted(p, spec, weights[spec.path]), specs, dict(params))
-        q = distributions(apply, task, changed, batch.inputs)
-        targets = task.targets(batch.inputs, batch.labels)
-        values = task.divergence(jax.lax.stop_gradient(q), q) if targets is None else task.loss(q, targets)
-        return jnp.sum(jnp.where(counted, values, 0.0))
+        return jnp.sum(jnp.where(counted, output_losses(apply, task, changed, batch), 0.0))
 
     samples = trace_sample(loss, weights, batch, v)
     return jnp.stack([samples[spec.path] for spec in specs])
