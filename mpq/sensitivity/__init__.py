@@ -10,6 +10,8 @@ from types import MappingProxyType
 from mpq.sensitivity.base import MemoryStore, Metric, Store
 from mpq.sensitivity.empirical_fisher import EmpiricalFisher
 from mpq.sensitivity.fisher import Fisher
+from mpq.sensitivity.gauss_newton import GaussNewton
+from mpq.sensitivity.hessian_form import HessianForm
 from mpq.sensitivity.hessian_trace import HessianTrace
 from mpq.sensitivity.measured_kl import MeasuredKL
 from mpq.sensitivity.measured_loss import MeasuredLoss
@@ -18,6 +20,8 @@ __all__ = [
     "METRICS",
     "EmpiricalFisher",
     "Fisher",
+    "GaussNewton",
+    "HessianForm",
     "HessianTrace",
     "MeasuredKL",
     "MeasuredLoss",
@@ -33,5 +37,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         "hessian_trace": HessianTrace(),
         "loss": MeasuredLoss(),
         "empirical_fisher": EmpiricalFisher(),
+        "gauss_newton": GaussNewton(),
+        "hessian": HessianForm(),
     }
 )
