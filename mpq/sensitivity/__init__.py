@@ -15,6 +15,7 @@ from mpq.sensitivity.hessian_form import HessianForm
 from mpq.sensitivity.hessian_trace import HessianTrace
 from mpq.sensitivity.measured_kl import MeasuredKL
 from mpq.sensitivity.measured_loss import MeasuredLoss
+from mpq.sensitivity.top_eigenvalue import TopEigenvalue
 
 __all__ = [
     "METRICS",
@@ -28,6 +29,7 @@ __all__ = [
     "MemoryStore",
     "Metric",
     "Store",
+    "TopEigenvalue",
 ]
 
 METRICS: Mapping[str, Metric] = MappingProxyType(
@@ -39,5 +41,6 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         "empirical_fisher": EmpiricalFisher(),
         "gauss_newton": GaussNewton(),
         "hessian": HessianForm(),
+        "top_eigenvalue": TopEigenvalue(),
     }
 )
