@@ -90,7 +90,7 @@ def sensitivity(
       model: checkpoint folder, hub id, or `reference`.
       data: calibration text, or `reference`.
       out: sensitivity table to write.
-      metric: kl, fisher or hessian_trace.
+      metric: kl, fisher, hessian_trace, loss, empirical_fisher, gauss_newton, hessian or top_eigenvalue.
       method: rounding algorithm whose error is scored; gptq needs `stats`, or collects them itself.
       stats: what `mpq calibrate` wrote.
       schemes: candidates.

@@ -1,105 +1,36 @@
-import dataclasses
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mpq.estimate import mean_over_documents
-from mpq.formats import parse_scheme
-from mpq.inputs import Dataset, Tokens
-from mpq.models.model import Model
-from mpq.sensitivity import Fisher, HessianTrace, MeasuredKL, MemoryStore
-from mpq.tasks import CausalLM
-from mpq.types import MpqError, Scheme, WeightSpec
-
-VOCAB, WIDTH = 7, 4
-SHAPES = {"table": (VOCAB, WIDTH), "value": (WIDTH, WIDTH), "up": (WIDTH, 6), "down": (6, WIDTH)}
-SMALL, LARGE, EXACT = parse_scheme("int8_channel"), parse_scheme("int4_channel"), parse_scheme("fp32")
-SCHEMES = (SMALL, LARGE, EXACT)
-
-
-def forward(p, tokens, errors=None, scale=None):
-    """Embedding, causal averaging, MLP, tied head. At position t the weight `name` is p[name] + scale[t] *
-    errors[name]."""
-    errors = errors or {}
-
-    def read(name, x):
-        y = x @ p[name]
-        return y + scale[..., None] * (x @ errors[name]) if name in errors else y
-
-    h = p["table"][tokens]
-    if "table" in errors:
-        h = h + scale[..., None] * errors["table"][tokens]
-    h = h + jnp.cumsum(read("value", h), axis=1) / jnp.arange(1, tokens.shape[1] + 1, dtype=h.dtype)[:, None]
-    h = h + read("down", jnp.tanh(read("up", h)))
-    logits = h @ p["table"].T
-    return logits + scale[..., None] * (h @ errors["table"].T) if "table" in errors else logits
-
-
-@functools.cache  # equal models are one, so that what is compiled for one test serves the next
-def make_model(apply=forward):
-    rng = np.random.default_rng(0)
-    params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in SHAPES.items()}
-    return Model(
-        apply=lambda p, x: apply(p, x),
-        params=params,
-        stored=dict.fromkeys(params, "float32"),
-        name="tiny",
-        inputs=Tokens(64),
-        task=CausalLM(),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Shifted:
-    """Candidates at a known distance: `unit[path]` for `LARGE`, half of it for `SMALL`, nothing for `EXACT`."""
-
-    model: Model
-    size: float = 0.1
-    name = "shifted"
-
-    @property
-    def quantizer(self):
-        return self
-
-    def error(self, path, scheme):
-        seed = sorted(SHAPES).index(path)
-        unit = np.random.default_rng(seed).normal(size=SHAPES[path]).astype(np.float32) * self.size
-        return {SMALL: 0.5, LARGE: 1.0, EXACT: 0.0}[scheme] * unit
-
-    def dequantized(self, spec: WeightSpec, scheme: Scheme) -> jax.Array:
-        param = self.model.params[spec.param]
-        return spec.to_matrix(param + self.error(spec.param, scheme))
-
-
-def make_data(inputs, mask=None, document=None):
-    inputs = np.asarray(inputs, np.int32)
-    mask = np.ones_like(inputs, bool) if mask is None else mask
-    document = np.arange(len(inputs)) if document is None else np.asarray(document)
-    return Dataset(inputs, mask, document.astype(np.int32), "noise", str(inputs.sum()))
-
-
-def random_data(windows, time=6, seed=0):
-    rng = np.random.default_rng(seed)
-    mask = np.arange(time) < rng.integers(2, time + 1, size=windows)[:, None]
-    return make_data(rng.integers(VOCAB, size=(windows, time)), mask)
-
-
-@functools.cache
-def traced(model, batch_size, time):
-    return model.trace(batch_size, time)
-
-
-def run(metric, model, candidates, data, *, schemes=SCHEMES, batch_size=4, store=None):
-    shaped = traced(model, batch_size, data.inputs.shape[1])
-    key = jax.random.key(0)
-    return metric(model, shaped, schemes, candidates, data, key=key, batch_size=batch_size, store=store)
-
-
-def double(params):
-    return {name: jnp.asarray(np.asarray(p), jnp.float64) for name, p in params.items()}
+from mpq.sensitivity import (
+    METRICS,
+    EmpiricalFisher,
+    Fisher,
+    GaussNewton,
+    HessianForm,
+    HessianTrace,
+    MeasuredKL,
+    MeasuredLoss,
+    MemoryStore,
+    TopEigenvalue,
+)
+from mpq.types import MpqError
+from tests.sensitivity_cases import (
+    EXACT,
+    LARGE,
+    SCHEMES,
+    SHAPES,
+    VOCAB,
+    Shifted,
+    double,
+    forward,
+    make_data,
+    make_model,
+    random_data,
+    run,
+)
 
 
 def exact_fisher(model, data, path, error, spans):
@@ -243,7 +174,9 @@ class Interrupting(MemoryStore):
         super().put(key, value)
 
 
-@pytest.mark.parametrize("metric", [MeasuredKL(), Fisher(num_samples=1), HessianTrace(num_probes=8)])
+@pytest.mark.parametrize(
+    "metric", [MeasuredKL(), Fisher(num_samples=1), HessianTrace(num_probes=8), MeasuredLoss(), EmpiricalFisher()]
+)
 def test_an_interrupted_metric_continues_and_gives_the_same_bits(metric):
     model, data, store = make_model(), random_data(22), Interrupting()
     want = run(metric, model, Shifted(model), data)
@@ -305,12 +238,25 @@ def test_hessian_probes_extend_the_sequence_and_their_error_covers():
 def test_one_document_has_an_unknown_error():
     model = make_model()
     data = make_data(np.random.default_rng(0).integers(VOCAB, size=(3, 6)), document=[4, 4, 4])
-    for metric in (MeasuredKL(), Fisher()):
+    over_documents = set(METRICS) - {"hessian_trace"}
+    for metric in (METRICS[name] for name in sorted(over_documents)):
         table = run(metric, model, Shifted(model), data)
         assert np.isfinite(table.loss_increase).all()
         assert np.isnan(table.stderr[:, :2]).all()
         np.testing.assert_array_equal(table.stderr[:, 2], 0.0)
     assert np.isnan(run(HessianTrace(num_probes=1), model, Shifted(model), data).stderr[:, :2]).all()
+
+
+FAST = [
+    MeasuredKL(),
+    Fisher(),
+    HessianTrace(num_probes=2),
+    MeasuredLoss(),
+    EmpiricalFisher(),
+    GaussNewton(),
+    HessianForm(),
+    TopEigenvalue(num_iterations=2),
+]
 
 
 class Broken(Shifted):
@@ -329,7 +275,7 @@ class Huge(Broken):
     value = 1e38
 
 
-@pytest.mark.parametrize("metric", [MeasuredKL(), Fisher(), HessianTrace(num_probes=2)])
+@pytest.mark.parametrize("metric", FAST, ids=lambda metric: metric.name)
 def test_a_candidate_that_is_not_finite_is_named(metric):
     model = make_model()
     with pytest.raises(MpqError, match=r"up .*int4_channel"):
@@ -338,13 +284,15 @@ def test_a_candidate_that_is_not_finite_is_named(metric):
 
 def test_a_candidate_that_overflows_is_named():
     model = make_model(apply=lambda p, x: forward(p, x) + 0 * jnp.sum(jnp.square(p["up"])))
-    with pytest.raises(MpqError, match="weight up stored as int4_channel makes the model's outputs NaN"):
-        run(MeasuredKL(), model, Huge(model), random_data(4))
-    with pytest.raises(MpqError, match="the loss increase of weight up at int4_channel is"):
-        run(Fisher(), model, Huge(model), random_data(4))
+    for metric in (MeasuredKL(), MeasuredLoss(), GaussNewton(), HessianForm()):
+        with pytest.raises(MpqError, match="weight up stored as int4_channel makes the model's outputs NaN"):
+            run(metric, model, Huge(model), random_data(4))
+    for metric in (Fisher(), EmpiricalFisher()):
+        with pytest.raises(MpqError, match="the loss increase of weight up at int4_channel is"):
+            run(metric, model, Huge(model), random_data(4))
 
 
-@pytest.mark.parametrize("metric", [MeasuredKL(), Fisher(), HessianTrace(num_probes=2)])
+@pytest.mark.parametrize("metric", FAST, ids=lambda metric: metric.name)
 def test_a_model_whose_outputs_overflow_is_refused(metric):
     model = make_model(apply=lambda p, x: forward(p, x) * 1e38 * 1e2)
     with pytest.raises(MpqError, match=r"NaN or infinite outputs on noise.* although its weights are finite"):
