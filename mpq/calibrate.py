@@ -79,6 +79,43 @@ def calibrate(traced: Trace, params: Params, data: Dataset, batch_size: int) -> 
     return _stats(traced, jax.device_get(sums), counts)
 
 
+def count_lookups(traced: Trace, params: Params, data: Dataset, batch_size: int) -> dict[str, np.ndarray]:
+    """How often every row of every embedding is looked up, padding left out.
+
+    Args:
+      traced: the model, traced for any batch size.
+      params: its parameters.
+      data: the calibration set.
+      batch_size: windows a pass. It changes nothing.
+
+    Returns:
+      Path of the weight -> `float64[n]`, for the columns of its `[1, k, n]` matrix view. Positions that all windows
+      share, such as those of learned positions, count once a window.
+    """
+    traced = traced.on((batch_size, *data.inputs.shape[1:]))
+    specs = {site.spec.path: site.spec for site in traced.sites if site.use.kind == "embedding"}
+    totals = {path: np.zeros(spec.n) for path, spec in specs.items()}
+    for batch in data.batches(batch_size) if specs else ():
+        for path, count in jax.device_get(_looked_up(traced, params, batch.inputs, batch.mask)).items():
+            totals[path] += count
+    return totals
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _looked_up(traced: Trace, params: Params, inputs: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    """`int32[n]` of every embedding in one batch."""
+
+    def update(site: Site, x: jax.Array, counts: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        path = site.spec.path
+        if site.use.kind != "embedding":
+            return counts
+        times = mask.sum(axis=0) if site.token_shape == mask.shape[1:] else counted_rows(site, mask)
+        return counts | {path: counts[path].at[x.reshape(-1)].add(times.reshape(-1).astype(jnp.int32))}
+
+    zeros = {s.spec.path: jnp.zeros(s.spec.n, jnp.int32) for s in traced.sites if s.use.kind == "embedding"}
+    return traced.accumulate(params, inputs, zeros, update)[1]
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _add(
     traced: Trace, params: Params, sums: dict[str, _Sums], inputs: jax.Array, mask: jax.Array
@@ -90,7 +127,7 @@ def _add(
         name = site.use.input
         if owners.get(name) is not site:
             return state
-        counted = _counted(site, mask)
+        counted = counted_rows(site, mask)
         rows = jnp.where(counted[:, None], site.inputs_matrix(x).astype(jnp.float32), 0.0)
         gram = jnp.einsum("btk,btl->bkl", rows, rows, precision=jax.lax.Precision.HIGHEST)
         (total, rest, absmax), (count, finite) = state[name]
@@ -108,7 +145,7 @@ def _add(
     return {name: s for name, (s, _) in state.items()}, {name: seen for name, (_, seen) in state.items()}
 
 
-def _counted(site: Site, mask: jax.Array) -> jax.Array:
+def counted_rows(site: Site, mask: jax.Array) -> jax.Array:
     """`bool[tokens]`: which rows of the site's input count."""
     shape, num_windows = site.token_shape, mask.shape[0]
     tokens = int(np.prod(shape))

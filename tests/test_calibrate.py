@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from mpq.calibrate import _add, calibrate
+from mpq.calibrate import _add, calibrate, count_lookups
 from mpq.inputs import Dataset
 from mpq.trace import trace
 from mpq.types import MpqError
@@ -54,6 +54,21 @@ def test_grams_of_real_positions_alone():
     assert_gram(stats["up"], x[None], roundings=12)
     want = np.einsum("tk,tl->kl", h, h) / len(h)
     np.testing.assert_allclose(stats["down"].gram[0], want, rtol=0, atol=2 * hidden_error(x) + 12 * EPS)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_lookups_count_every_real_position_and_shared_ones_once_a_window(batch_size):
+    positions = normal(4, 6)
+
+    def fn(p, ids):
+        x = p["table"][ids] + p["positions"][jnp.arange(ids.shape[1])]
+        return jnp.tanh(x @ p["up"]) @ p["down"]
+
+    data, params = dataset(5, 4, lengths=[4, 1, 0, 3, 2]), MLP | {"positions": positions}
+    counts = count_lookups(of_tokens(fn, params, 4), params, data, batch_size)
+    assert counts.keys() == {"table", "positions"}
+    np.testing.assert_array_equal(counts["table"], np.bincount(data.inputs[data.mask], minlength=11))
+    np.testing.assert_array_equal(counts["positions"], data.mask.sum(axis=0))
 
 
 def hidden_error(x):
