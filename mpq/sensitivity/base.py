@@ -1,6 +1,8 @@
 """What all metrics share: their interface, the quantization errors they score, and the checks on what they return."""
 
-from collections.abc import Callable, Sequence
+import enum
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq.estimate import sums_over_documents
-from mpq.evaluate import distributions, require_labels, require_outputs
+from mpq.evaluate import distributions, require_labels, require_outputs, row_divergence
 from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
 from mpq.tasks import Task
@@ -53,17 +55,34 @@ class CandidateSource(Protocol):
         ...
 
 
+class Coupling(enum.Flag):
+    """What an entry of the table depends on beside its own weight's candidate at its own scheme."""
+
+    NONE = 0
+    FACTOR = enum.auto()
+    """One factor that is common to the whole table, measured on a plan of the table's weights and schemes."""
+    ROW = enum.auto()
+    """The other schemes of the weight."""
+    COLUMN = enum.auto()
+    """The other weights at the scheme."""
+
+
 class Metric(Protocol):
     """A frozen dataclass of options that predicts the loss increase of every (weight, scheme) pair.
 
     Laws: nats per output (token of text, image, sentence); 0 with stderr 0 where the candidate equals the weight; the
-    same key gives the same table; a row depends on its own weight's candidates alone; independent of the batch size up
-    to rounding; padding never counts.
+    same key gives the same table; an entry depends on its own candidate and on what `coupling` says, on nothing else;
+    independent of the batch size up to rounding; padding never counts.
     """
 
     @property
     def name(self) -> str:
         """Key in `METRICS`."""
+        ...
+
+    @property
+    def coupling(self) -> Coupling:
+        """What an entry depends on beside its own candidate: what a table of fewer weights or schemes changes."""
         ...
 
     def __call__(
@@ -157,6 +176,32 @@ def half_mean_square(
     return np.square(np.asarray(errors), dtype=np.float64).mean(axis=(1, 2, 3)) / 2
 
 
+def substituted_all(
+    params: Params, weights: Sequence[WeightSpec], scheme: Scheme, candidates: CandidateSource
+) -> dict[str, jax.Array]:
+    """`params` with every weight replaced by its candidate at `scheme`."""
+    replace = lambda changed, spec: substituted(changed, spec, candidates.dequantized(spec, scheme))
+    return functools.reduce(replace, weights, dict(params))
+
+
+def window_divergences(model: Model, params: Params, pairs: Iterable[tuple[Batch, jax.Array]]) -> np.ndarray:
+    """Sum of KL(original || `params`) over the outputs of each window that count.
+
+    Args:
+      model: gives the function and the task.
+      params: what to measure.
+      pairs: batches, each with the distributions of the original's outputs: `Reference.batches`.
+
+    Returns:
+      `float64[windows]`, nats, rows that only fill up a batch included; NaN or infinite where the outputs are.
+    """
+    sums = [
+        row_divergence(model.apply, model.task, params, batch.inputs, model.task.counted(batch.mask), p)
+        for batch, p in pairs
+    ]
+    return np.concatenate([np.asarray(s, np.float64) for s in sums])
+
+
 def quantization_error(
     params: Params, spec: WeightSpec, schemes: Sequence[Scheme], candidates: CandidateSource
 ) -> jax.Array:
@@ -176,6 +221,14 @@ def quantization_error(
             "its values leave the range of the format or of its scale; leave this scheme out"
         )
     return errors
+
+
+def squared_errors(
+    params: Params, spec: WeightSpec, schemes: Sequence[Scheme], candidates: CandidateSource
+) -> np.ndarray:
+    """`float64[schemes]`: ||candidate - weight||^2. Raises as `quantization_error` does."""
+    errors = quantization_error(params, spec, schemes, candidates)
+    return np.square(np.asarray(errors), dtype=np.float64).sum(axis=(1, 2, 3))
 
 
 @jax.jit
@@ -198,13 +251,7 @@ def make_table(
     Raises:
       MpqError: a loss increase is NaN or infinite; names the weight and the scheme.
     """
-    bad = np.argwhere(~np.isfinite(loss_increase))
-    if len(bad):
-        row, column = bad[0]
-        raise MpqError(
-            f"the loss increase of weight {weights[row].path} at {schemes[column]} is {loss_increase[row, column]}: "
-            "the candidate leaves the range of float32; leave this scheme out"
-        )
+    require_finite_entries(loss_increase, weights, schemes)
     return SensitivityTable(
         weights=tuple(weights),
         schemes=tuple(schemes),
@@ -215,3 +262,18 @@ def make_table(
         model_digest=model.digest,
         data_digest=data.digest,
     )
+
+
+def require_finite_entries(values: np.ndarray, weights: Sequence[WeightSpec], schemes: Sequence[Scheme]) -> None:
+    """Raise if an entry of a table is NaN or infinite.
+
+    Raises:
+      MpqError: names the weight and the scheme.
+    """
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        row, column = bad[0]
+        raise MpqError(
+            f"the loss increase of weight {weights[row].path} at {schemes[column]} is {values[row, column]}: "
+            "the candidate leaves the range of float32; leave this scheme out"
+        )

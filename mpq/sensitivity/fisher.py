@@ -43,7 +43,7 @@ import jax
 
 from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
-from mpq.sensitivity.base import CandidateSource, Store, check_inputs
+from mpq.sensitivity.base import CandidateSource, Coupling, Store, check_inputs
 from mpq.sensitivity.score_squares import score_squares
 from mpq.tasks import Task
 from mpq.trace import Trace
@@ -62,6 +62,8 @@ class Fisher:
 
     num_samples: int = 2
     span: int | None = 32
+
+    coupling = Coupling.NONE
 
     @property
     def name(self) -> str:

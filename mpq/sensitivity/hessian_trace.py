@@ -33,6 +33,7 @@ from mpq.models.model import Model
 from mpq.progress import track
 from mpq.sensitivity.base import (
     CandidateSource,
+    Coupling,
     Store,
     check_inputs,
     half_mean_square,
@@ -54,6 +55,8 @@ class HessianTrace:
     """
 
     num_probes: int = 16
+
+    coupling = Coupling.NONE
 
     @property
     def name(self) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 from mpq.evaluate import Reference, row_divergence
 from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
-from mpq.sensitivity.base import CandidateSource, Store, check_inputs
+from mpq.sensitivity.base import CandidateSource, Coupling, Store, check_inputs
 from mpq.sensitivity.one_by_one import concatenated, score_one_by_one
 from mpq.trace import Trace
 from mpq.types import Params, Scheme, SensitivityTable, WeightSpec
@@ -37,6 +37,8 @@ class MeasuredKL:
     """
 
     keep_bytes: int = 1 << 30
+
+    coupling = Coupling.NONE
 
     @property
     def name(self) -> str:
