@@ -13,7 +13,7 @@ from mpq.inputs import Dataset, Tokens
 from mpq.models.llama import Llama, LlamaConfig
 from mpq.models.model import Model, functional
 from mpq.quantize import RTN, Candidates
-from mpq.sensitivity import METRICS, MemoryStore
+from mpq.sensitivity import METRICS, Coupling, MemoryStore
 from mpq.tasks import CausalLM
 from mpq.types import MpqError
 
@@ -149,14 +149,18 @@ class TestEveryMetric:
         other = run(data=dataclasses.replace(data, inputs=poisoned))
         self.assert_equal_up_to_rounding(other, table[0])
 
-    def test_rows_and_columns_depend_on_their_own_weight_and_scheme_alone(self, table, run, traced):
-        weights = traced.weights[::-2]
-        other = run(traced=dataclasses.replace(traced, weights=weights), schemes=SCHEMES[:0:-1])
+    def test_an_entry_depends_on_its_own_candidate_and_what_the_coupling_says(self, table, run, metric, traced):
+        # What an entry depends on stays whole, in another order; everything else loses a part.
+        weights = traced.weights[:: -1 if Coupling.COLUMN in metric.coupling else -2]
+        columns = [2, 1, 0] if Coupling.ROW in metric.coupling else [2, 1]
+        other = run(traced=dataclasses.replace(traced, weights=weights), schemes=tuple(SCHEMES[c] for c in columns))
         rows = [traced.weights.index(w) for w in weights]
-        take = lambda a: a[rows][:, :0:-1]
+        take = lambda a: a[np.ix_(rows, columns)]
         result = table[0]
         picked = dataclasses.replace(result, loss_increase=take(result.loss_increase), stderr=take(result.stderr))
-        if "probes" in result.metric:  # fewer weights probed at once: fewer cross terms, hence other noise
+        if Coupling.FACTOR in metric.coupling:  # another plan was measured: same scores, another unit
+            self.assert_equal_up_to_rounding(self.in_units_of_the_sum(other), self.in_units_of_the_sum(picked))
+        elif "probes" in result.metric:  # fewer weights probed at once: fewer cross terms, hence other noise
             difference = np.abs(other.loss_increase - picked.loss_increase)
             assert (difference <= 5 * np.hypot(other.stderr, picked.stderr)).all()
         else:
@@ -183,6 +187,14 @@ class TestEveryMetric:
     def test_data_without_a_predicted_token_is_refused(self, run, data):
         with pytest.raises(MpqError, match="noise has no token that counts"):
             run(data=dataclasses.replace(data, mask=np.zeros_like(data.mask)))
+
+    @staticmethod
+    def in_units_of_the_sum(table):
+        """Losses over their sum, after a check that all entries share one relative error: that of the unit."""
+        relative = table.stderr[table.loss_increase > 0] / table.loss_increase[table.loss_increase > 0]
+        np.testing.assert_allclose(relative, relative[0], rtol=1e-9)  # float64 on the host
+        loss = table.loss_increase / table.loss_increase.sum()
+        return dataclasses.replace(table, loss_increase=loss, stderr=np.zeros_like(loss))
 
     @staticmethod
     def assert_equal_up_to_rounding(got, want):
