@@ -1,0 +1,249 @@
+"""Derivatives of the loss along quantization errors, window by window, from one backward pass for all candidates.
+
+With x at a weight's input and e = d(loss)/dy at its output, the derivative of the loss along an error delta of the
+weight is a sum over positions,
+
+    s_t = x_t^T delta e_t,        d loss(w + c delta) / dc  at c = 0   =   sum_t s_t
+
+and the sum can stop at windows or at spans of them. `taps[path][scheme, window, span]` scales an error x @ delta that
+is added to the weight's output, and the derivative in the tap at zero is the sum of s over the span. Uses of a weight
+share the tap, so that they add up. A `Form` says how x, delta and e are contracted, or what is made of them instead.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpq.evaluate import require_finite
+from mpq.inputs import Batch
+from mpq.models.model import Model
+from mpq.sensitivity.base import CandidateSource, quantization_error
+from mpq.tasks import Task
+from mpq.trace import Site, Trace
+from mpq.types import Params, Scheme
+
+Errors = Mapping[str, jax.Array]
+"""Path -> `float32[schemes, batch, k, n]`, candidate minus weight; weights without errors have no entry."""
+
+Contraction = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What is summed over the positions of a span. Static: compiled functions take it as it is.
+
+    Attributes:
+      of_matmul: `(x[batch, windows, spans, time, k], error[schemes, batch, k, n], e[batch, windows, spans, time, n])
+        -> [schemes, windows, spans]`.
+      of_lookup: the same of an embedding, `(indices[windows, spans, time], error[schemes, 1, k, vocabulary],
+        e[windows, spans, time, k])`.
+    """
+
+    of_matmul: Contraction
+    of_lookup: Contraction
+
+
+def tapped_vjp(
+    traced: Trace, form: Form, spans: int, params: Params, errors: Errors, inputs: jax.Array
+) -> tuple[jax.Array, Callable[[jax.Array], dict[str, jax.Array]]]:
+    """The model's outputs, and what a gradient in them makes of the errors. Call it where JAX traces.
+
+    Args:
+      traced: the model, traced for these inputs.
+      form: what is summed.
+      spans: parts of a window.
+      params: where the derivative is taken.
+      errors: directions.
+      inputs: one batch.
+
+    Returns:
+      `(outputs, pullback)`: float32, and gradient in the outputs -> path -> `float32[schemes, windows, spans]`.
+    """
+    taps = {path: jnp.zeros((len(error), inputs.shape[0], spans)) for path, error in errors.items()}
+
+    def outputs_of(taps: Mapping[str, jax.Array]) -> jax.Array:
+        def tapped(site: Site, x: jax.Array, w: jax.Array, default: Callable[..., jax.Array]) -> jax.Array:
+            path = site.spec.path
+            y = default(x, w)
+            return _tap(site, form, y, x, errors[path], taps[path]) if path in taps else y
+
+        return traced.evaluate(params, inputs, replace=tapped).astype(jnp.float32)
+
+    outputs, pullback = jax.vjp(outputs_of, taps)
+    return outputs, lambda gradient: pullback(gradient)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def window_slopes(
+    traced: Trace,
+    form: Form,
+    task: Task,
+    params: Params,
+    errors: Errors,
+    batch: Batch,
+    counted: jax.Array,
+    p: jax.Array | None,
+) -> dict[str, jax.Array]:
+    """Derivatives of the loss of every window along every error; with another form, what that form sums.
+
+    Args:
+      traced: the model, traced for these inputs.
+      form: what is summed.
+      task: what the outputs mean.
+      params: where the derivative is taken.
+      errors: directions.
+      batch: inputs with their labels.
+      counted: `bool[batch, ...]`, `Task.counted`.
+      p: distributions that the loss is the divergence from; None: the loss is that of the labels.
+
+    Returns:
+      Path -> `float32[windows, schemes]`, nats.
+    """
+    outputs, pullback = tapped_vjp(traced, form, 1, params, errors, batch.inputs)
+
+    def loss(outputs: jax.Array) -> jax.Array:
+        q = task.distribution(outputs)
+        values = task.loss(q, task.targets(batch.inputs, batch.labels)) if p is None else task.divergence(p, q)
+        return jnp.sum(jnp.where(counted, values, 0.0))
+
+    return {path: s[..., 0].T for path, s in pullback(jax.grad(loss)(outputs)).items()}
+
+
+def differing_errors(
+    params: Params, traced: Trace, schemes: Sequence[Scheme], candidates: CandidateSource
+) -> tuple[np.ndarray, dict[str, jax.Array]]:
+    """Errors of the candidates that differ from their weight.
+
+    Args:
+      params: the original parameters.
+      traced: gives the weights.
+      schemes: columns.
+      candidates: quantized weights.
+
+    Returns:
+      `bool[weights, schemes]`, which candidates differ; and path -> `float32[differing, batch, k, n]` of every weight
+      that has one.
+
+    Raises:
+      MpqError: a candidate holds NaN or infinity.
+    """
+    keep = np.zeros((len(traced.weights), len(schemes)), bool)
+    errors = {}
+    for row, spec in enumerate(traced.weights):
+        error = quantization_error(params, spec, schemes, candidates)
+        keep[row] = np.asarray(error.any(axis=(1, 2, 3)))
+        if keep[row].any():
+            errors[spec.path] = error if keep[row].all() else error[keep[row]]
+    return keep, errors
+
+
+def dense(sums: Mapping[str, np.ndarray], traced: Trace, keep: np.ndarray) -> np.ndarray:
+    """`float64[windows, weights, schemes]` from one `[windows, schemes that differ]` a weight; 0 elsewhere."""
+    dense = np.zeros((len(next(iter(sums.values()))), *keep.shape))
+    for row, spec in enumerate(traced.weights):
+        if spec.path in sums:
+            dense[:, row, keep[row]] = sums[spec.path]
+    return dense
+
+
+def require_finite_windows(values: np.ndarray, keep: np.ndarray, model: Model, source: str) -> None:
+    """Tell a model that fails from a candidate that does.
+
+    Args:
+      values: `float64[windows, weights, schemes]`.
+      keep: `bool[weights, schemes]`, the candidates that differ from their weight.
+      model: whose outputs they came from.
+      source: of the data, for the message.
+
+    Raises:
+      MpqError: in a window every candidate fails: it is the model.
+    """
+    if keep.any() and not np.isfinite(values[:, keep]).any(axis=1).all():
+        require_finite(values, model.params, source)
+
+
+def _tap_primal(site: Site, form: Form, y: jax.Array, x: jax.Array, error: jax.Array, tap: jax.Array) -> jax.Array:
+    """`y + sum over schemes of tap * (x @ error)`, where only `tap = 0` is ever asked for: `y`.
+
+    Written by hand because reverse mode would compute and keep `x @ error` of every scheme in the forward pass.
+    """
+    del site, form, x, error, tap
+    return y
+
+
+def _tap_forward(
+    site: Site, form: Form, y: jax.Array, x: jax.Array, error: jax.Array, tap: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    return _tap_primal(site, form, y, x, error, tap), (x, error, tap)
+
+
+def _tap_backward(
+    site: Site, form: Form, saved: tuple[jax.Array, jax.Array, jax.Array], e: jax.Array
+) -> tuple[jax.Array, Any, jax.Array, jax.Array]:
+    x, error, tap = saved
+    out = _in_spans(site.outputs_matrix(e).astype(error.dtype), tap)
+    if site.use.kind == "embedding":
+        s = form.of_lookup(_in_spans(x.reshape(1, -1, 1), tap)[0, ..., 0], error, out[0])
+    else:
+        rows = _in_spans(site.inputs_matrix(x).astype(error.dtype), tap)
+        s = form.of_matmul(rows, error, out)
+    no_tangent = jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact) else np.zeros(x.shape, jax.dtypes.float0)
+    return e, no_tangent, jnp.zeros_like(error), s
+
+
+_tap = jax.custom_vjp(_tap_primal, nondiff_argnums=(0, 1))
+_tap.defvjp(_tap_forward, _tap_backward)
+
+
+def _of_lookup(indices: jax.Array, error: jax.Array, out: jax.Array) -> jax.Array:
+    """`[schemes, windows, spans]`: of an embedding, the error of the row looked up times e, summed over a span.
+
+    Args:
+      indices: `int[windows, spans, time]`.
+      error: `[schemes, 1, k, vocabulary]`.
+      out: e, `[windows, spans, time, k]`.
+    """
+    rows = jnp.take(error[:, 0].swapaxes(1, 2), indices, axis=1)  # [schemes, windows, spans, time, k]
+    return jnp.sum(rows * out, axis=(-2, -1))
+
+
+def _of_positions(x: jax.Array, error: jax.Array, out: jax.Array) -> jax.Array:
+    """`[schemes, windows, spans]` by way of x @ error: for spans of one, which are smaller than their gradients."""
+    return jnp.einsum("sbwptn,bwptn->swp", jnp.einsum("bwptk,sbkn->sbwptn", x, error), out)
+
+
+def _of_gradients(x: jax.Array, error: jax.Array, out: jax.Array) -> jax.Array:
+    """`[schemes, windows, spans]` by way of the gradient x^T e of every span: one matmul serves all schemes.
+
+    Window by window: the gradients of a window's spans take `spans * batch * k * n` values, whatever the batch size.
+    """
+    flat = error.reshape(len(error), -1).T
+
+    def one_window(xe: tuple[jax.Array, jax.Array]) -> jax.Array:
+        gradient = jnp.einsum("bptk,bptn->pbkn", *xe)
+        return gradient.reshape(len(gradient), -1) @ flat
+
+    s = jax.lax.map(one_window, (x.swapaxes(0, 1), out.swapaxes(0, 1)))
+    return s.transpose(2, 0, 1)
+
+
+def _in_spans(matrix: jax.Array, tap: jax.Array) -> jax.Array:
+    """`[batch, windows * time, columns]` to `[batch, windows, spans, time, columns]`, filled up with zeros."""
+    num_windows, spans = tap.shape[1:]
+    windows = matrix.reshape(len(matrix), num_windows, -1, matrix.shape[-1])
+    time = windows.shape[2]
+    length = -(-time // spans)
+    padded = jnp.pad(windows, [(0, 0), (0, 0), (0, spans * length - time), (0, 0)])
+    return padded.reshape(len(matrix), num_windows, spans, length, -1)
+
+
+BY_GRADIENT = Form(_of_gradients, _of_lookup)
+"""s by way of the gradient of every span."""
+
+BY_POSITION = Form(_of_positions, _of_lookup)
+"""s by way of x @ delta at every position."""
