@@ -86,7 +86,7 @@ def rademacher_like(key: jax.Array, tree: Tree) -> Tree:
 
     def draw(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         return jax.random.rademacher(
-            jax.random.fold_in(key, _stable_id(jax.tree_util.keystr(path))), leaf.shape, leaf.dtype
+            jax.random.fold_in(key, stable_id(jax.tree_util.keystr(path))), leaf.shape, leaf.dtype
         )
 
     return jax.tree_util.tree_map_with_path(draw, tree)
@@ -142,7 +142,7 @@ def hutch_plus_plus(product: Callable[[Tree], Tree], like: Tree, key: jax.Array,
     return jnp.sum(q * products(q)) + samples.mean(), spread / rank**0.5
 
 
-def _stable_id(text: str) -> int:
+def stable_id(text: str) -> int:
     """31-bit FNV-1a hash: equal in every process and version, unlike `hash`."""
     value = 0x811C9DC5
     for byte in text.encode():

@@ -9,15 +9,20 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from mpq.sensitivity.activation_mse import Imatrix
+from mpq.sensitivity.aumann_shapley import AumannShapley
 from mpq.sensitivity.base import Coupling, MemoryStore, Metric, Store
+from mpq.sensitivity.delta_loss import DeltaLoss
 from mpq.sensitivity.empirical_fisher import EmpiricalFisher
+from mpq.sensitivity.first_order import FirstOrder
 from mpq.sensitivity.fisher import Fisher
 from mpq.sensitivity.gauss_newton import GaussNewton
 from mpq.sensitivity.hessian_form import HessianForm
 from mpq.sensitivity.hessian_trace import HessianTrace
+from mpq.sensitivity.higgs import Higgs
 from mpq.sensitivity.layer_error import LayerError
 from mpq.sensitivity.measured_kl import MeasuredKL
 from mpq.sensitivity.measured_loss import MeasuredLoss
+from mpq.sensitivity.modelopt_gradient import ModelOptGradient
 from mpq.sensitivity.snr import SNR
 from mpq.sensitivity.top_eigenvalue import TopEigenvalue
 from mpq.sensitivity.weight_mse import WeightMSE
@@ -25,18 +30,23 @@ from mpq.sensitivity.weight_mse import WeightMSE
 __all__ = [
     "METRICS",
     "SNR",
+    "AumannShapley",
     "Coupling",
+    "DeltaLoss",
     "EmpiricalFisher",
+    "FirstOrder",
     "Fisher",
     "GaussNewton",
     "HessianForm",
     "HessianTrace",
+    "Higgs",
     "Imatrix",
     "LayerError",
     "MeasuredKL",
     "MeasuredLoss",
     "MemoryStore",
     "Metric",
+    "ModelOptGradient",
     "Store",
     "TopEigenvalue",
     "WeightMSE",
@@ -55,6 +65,11 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         "weight_mse": WeightMSE(),
         "snr": SNR(),
         "imatrix": Imatrix(),
+        "aumann_shapley": AumannShapley(),
+        "higgs": Higgs(),
+        "first_order": FirstOrder(),
+        "delta_loss": DeltaLoss(),
+        "modelopt_gradient": ModelOptGradient(),
         "layer_error": LayerError(),
     }
 )

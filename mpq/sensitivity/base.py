@@ -132,18 +132,27 @@ def check_inputs(model: Model, weights: Sequence[WeightSpec], data: Dataset) -> 
     return sums_over_documents(counts, data.document)
 
 
+def has_targets(model: Model, data: Dataset) -> bool:
+    """Whether the task finds in the data what a loss compares outputs with.
+
+    Raises:
+      MpqError: a label is no class of the model.
+    """
+    require_labels(model, model.params, data)
+    return model.task.targets(data.inputs[:1], None if data.labels is None else data.labels[:1]) is not None
+
+
 def require_targets(metric: str, model: Model, data: Dataset) -> None:
     """Refuse data whose outputs have nothing to be compared with.
 
     Raises:
       MpqError: the task or the data has no targets, or a label is no class of the model.
     """
-    if model.task.targets(data.inputs[:1], None if data.labels is None else data.labels[:1]) is None:
+    if not has_targets(model, data):
         raise MpqError(
             f"metric {metric} compares outputs with targets, which {data.source} does not have for task "
             f"{model.task.name}: give data with a label for every output, or use kl or fisher, which need none"
         )
-    require_labels(model, model.params, data)
 
 
 def substituted(params: Params, spec: WeightSpec, matrix: jax.Array) -> dict[str, jax.Array]:

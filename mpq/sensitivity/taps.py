@@ -8,6 +8,9 @@ weight is a sum over positions,
 and the sum can stop at windows or at spans of them. `taps[path][scheme, window, span]` scales an error x @ delta that
 is added to the weight's output, and the derivative in the tap at zero is the sum of s over the span. Uses of a weight
 share the tap, so that they add up. A `Form` says how x, delta and e are contracted, or what is made of them instead.
+
+What a window did is known where an operation's rows are those of single windows. A lookup that all windows of a batch
+share, as of learned positions, gives one gradient for all of them: its sum over windows is right, its parts are not.
 """
 
 import dataclasses

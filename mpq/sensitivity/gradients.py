@@ -1,0 +1,130 @@
+"""Gradients of the loss of the labels: along errors, window by window, and in whole weights, summed over the data."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpq.evaluate import Apply, Reference, distributions
+from mpq.inputs import Batch, Dataset
+from mpq.models.model import Model
+from mpq.progress import track
+from mpq.sensitivity.base import CandidateSource, Store, has_targets, quantization_error
+from mpq.sensitivity.taps import Form, dense, differing_errors, require_finite_windows, window_slopes
+from mpq.tasks import Task
+from mpq.trace import Trace
+from mpq.types import Params, Scheme, WeightSpec
+
+
+def slopes_of_data(
+    form: Form,
+    model: Model,
+    traced: Trace,
+    schemes: Sequence[Scheme],
+    candidates: CandidateSource,
+    data: Dataset,
+    batch_size: int,
+    store: Store | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `form` sums over every window, at the original weights, for all candidates in one pass.
+
+    Args:
+      form: `BY_GRADIENT` gives derivatives of the loss of the labels along the errors.
+      model: gives the function and the original parameters.
+      traced: the model's trace.
+      schemes: columns.
+      candidates: quantized weights.
+      data: windows with labels.
+      batch_size: windows per pass.
+      store: finished items, one a batch.
+
+    Returns:
+      `bool[weights, schemes]`, the candidates that differ from their weight, and `float64[windows, weights, schemes]`.
+
+    Raises:
+      MpqError: a candidate or the model's outputs are not finite.
+    """
+    shaped = traced.on((batch_size, *data.inputs.shape[1:]))
+    keep, errors = differing_errors(model.params, traced, schemes, candidates)
+    windows = np.zeros((len(data.inputs), *keep.shape))
+    starts = range(0, len(data.inputs), batch_size) if errors else ()
+    batches = zip(starts, data.batches(batch_size), strict=False)
+    for start, batch in track(batches, "sensitivity gradients", len(starts)):
+        stop = min(start + batch_size, len(data.inputs))
+        values = None if store is None else store.get(f"{start}:{stop}")
+        if values is None:
+            counted = model.task.counted(batch.mask)
+            slopes = window_slopes(shaped, form, model.task, model.params, errors, batch, counted, None)
+            values = dense(jax.device_get(slopes), traced, keep)[: stop - start].tolist()
+            if store is not None:
+                store.put(f"{start}:{stop}", values)
+        windows[start:stop] = values
+    require_finite_windows(windows, keep, model, data.source)
+    return keep, windows
+
+
+def summed_gradient(
+    model: Model, params: Params, weights: Sequence[WeightSpec], data: Dataset, batch_size: int
+) -> dict[str, jax.Array]:
+    """Gradient of the loss of the labels in the parameters that hold weights, summed over all outputs that count.
+
+    Where the task or the data has no labels, the loss is the divergence from the original model.
+
+    Args:
+      model: gives the function, the task and the original.
+      params: where the gradient is taken.
+      weights: whose parameters.
+      data: windows.
+      batch_size: windows per pass.
+
+    Returns:
+      Parameter -> array of its shape, nats per unit of the parameter.
+    """
+    names = tuple(dict.fromkeys(spec.param for spec in weights))
+    total = {name: jnp.zeros_like(params[name]) for name in names}
+    if has_targets(model, data):
+        pairs = ((batch, None) for batch in data.batches(batch_size))
+    else:
+        pairs = Reference(model, data, batch_size).batches()
+    for batch, p in pairs:
+        total = _add_gradient(model.apply, model.task, total, params, batch, model.task.counted(batch.mask), p)
+    return total
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _add_gradient(
+    apply: Apply, task: Task, total: Params, params: Params, batch: Batch, counted: jax.Array, p: jax.Array | None
+) -> dict[str, jax.Array]:
+    """`total` plus the gradient of one batch."""
+
+    def loss(chosen: Params) -> jax.Array:
+        q = distributions(apply, task, {**params, **chosen}, batch.inputs)
+        values = task.loss(q, task.targets(batch.inputs, batch.labels)) if p is None else task.divergence(p, q)
+        return jnp.sum(jnp.where(counted, values, 0.0))
+
+    gradient = jax.grad(loss)({name: params[name] for name in total})
+    return {name: value + gradient[name] for name, value in total.items()}
+
+
+def unsigned_products(
+    gradient: Params, params: Params, spec: WeightSpec, schemes: Sequence[Scheme], candidates: CandidateSource
+) -> np.ndarray:
+    """Sum of |gradient * error| over the elements of one weight.
+
+    Args:
+      gradient: of the parameters that hold weights.
+      params: the original parameters.
+      spec: the weight.
+      schemes: columns.
+      candidates: quantized weights.
+
+    Returns:
+      `float64[schemes]`.
+
+    Raises:
+      MpqError: a candidate holds NaN or infinity.
+    """
+    errors = np.asarray(quantization_error(params, spec, schemes, candidates), np.float64)
+    return np.abs(errors * np.asarray(spec.to_matrix(gradient[spec.param]), np.float64)).sum(axis=(1, 2, 3))
