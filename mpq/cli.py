@@ -90,7 +90,8 @@ def sensitivity(
       model: checkpoint folder, hub id, or `reference`.
       data: calibration text, or `reference`.
       out: sensitivity table to write.
-      metric: kl, fisher, hessian_trace, loss, empirical_fisher, gauss_newton, hessian or top_eigenvalue.
+      metric: kl, loss, fisher, empirical_fisher, gauss_newton, hessian, hessian_trace, top_eigenvalue, aumann_shapley,
+        higgs, first_order, delta_loss, modelopt_gradient, layer_error, imatrix, snr or weight_mse.
       method: rounding algorithm whose error is scored; gptq needs `stats`, or collects them itself.
       stats: what `mpq calibrate` wrote.
       schemes: candidates.

@@ -10,7 +10,7 @@ which sums are exact, ties are ties, and every order of groups gives the same an
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -219,7 +219,7 @@ class Problem:
             if index is None:
                 raise MpqError(
                     f"the plan gives {group[0].path} {choice.get(group[0].path)}, which is none of the problem's "
-                    f"schemes {_join(self.schemes)}: solve it from this table"
+                    f"schemes {join(self.schemes)}: solve it from this table"
                 )
         return np.array(chosen, np.int64)
 

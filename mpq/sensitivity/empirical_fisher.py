@@ -30,7 +30,7 @@ import jax.numpy as jnp
 
 from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
-from mpq.sensitivity.base import CandidateSource, Store, check_inputs, require_targets
+from mpq.sensitivity.base import CandidateSource, Coupling, Store, check_inputs, require_targets
 from mpq.sensitivity.score_squares import score_squares
 from mpq.tasks import Task
 from mpq.trace import Trace
@@ -47,6 +47,8 @@ class EmpiricalFisher:
     """
 
     span: int | None = 32
+
+    coupling = Coupling.NONE
 
     @property
     def name(self) -> str:

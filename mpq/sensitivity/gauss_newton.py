@@ -30,7 +30,7 @@ from mpq.curvature import second_derivative
 from mpq.evaluate import sum_counted
 from mpq.inputs import Dataset
 from mpq.models.model import Model
-from mpq.sensitivity.base import CandidateSource, Store, check_inputs
+from mpq.sensitivity.base import CandidateSource, Coupling, Store, check_inputs
 from mpq.sensitivity.one_by_one import concatenated, direction_of, score_one_by_one
 from mpq.tasks import Task
 from mpq.trace import Trace
@@ -40,6 +40,8 @@ from mpq.types import Params, Scheme, SensitivityTable, WeightSpec
 @dataclasses.dataclass(frozen=True)
 class GaussNewton:
     """Exact Gauss-Newton quadratic form of the quantization error."""
+
+    coupling = Coupling.NONE
 
     @property
     def name(self) -> str:

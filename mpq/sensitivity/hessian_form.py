@@ -31,7 +31,7 @@ from mpq.curvature import second_derivative
 from mpq.evaluate import require_labels, sum_counted
 from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
-from mpq.sensitivity.base import CandidateSource, Store, check_inputs, output_losses
+from mpq.sensitivity.base import CandidateSource, Coupling, Store, check_inputs, output_losses
 from mpq.sensitivity.one_by_one import concatenated, direction_of, score_one_by_one
 from mpq.tasks import Task
 from mpq.trace import Trace
@@ -41,6 +41,8 @@ from mpq.types import Params, Scheme, SensitivityTable, WeightSpec
 @dataclasses.dataclass(frozen=True)
 class HessianForm:
     """Quadratic form of the quantization error with the loss's Hessian."""
+
+    coupling = Coupling.NONE
 
     @property
     def name(self) -> str:

@@ -28,7 +28,7 @@ import numpy as np
 from mpq.evaluate import distributions, require_finite, sum_counted
 from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
-from mpq.sensitivity.base import CandidateSource, Store, check_inputs, require_targets
+from mpq.sensitivity.base import CandidateSource, Coupling, Store, check_inputs, require_targets
 from mpq.sensitivity.one_by_one import concatenated, score_one_by_one
 from mpq.tasks import Task
 from mpq.trace import Trace
@@ -38,6 +38,8 @@ from mpq.types import Params, Scheme, SensitivityTable, WeightSpec
 @dataclasses.dataclass(frozen=True)
 class MeasuredLoss:
     """Measured increase of the loss on the data's labels."""
+
+    coupling = Coupling.NONE
 
     @property
     def name(self) -> str:

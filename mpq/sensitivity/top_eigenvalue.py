@@ -40,6 +40,7 @@ from mpq.models.model import Model
 from mpq.progress import track
 from mpq.sensitivity.base import (
     CandidateSource,
+    Coupling,
     Store,
     check_inputs,
     half_mean_square,
@@ -62,6 +63,8 @@ class TopEigenvalue:
     """
 
     num_iterations: int = 16
+
+    coupling = Coupling.NONE
 
     @property
     def name(self) -> str:
