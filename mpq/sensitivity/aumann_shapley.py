@@ -32,7 +32,15 @@ from mpq.inputs import Dataset
 from mpq.models.model import Model
 from mpq.progress import track
 from mpq.sensitivity.base import CandidateSource, Coupling, Store, check_inputs, make_table, substituted
-from mpq.sensitivity.taps import BY_GRADIENT, Errors, dense, differing_errors, require_finite_windows, window_slopes
+from mpq.sensitivity.taps import (
+    BY_GRADIENT,
+    Errors,
+    dense,
+    differing_errors,
+    require_finite_windows,
+    telling_windows,
+    window_slopes,
+)
 from mpq.trace import Trace
 from mpq.types import Params, Scheme, SensitivityTable, WeightSpec
 
@@ -85,7 +93,7 @@ class AumannShapley:
         """
         del key
         counts = check_inputs(model, traced.weights, data)
-        shaped = traced.on((batch_size, *data.inputs.shape[1:]))
+        shaped = telling_windows(traced.on((batch_size, *data.inputs.shape[1:])))
         reference = Reference(model, data, batch_size, keep_bytes=self.keep_bytes)
         nodes, shares = np.polynomial.legendre.leggauss(self.num_nodes)
         windows = np.zeros((len(data.inputs), len(traced.weights), len(schemes)))

@@ -12,7 +12,7 @@ from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
 from mpq.progress import track
 from mpq.sensitivity.base import CandidateSource, Store, has_targets, quantization_error
-from mpq.sensitivity.taps import Form, dense, differing_errors, require_finite_windows, window_slopes
+from mpq.sensitivity.taps import Form, dense, differing_errors, require_finite_windows, telling_windows, window_slopes
 from mpq.tasks import Task
 from mpq.trace import Trace
 from mpq.types import Params, Scheme, WeightSpec
@@ -46,7 +46,7 @@ def slopes_of_data(
     Raises:
       MpqError: a candidate or the model's outputs are not finite.
     """
-    shaped = traced.on((batch_size, *data.inputs.shape[1:]))
+    shaped = telling_windows(traced.on((batch_size, *data.inputs.shape[1:])))
     keep, errors = differing_errors(model.params, traced, schemes, candidates)
     windows = np.zeros((len(data.inputs), *keep.shape))
     starts = range(0, len(data.inputs), batch_size) if errors else ()

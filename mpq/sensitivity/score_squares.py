@@ -26,8 +26,10 @@ from mpq.sensitivity.taps import (
     Errors,
     dense,
     differing_errors,
+    in_windows,
     require_finite_windows,
     tapped_vjp,
+    telling_windows,
 )
 from mpq.tasks import Task
 from mpq.trace import Trace
@@ -76,7 +78,7 @@ def score_squares(
     Raises:
       MpqError: a weight, a candidate or the model's outputs are not finite.
     """
-    shaped = traced.on((batch_size, *data.inputs.shape[1:]))
+    shaped = telling_windows(traced.on((batch_size, *data.inputs.shape[1:])))
     keep, errors = differing_errors(model.params, traced, schemes, candidates)
     squares = np.zeros((len(data.inputs), len(traced.weights), len(schemes)))
     starts = range(0, len(data.inputs), batch_size) if errors else ()
@@ -117,12 +119,16 @@ def _squares(
     """
     spans = 1 if span is None or counted.ndim == 1 else -(-batch.inputs.shape[1] // span)
     form = BY_POSITION if span == 1 else BY_GRADIENT
-    outputs, pullback = tapped_vjp(traced, form, spans, params, errors, batch.inputs)
 
-    def one_sample(sample: jax.Array) -> dict[str, jax.Array]:
-        score = scores(task, batch, outputs, windows, jax.random.fold_in(key, sample))
-        s = pullback(jnp.where(counted[..., None], score, 0.0))
-        return {path: jnp.square(v).sum(axis=-1).T for path, v in s.items()}
+    def squares(batch: Batch, counted: jax.Array, windows: jax.Array) -> dict[str, jax.Array]:
+        outputs, pullback = tapped_vjp(traced, form, spans, params, errors, batch.inputs)
 
-    samples = jax.lax.map(one_sample, jnp.arange(num_samples))
-    return {path: v.mean(axis=0) for path, v in samples.items()}
+        def one_sample(sample: jax.Array) -> dict[str, jax.Array]:
+            score = scores(task, batch, outputs, windows, jax.random.fold_in(key, sample))
+            s = pullback(jnp.where(counted[..., None], score, 0.0))
+            return {path: jnp.square(v).sum(axis=-1).T for path, v in s.items()}
+
+        samples = jax.lax.map(one_sample, jnp.arange(num_samples))
+        return {path: v.mean(axis=0) for path, v in samples.items()}
+
+    return in_windows(traced, squares, batch, counted, windows)

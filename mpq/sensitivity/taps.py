@@ -9,12 +9,14 @@ and the sum can stop at windows or at spans of them. `taps[path][scheme, window,
 is added to the weight's output, and the derivative in the tap at zero is the sum of s over the span. Uses of a weight
 share the tap, so that they add up. A `Form` says how x, delta and e are contracted, or what is made of them instead.
 
-What a window did is known where an operation's rows are those of single windows. A lookup that all windows of a batch
-share, as of learned positions, gives one gradient for all of them: its sum over windows is right, its parts are not.
+What a window did is known where an operation's rows are those of single windows. A read that all windows of a batch
+share, as the lookup of learned positions, would give one gradient for all of them: a model with one is evaluated window
+by window.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -49,6 +51,31 @@ class Form:
 
     of_matmul: Contraction
     of_lookup: Contraction
+
+
+def telling_windows(traced: Trace) -> Trace:
+    """`traced`, or the trace of a single window where windows share a read, so that none is told from the others.
+
+    A read is shared if it has as many rows for one window as for the batch.
+    """
+    one = traced.on((1, *traced.inputs.shape[1:]))
+    rows = lambda trace: [math.prod(site.token_shape) for site in trace.sites]
+    shared = any(a == b for a, b in zip(rows(traced), rows(one), strict=True))
+    return one if shared else traced
+
+
+def in_windows(traced: Trace, function: Callable[..., dict[str, jax.Array]], *rows: Any) -> dict[str, jax.Array]:
+    """`function(*rows)`: at once, or window by window where `traced` takes one at a time. Call it where JAX traces.
+
+    Args:
+      traced: what `function` evaluates.
+      function: rows to path -> `[windows, ...]`.
+      *rows: pytrees of arrays whose first axis is windows.
+    """
+    if traced.inputs.shape[0] == len(jax.tree.leaves(rows)[0]):
+        return function(*rows)
+    singles = jax.tree.map(lambda leaf: jnp.asarray(leaf)[:, None], rows)
+    return {path: value[:, 0] for path, value in jax.lax.map(lambda row: function(*row), singles).items()}
 
 
 def tapped_vjp(
@@ -95,7 +122,7 @@ def window_slopes(
     """Derivatives of the loss of every window along every error; with another form, what that form sums.
 
     Args:
-      traced: the model, traced for these inputs.
+      traced: the model, traced for these inputs: what `telling_windows` gives.
       form: what is summed.
       task: what the outputs mean.
       params: where the derivative is taken.
@@ -107,14 +134,18 @@ def window_slopes(
     Returns:
       Path -> `float32[windows, schemes]`, nats.
     """
-    outputs, pullback = tapped_vjp(traced, form, 1, params, errors, batch.inputs)
 
-    def loss(outputs: jax.Array) -> jax.Array:
-        q = task.distribution(outputs)
-        values = task.loss(q, task.targets(batch.inputs, batch.labels)) if p is None else task.divergence(p, q)
-        return jnp.sum(jnp.where(counted, values, 0.0))
+    def slopes(batch: Batch, counted: jax.Array, p: jax.Array | None) -> dict[str, jax.Array]:
+        outputs, pullback = tapped_vjp(traced, form, 1, params, errors, batch.inputs)
 
-    return {path: s[..., 0].T for path, s in pullback(jax.grad(loss)(outputs)).items()}
+        def loss(outputs: jax.Array) -> jax.Array:
+            q = task.distribution(outputs)
+            values = task.loss(q, task.targets(batch.inputs, batch.labels)) if p is None else task.divergence(p, q)
+            return jnp.sum(jnp.where(counted, values, 0.0))
+
+        return {path: s[..., 0].T for path, s in pullback(jax.grad(loss)(outputs)).items()}
+
+    return in_windows(traced, slopes, batch, counted, p)
 
 
 def differing_errors(
