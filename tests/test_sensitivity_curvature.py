@@ -9,7 +9,15 @@ import pytest
 
 from mpq.inputs import Arrays, Dataset
 from mpq.models.model import Model
-from mpq.sensitivity import EmpiricalFisher, GaussNewton, HessianForm, MeasuredKL, MeasuredLoss, TopEigenvalue
+from mpq.sensitivity import (
+    EmpiricalFisher,
+    GaussNewton,
+    HessianForm,
+    HessianTrace,
+    MeasuredKL,
+    MeasuredLoss,
+    TopEigenvalue,
+)
 from mpq.tasks import Classification, Embedding, Regression
 from mpq.types import MpqError
 from tests.sensitivity_cases import (
@@ -227,6 +235,17 @@ def test_without_targets_the_hessian_is_that_of_the_divergence(task):
     np.testing.assert_allclose(hessian.loss_increase, form.loss_increase, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(hessian.stderr, form.stderr, rtol=1e-3, atol=1e-6)
     assert (form.loss_increase[:, :2] > 1e-4).all()
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [GaussNewton(), HessianForm(), HessianTrace(num_probes=2), TopEigenvalue(num_iterations=2)],
+    ids=lambda metric: metric.name,
+)
+def test_a_classifier_whose_outputs_overflow_is_refused_without_labels_too(metric):
+    model = array_model(lambda p, x: x @ p["w"] * 1e38 * 1e2, {"w": W}, Classification(), (3,))
+    with pytest.raises(MpqError, match=r"NaN or infinite outputs on rows.* although its weights are finite"):
+        run(metric, model, Shifted(model), array_data(X))
 
 
 def test_classification_scores_are_those_of_the_labels():

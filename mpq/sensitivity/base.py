@@ -170,7 +170,11 @@ def output_losses(
     """
     q = distributions(apply, task, params, batch.inputs)
     targets = task.targets(batch.inputs, batch.labels)
-    return task.divergence(jax.lax.stop_gradient(q), q) if targets is None else task.loss(q, targets)
+    if targets is not None:
+        return task.loss(q, targets)
+    # A divergence takes NaN for a class of probability 0; this is 0 otherwise, and so are its derivatives.
+    broken = jnp.sum(jnp.where(jnp.isnan(q), q, 0.0), axis=-1)
+    return task.divergence(jax.lax.stop_gradient(q), q) + broken
 
 
 def half_mean_square(

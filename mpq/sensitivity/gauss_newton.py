@@ -115,4 +115,6 @@ def _row_forms(
     outputs, a = jax.jvp(outputs_of, (params,), (direction,))
     reference = task.distribution(outputs)
     divergence = lambda z: task.divergence(reference, task.distribution(z))
-    return sum_counted(second_derivative(divergence, outputs, a), counted) / 2
+    forms = second_derivative(divergence, outputs, a)
+    # A divergence takes NaN for a class of probability 0, and its form would be 0.
+    return sum_counted(jnp.where(jnp.isnan(reference).any(axis=-1), jnp.nan, forms), counted) / 2
