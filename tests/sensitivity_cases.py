@@ -99,3 +99,19 @@ def run(metric, model, candidates, data, *, schemes=SCHEMES, batch_size=4, store
 
 def double(params):
     return {name: jnp.asarray(np.asarray(p), jnp.float64) for name, p in params.items()}
+
+
+class Broken(Shifted):
+    """The LARGE candidate of `up` holds `value`."""
+
+    value = np.nan
+
+    def dequantized(self, spec, scheme):
+        matrix = super().dequantized(spec, scheme)
+        return jnp.full_like(matrix, self.value) if (spec.param, scheme) == ("up", LARGE) else matrix
+
+
+class Huge(Broken):
+    """The LARGE candidate of `up` is finite and far beyond what float32 products hold."""
+
+    value = 1e38

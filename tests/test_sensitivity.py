@@ -23,6 +23,8 @@ from tests.sensitivity_cases import (
     SCHEMES,
     SHAPES,
     VOCAB,
+    Broken,
+    Huge,
     Shifted,
     double,
     forward,
@@ -257,22 +259,6 @@ FAST = [
     HessianForm(),
     TopEigenvalue(num_iterations=2),
 ]
-
-
-class Broken(Shifted):
-    """The LARGE candidate of `up` holds `value`."""
-
-    value = np.nan
-
-    def dequantized(self, spec, scheme):
-        matrix = super().dequantized(spec, scheme)
-        return jnp.full_like(matrix, self.value) if (spec.param, scheme) == ("up", LARGE) else matrix
-
-
-class Huge(Broken):
-    """The LARGE candidate of `up` is finite and far beyond what float32 products hold."""
-
-    value = 1e38
 
 
 @pytest.mark.parametrize("metric", FAST, ids=lambda metric: metric.name)

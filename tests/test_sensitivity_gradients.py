@@ -22,7 +22,7 @@ from mpq.sensitivity import (
 from mpq.sensitivity.modelopt_gradient import SQUARES
 from mpq.tasks import Regression
 from mpq.types import MpqError
-from tests.test_sensitivity import (
+from tests.sensitivity_cases import (
     EXACT,
     LARGE,
     SHAPES,

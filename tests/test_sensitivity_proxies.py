@@ -10,7 +10,7 @@ from mpq.formats import parse_scheme
 from mpq.sensitivity import SNR, Imatrix, LayerError, MemoryStore, WeightMSE
 from mpq.sensitivity.anchor import anchor_column
 from mpq.types import MpqError
-from tests.test_sensitivity import (
+from tests.sensitivity_cases import (
     EXACT,
     LARGE,
     SCHEMES,
