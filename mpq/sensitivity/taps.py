@@ -58,10 +58,13 @@ def telling_windows(traced: Trace) -> Trace:
 
     A read is shared if it has as many rows for one window as for the batch.
     """
-    one = traced.on((1, *traced.inputs.shape[1:]))
+    whole = dataclasses.replace(traced, weights=tuple(dict.fromkeys(site.spec for site in traced.sites)))
+    one = whole.on((1, *traced.inputs.shape[1:]))
     rows = lambda trace: [math.prod(site.token_shape) for site in trace.sites]
-    shared = any(a == b for a, b in zip(rows(traced), rows(one), strict=True))
-    return one if shared else traced
+    if all(a != b for a, b in zip(rows(traced), rows(one), strict=True)):
+        return traced
+    of_one = {spec.path: spec for spec in one.weights}
+    return dataclasses.replace(one, weights=tuple(of_one[spec.path] for spec in traced.weights))
 
 
 def in_windows(traced: Trace, function: Callable[..., dict[str, jax.Array]], *rows: Any) -> dict[str, jax.Array]:
