@@ -244,7 +244,9 @@ def test_delta_loss_without_labels_is_that_of_the_divergence():
 @pytest.mark.parametrize("metric", [FirstOrder(), FirstOrder(signed=False), ModelOptGradient()])
 def test_data_without_labels_is_refused(metric):
     model, data = unlabelled_model(), make_data(np.zeros((3, 6)))
-    with pytest.raises(MpqError, match=f"metric {metric.name} compares outputs with targets, which noise does not have"):
+    with pytest.raises(
+        MpqError, match=f"metric {metric.name} compares outputs with targets, which noise does not have"
+    ):
         run(metric, model, Shifted(model), data)
 
 
