@@ -10,10 +10,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from mpq.estimate import sums_over_documents
-from mpq.evaluate import Reference, row_divergence
+from mpq.evaluate import Reference
 from mpq.models.model import Model
 from mpq.quantize import Candidates, apply_plan
-from mpq.sensitivity.base import MemoryStore, Store, check_inputs
+from mpq.sensitivity.base import MemoryStore, Store, check_inputs, window_divergences
 from mpq.trace import Trace
 from mpq.types import MpqError, Scheme
 
@@ -73,11 +73,7 @@ class PlanLoss:
         """Sum of the KL over each window."""
         model, windows = self._model, len(self._reference.data.inputs)
         params = apply_plan(model.params, self._weights, self._candidates.choose(choice))
-        sums = [
-            row_divergence(model.apply, model.task, params, batch.inputs, model.task.counted(batch.mask), p)
-            for batch, p in self._reference.batches()
-        ]
-        values = np.concatenate([np.asarray(s, np.float64) for s in sums])[:windows]
+        values = window_divergences(model, params, self._reference.batches())[:windows]
         if not np.isfinite(values).all():
             schemes = ", ".join(dict.fromkeys(str(scheme) for scheme in choice.values()))
             raise MpqError(

@@ -295,3 +295,14 @@ def test_too_many_points_is_an_error():
     problem = make_problem(size, -size)  # every subset of the groups is non-dominated: 2^30 points
     with pytest.raises(MpqError, match="more than 100000 candidate points"):
         solve_frontier(problem, max_pairs=100_000)
+
+
+def test_the_choice_within_a_budget_is_that_of_the_point():
+    problem = transformer(6)
+    frontier = solve_frontier(problem)
+    for budget in np.linspace(problem.min_bits, problem.max_bits, 5, dtype=int).tolist():
+        np.testing.assert_array_equal(frontier.choice_within(budget), problem.by_group(frontier.at(bits=budget).choice))
+    largest = frontier.choice_within(problem.max_bits + 8)  # as a part of a problem may be asked for
+    np.testing.assert_array_equal(largest, frontier.choices(np.array([len(frontier) - 1]))[0])
+    with pytest.raises(MpqError, match="below the smallest reachable size"):
+        frontier.choice_within(problem.min_bits - 1)

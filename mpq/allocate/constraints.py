@@ -67,8 +67,7 @@ class Constraint:
 
     def of(self, problem: Problem, allocation: Allocation) -> int:
         """The value of an allocation."""
-        index = [problem.schemes.index(allocation.choice[group[0].path]) for group in problem.members]
-        return self.total(np.array(index))
+        return self.total(problem.by_group(allocation.choice))
 
 
 def bops(problem: Problem, limit: float, activation_bits: int = 16) -> Constraint:

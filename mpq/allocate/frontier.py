@@ -48,6 +48,16 @@ class Frontier:
         """`int64[len(index), G]`: index of the scheme of each group at the points `index`."""
         return self.points.choices(np.asarray(index, np.int64))
 
+    def choice_within(self, bits: int) -> np.ndarray:
+        """`int64[G]`: index of the scheme of each group in the best allocation within `bits`, also above the largest.
+
+        Raises:
+          MpqError: below the smallest reachable size.
+        """
+        if bits < self.problem.min_bits:
+            self.problem.check_budget(bits)
+        return self.choices(np.array([self._index(bits)]))[0]
+
     def lower_bound(self, bits: int) -> float:
         """The least predicted loss within `bits`; no allocation that fits has a smaller one.
 

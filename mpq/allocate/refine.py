@@ -93,10 +93,10 @@ class Refine:
             if taken is x:
                 break
             x = taken
-        plan = problem.allocation(
-            x, budget_bits=start.budget_bits, lower_bound=_fixed(problem, start), solver=self.name
-        )
-        return Refined(dataclasses.replace(plan, loss=best, status=Status.FEASIBLE), first, tuple(steps))
+        plan = problem.allocation(x, budget_bits=start.budget_bits, lower_bound=0, solver=self.name)
+        # The loss is measured, and the bound is the table's.
+        plan = dataclasses.replace(plan, loss=best, lower_bound=start.lower_bound, status=Status.FEASIBLE)
+        return Refined(plan, first, tuple(steps))
 
     def _margins(self, problem: Problem, x: np.ndarray, loss: float, measure: Measure) -> tuple[np.ndarray, np.ndarray]:
         """`float64[G, S]` margins, and `bool[G, S]` where they were measured, the current options included."""
@@ -122,9 +122,7 @@ def _proposals(
     rows = np.arange(len(x))
     while True:
         local = dataclasses.replace(problem, loss=margins, variance=np.zeros_like(margins), allowed=allowed)
-        frontier = solve_frontier(local)
-        last = int(np.searchsorted(frontier.size_bits, budget_bits, side="right")) - 1
-        proposal = frontier.choices(np.array([last]))[0]
+        proposal = solve_frontier(local).choice_within(budget_bits)
         changed = np.flatnonzero(proposal != x)
         if not len(changed) or any((proposal == other).all() for other in proposals):
             return proposals
@@ -153,8 +151,3 @@ def _price(gain: np.ndarray, extra: np.ndarray) -> float:
     ends = [(gain[takers] / extra[takers]).min()] if takers.any() else []
     ends += [(gain[givers] / extra[givers]).max()] if givers.any() else []
     return max(0.0, float(np.mean(ends))) if ends else 0.0
-
-
-def _fixed(problem: Problem, start: Allocation) -> int:
-    """The table's lower bound, in fixed point."""
-    return int(np.floor(np.ldexp(start.lower_bound, -problem.fixed_point[1])))

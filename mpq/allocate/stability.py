@@ -108,7 +108,5 @@ def resampled(problem: Problem, budget_bits: int, losses: Iterable[np.ndarray], 
 def _choose(problem: Problem, budget_bits: int, exact: bool) -> np.ndarray:
     """`int64[G]`: the scheme of each group."""
     if exact:
-        frontier = solve_frontier(problem)
-        return frontier.choices(np.searchsorted(frontier.size_bits, [budget_bits], side="right") - 1)[0]
-    choice = Lagrangian().solve(problem, budget_bits).choice
-    return np.array([problem.schemes.index(choice[group[0].path]) for group in problem.members])
+        return solve_frontier(problem).choice_within(budget_bits)
+    return problem.by_group(Lagrangian().solve(problem, budget_bits).choice)

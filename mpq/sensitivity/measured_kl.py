@@ -18,11 +18,11 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from mpq.evaluate import Reference, row_divergence
+from mpq.evaluate import Reference
 from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
-from mpq.sensitivity.base import CandidateSource, Coupling, Store, check_inputs
-from mpq.sensitivity.one_by_one import concatenated, score_one_by_one
+from mpq.sensitivity.base import CandidateSource, Coupling, Store, check_inputs, window_divergences
+from mpq.sensitivity.one_by_one import score_one_by_one
 from mpq.trace import Trace
 from mpq.types import Params, Scheme, SensitivityTable, WeightSpec
 
@@ -80,11 +80,7 @@ class MeasuredKL:
 
         def measure(spec: WeightSpec, changed: Params, first: int) -> np.ndarray:
             del spec
-            counted = model.task.counted
-            pairs = part.at(first)
-            return concatenated(
-                [row_divergence(model.apply, model.task, changed, b.inputs, counted(b.mask), p) for b, p in pairs]
-            )
+            return window_divergences(model, changed, part.at(first))
 
         return score_one_by_one(
             self.name,
