@@ -21,6 +21,7 @@ from mpq.allocate.constrained import solve_constrained
 from mpq.allocate.constraints import Constraint, bops, latency, peak_memory
 from mpq.allocate.frontier import Exact, Frontier, solve_frontier
 from mpq.allocate.lagrangian import Lagrangian, lower_bound
+from mpq.allocate.power_law import PowerLaw
 from mpq.allocate.problem import Problem
 from mpq.allocate.refine import Refine, Refined
 from mpq.allocate.rules import matching
@@ -34,6 +35,7 @@ __all__ = [
     "Exact",
     "Frontier",
     "Lagrangian",
+    "PowerLaw",
     "Problem",
     "Refine",
     "Refined",

@@ -1,0 +1,257 @@
+r"""Which sensitivity metric predicts the loss of whole plans? All of them on one model, against measured random plans.
+
+Run:     python -m experiments.bakeoff --model DIR --data FILE [--test FILE] --out experiments/results/bakeoff/NAME.json
+Expect:  the files of that folder, which `python -m analysis.bakeoff` joins to one table
+Resume:  type the same command again; what is measured is kept in `--work`.
+
+In each band of bits (2-4, 3-5, 4-8) every fused group of a plan draws its scheme uniformly. `--plans` plans a band are
+measured on the test set, which no metric sees. A metric predicts a plan by the sum over its weights:
+
+    tau        Kendall's tau of predicted and measured KL
+    r2         of the logarithms, about the best line of slope one
+    ratio      geometric mean of predicted / measured
+    spread     standard deviation of the logarithm of predicted / measured
+
+`calibrated` is the same for a power law fitted to `--fit-plans` further plans, measured on the calibration set.
+`cost` counts forward passes over the calibration set: seconds without compilation over those of a forward pass, in the
+same process. `ceiling` is the agreement of the further plans' own KL on the two sets: with so many data, what a perfect
+predictor from the calibration set would reach.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from scipy.stats import kendalltau
+
+from mpq.allocate import PowerLaw, Problem
+from mpq.artifacts import load_table, save_table
+from mpq.calibrate import calibrate
+from mpq.data import require_disjoint, take
+from mpq.data.sources import read_set, read_sets
+from mpq.evaluate import Reference
+from mpq.files import write_json
+from mpq.formats import parse_scheme
+from mpq.inputs import Dataset
+from mpq.measure import PlanLoss
+from mpq.models import Model, load
+from mpq.progress import shown, track
+from mpq.quantize import GPTQ, RTN, Candidates
+from mpq.sensitivity import METRICS
+from mpq.store import ItemStore
+from mpq.types import Scheme, SensitivityTable
+
+BANDS = ((2, 4), (3, 5), (4, 8))
+METHODS = {"rtn": RTN(), "rtn_mse": RTN(scale="mse"), "gptq": GPTQ()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    Attributes:
+      model: folder, or `reference`.
+      data: source of the calibration set, and of the test set unless `test` says otherwise.
+      out: JSON file.
+      work: folder of what is measured.
+      test: source of the test set.
+      method: rounding algorithm.
+      granularity: of the schemes int2 to int8: `g32`, `channel`.
+      metrics: names; a name with `:N` sees the first N rows only.
+      window: tokens a row.
+      calibration_rows: of the calibration set.
+      test_rows: of the test set.
+      batch_size: rows a pass.
+      plans: measured on the test set, a band.
+      fit_plans: further ones, measured on both sets.
+      seed: of plans and keys.
+    """
+
+    model: str
+    data: str
+    out: Path
+    work: Path = Path("runs/bakeoff")
+    test: str | None = None
+    method: str = "rtn"
+    granularity: str = "g64"
+    metrics: tuple[str, ...] = tuple(METRICS)
+    window: int | None = None
+    calibration_rows: int = 32
+    test_rows: int = 64
+    batch_size: int = 8
+    plans: int = 200
+    fit_plans: int = 40
+    seed: int = 0
+
+
+class Bakeoff:
+    """One model under one rounding algorithm."""
+
+    def __init__(self, options: Options) -> None:
+        """Load, trace, calibrate."""
+        self.options, self.model = options, load(options.model)
+        self.calibration, self.test = _sets(self.model, options)
+        self.traced = self.model.trace(options.batch_size, options.window)
+        self.schemes = tuple(parse_scheme(f"int{bits}_{options.granularity}") for bits in (2, 3, 4, 5, 6, 8))
+        stats = calibrate(self.traced, self.model.params, self.calibration, options.batch_size)
+        self.candidates = Candidates(self.model.params, self.traced.weights, METHODS[options.method], stats)
+        shown_options = dataclasses.asdict(options) | {"out": "", "work": "", "metrics": "", "plans": 0, "fit_plans": 0}
+        inputs = json.dumps([shown_options, self.model.digest, self.calibration.digest, self.test.digest], default=str)
+        self.digest = hashlib.sha256(inputs.encode()).hexdigest()[:12]
+        self.folder = options.work / f"{options.out.stem}-{self.digest}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def table(self, metric: str) -> tuple[SensitivityTable, float]:
+        """The metric's table and its cost in forward passes over the whole calibration set."""
+        path = self.folder / f"{metric.replace(':', '-')}.json"
+        name, _, rows = metric.partition(":")
+        data = take(self.calibration, int(rows)) if rows else self.calibration
+        if not path.exists():
+            arguments = self.model, self.traced, self.schemes, self.candidates, data
+            keywords = {"key": jax.random.key(self.options.seed), "batch_size": self.options.batch_size}
+            seconds, table = _running(lambda: METRICS[name](*arguments, **keywords))
+            save_table(path, table, {"cost": seconds / self.forward_seconds()})
+        table, body = load_table(path)
+        return table, body["cost"]
+
+    def forward_seconds(self) -> float:
+        """Of one forward pass over the calibration set, the median of three."""
+        forward = jax.jit(self.model.apply)
+        run = lambda: jax.block_until_ready(
+            [forward(self.model.params, b.inputs) for b in self.calibration.batches(self.options.batch_size)]
+        )
+        run()
+        return float(np.median([_running(run)[0] for _ in range(3)]))
+
+    def problem(self, table: SensitivityTable) -> Problem:
+        """Losses by fused group."""
+        return Problem.from_table(table)
+
+    def plans(self, band: tuple[int, int], groups: int) -> np.ndarray:
+        """`int64[plans + fit_plans, groups]`: index of each group's scheme."""
+        allowed = [i for i, scheme in enumerate(self.schemes) if band[0] <= scheme.format.bits <= band[1]]
+        rng = np.random.default_rng([self.options.seed, *band])
+        return rng.choice(allowed, (self.options.plans + self.options.fit_plans, groups))
+
+    def measure(self, which: str, choices: list[Mapping[str, Scheme]], what: str) -> np.ndarray:
+        """`float64[plans]`, measured KL on the calibration or the test set."""
+        data = {"calibration": self.calibration, "test": self.test}[which]
+        reference = Reference(self.model, data, min(self.options.batch_size, len(data.inputs)))
+        store = ItemStore(self.folder / f"{which}.items.jsonl", self.digest)
+        loss = PlanLoss(self.model, self.traced, self.candidates, reference, store)
+        return np.array([loss(choice) for choice in track(choices, f"{what} on {which}", len(choices))])
+
+
+def main(options: Options) -> None:
+    """Score, measure, compare, write."""
+    run = Bakeoff(options)
+    scored = {metric.partition(":")[0]: run.table(metric) for metric in track(options.metrics, "metrics")}
+    problems = {name: run.problem(table) for name, (table, _) in scored.items()}
+    any_problem = next(iter(problems.values()))
+    bands = []
+    for band in BANDS:
+        plans = run.plans(band, len(any_problem.names))
+        choices = [any_problem.by_path(x) for x in plans]
+        measured = run.measure("test", choices, f"{band[0]}-{band[1]} bits")
+        fit = run.measure("calibration", choices[options.plans :], f"{band[0]}-{band[1]} bits")
+        sums = {name: _sums(problem, plans) for name, problem in problems.items()}
+        bands.append(
+            {
+                "bits": list(band),
+                "median": _rounded(float(np.median(measured[: options.plans]))),
+                "ceiling": agreement(fit, measured[options.plans :]),
+                "metrics": {name: compare(total, fit, measured, options.plans) for name, total in sums.items()},
+            }
+        )
+    write_json(
+        options.out,
+        {
+            "model": run.model.name,
+            "data": [run.calibration.source, run.test.source],
+            "rows": [len(run.calibration.inputs), len(run.test.inputs)],
+            "method": options.method,
+            "schemes": [str(s) for s in run.schemes],
+            "groups": len(any_problem.names),
+            "plans": options.plans,
+            "fit_plans": options.fit_plans,
+            "jax": jax.__version__,
+            "metric_rows": {name: int(rows) for name, _, rows in (m.partition(":") for m in options.metrics) if rows},
+            "cost": {name: _rounded(cost) for name, (_, cost) in scored.items()},
+            "bands": bands,
+        },
+    )
+
+
+def compare(total: np.ndarray, fit: np.ndarray, measured: np.ndarray, plans: int) -> dict[str, Any]:
+    """A metric's agreement with the measured plans, as it is and by a power law from the further plans.
+
+    Args:
+      total: `[plans + fit_plans]`, sums of the metric.
+      fit: `[fit_plans]`, measured on the calibration set.
+      measured: `[plans + fit_plans]`, measured on the test set.
+      plans: how many are judged by.
+    """
+    judged: dict[str, Any] = agreement(total[:plans], measured[:plans])
+    if (total <= 0).any():
+        return judged
+    law = PowerLaw.fit(total[plans:], fit)
+    return judged | {"calibrated": agreement(law(total[:plans]), measured[:plans]), "exponent": _rounded(law.exponent)}
+
+
+def agreement(predicted: np.ndarray, measured: np.ndarray) -> dict[str, float]:
+    """tau, r2, ratio and spread as the module's docstring says; tau alone where a sum is not positive."""
+    values = {"tau": np.asarray(kendalltau(predicted, measured))[0]}
+    if (predicted > 0).all():
+        log = np.log(predicted / measured)
+        values |= {"r2": 1 - log.var() / np.log(measured).var(), "ratio": np.exp(log.mean()), "spread": log.std()}
+    return {name: _rounded(float(value)) for name, value in values.items()}
+
+
+def _sets(model: Model, options: Options) -> tuple[Dataset, Dataset]:
+    limits = {"calibration": options.calibration_rows, "selection": 2, "test": options.test_rows}
+    if options.test is None:
+        sets = read_sets(model, options.data, window=options.window, limits=limits, windows_per_document=None)
+        return sets["calibration"], sets["test"]
+    sources = {"calibration": options.data, "test": options.test}
+    sets = {
+        which: read_set(model, source, which, window=options.window, limit=limits[which])
+        for which, source in sources.items()
+    }
+    require_disjoint(**sets)
+    return sets["calibration"], sets["test"]
+
+
+def _sums(problem: Problem, plans: np.ndarray) -> np.ndarray:
+    return problem.loss[np.arange(len(problem.names)), plans].sum(axis=1)
+
+
+def _running(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that a call takes without those of compilation, and its value."""
+    compiling: list[float] = []
+
+    def listen(event: str, seconds: float, **_: Any) -> None:
+        if event.endswith(("backend_compile_duration", "jaxpr_to_mlir_module_duration")):
+            compiling.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    start = time.perf_counter()
+    value = function()
+    seconds = time.perf_counter() - start
+    jax.monitoring.unregister_event_duration_listener(listen)
+    return max(0.0, seconds - sum(compiling)), value
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+if __name__ == "__main__":
+    with shown():
+        main(tyro.cli(Options))
