@@ -14,15 +14,15 @@ measured on the test set, which no metric sees. A metric predicts a plan by the 
 
 `calibrated` is the same for a power law fitted to `--fit-plans` further plans, measured on the calibration set.
 `cost` counts forward passes over the calibration set: seconds without compilation over those of a forward pass, in the
-same process. `ceiling` is the agreement of the further plans' own KL on the two sets: with so many data, what a perfect
-predictor from the calibration set would reach.
+same process. What no predictor can pass is told by two more numbers: `ceiling`, the agreement of the further plans' own
+KL on the calibration and the test set, and `halves`, tau between the KL of the plans on two halves of the test set.
 """
 
 import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,43 +130,46 @@ class Bakeoff:
         run()
         return float(np.median([_running(run)[0] for _ in range(3)]))
 
-    def problem(self, table: SensitivityTable) -> Problem:
-        """Losses by fused group."""
-        return Problem.from_table(table)
-
     def plans(self, band: tuple[int, int], groups: int) -> np.ndarray:
         """`int64[plans + fit_plans, groups]`: index of each group's scheme."""
         allowed = [i for i, scheme in enumerate(self.schemes) if band[0] <= scheme.format.bits <= band[1]]
         rng = np.random.default_rng([self.options.seed, *band])
         return rng.choice(allowed, (self.options.plans + self.options.fit_plans, groups))
 
-    def measure(self, which: str, choices: list[Mapping[str, Scheme]], what: str) -> np.ndarray:
-        """`float64[plans]`, measured KL on the calibration or the test set."""
+    def measure(self, which: str, choices: Sequence[Mapping[str, Scheme]], what: str) -> tuple[np.ndarray, float]:
+        """Measured KL on the calibration or the test set, `float64[plans]`, and tau of it between halves of the set."""
         data = {"calibration": self.calibration, "test": self.test}[which]
         reference = Reference(self.model, data, min(self.options.batch_size, len(data.inputs)))
         store = ItemStore(self.folder / f"{which}.items.jsonl", self.digest)
         loss = PlanLoss(self.model, self.traced, self.candidates, reference, store)
-        return np.array([loss(choice) for choice in track(choices, f"{what} on {which}", len(choices))])
+        sums = np.array([loss.documents(choice) for choice in track(choices, f"{what} on {which}", len(choices))])
+        odd, even = (sums[:, start::2].sum(axis=1) for start in (0, 1))
+        return sums.sum(axis=1) / loss.counts.sum(), _tau(odd, even)
 
 
 def main(options: Options) -> None:
     """Score, measure, compare, write."""
     run = Bakeoff(options)
     scored = {metric.partition(":")[0]: run.table(metric) for metric in track(options.metrics, "metrics")}
-    problems = {name: run.problem(table) for name, (table, _) in scored.items()}
+    # Sums need no errors, and a table from one document has none.
+    problems = {
+        name: Problem.from_table(dataclasses.replace(table, stderr=np.zeros_like(table.stderr)))
+        for name, (table, _) in scored.items()
+    }
     any_problem = next(iter(problems.values()))
     bands = []
     for band in BANDS:
         plans = run.plans(band, len(any_problem.names))
         choices = [any_problem.by_path(x) for x in plans]
-        measured = run.measure("test", choices, f"{band[0]}-{band[1]} bits")
-        fit = run.measure("calibration", choices[options.plans :], f"{band[0]}-{band[1]} bits")
+        measured, halves = run.measure("test", choices, f"{band[0]}-{band[1]} bits")
+        fit, _ = run.measure("calibration", choices[options.plans :], f"{band[0]}-{band[1]} bits")
         sums = {name: _sums(problem, plans) for name, problem in problems.items()}
         bands.append(
             {
                 "bits": list(band),
                 "median": _rounded(float(np.median(measured[: options.plans]))),
                 "ceiling": agreement(fit, measured[options.plans :]),
+                "halves": _rounded(halves),
                 "metrics": {name: compare(total, fit, measured, options.plans) for name, total in sums.items()},
             }
         )
@@ -207,7 +210,7 @@ def compare(total: np.ndarray, fit: np.ndarray, measured: np.ndarray, plans: int
 
 def agreement(predicted: np.ndarray, measured: np.ndarray) -> dict[str, float]:
     """tau, r2, ratio and spread as the module's docstring says; tau alone where a sum is not positive."""
-    values = {"tau": np.asarray(kendalltau(predicted, measured))[0]}
+    values = {"tau": _tau(predicted, measured)}
     if (predicted > 0).all():
         log = np.log(predicted / measured)
         values |= {"r2": 1 - log.var() / np.log(measured).var(), "ratio": np.exp(log.mean()), "spread": log.std()}
@@ -236,9 +239,10 @@ def _running(function: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds that a call takes without those of compilation, and its value."""
     compiling: list[float] = []
 
-    def listen(event: str, seconds: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del kwargs
         if event.endswith(("backend_compile_duration", "jaxpr_to_mlir_module_duration")):
-            compiling.append(seconds)
+            compiling.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     start = time.perf_counter()
@@ -246,6 +250,10 @@ def _running(function: Callable[[], Any]) -> tuple[float, Any]:
     seconds = time.perf_counter() - start
     jax.monitoring.unregister_event_duration_listener(listen)
     return max(0.0, seconds - sum(compiling)), value
+
+
+def _tau(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.asarray(kendalltau(a, b))[0])
 
 
 def _rounded(value: float) -> float:
