@@ -12,7 +12,11 @@ how well the unit is known, and nothing about how well the scores order the weig
 What this cannot do: the factor is common to the whole table. It changes no ranking and no allocation, and where the
 score grows with the error in another way than the loss does, schemes far from a are off.
 
-Cost: two forward passes over the data, one of them of the original model.
+A score that compares weights and knows nothing of the scheme has no such factor; for it a is every scheme s in turn,
+each with a plan of its own (`anchored_columns`).
+
+Cost: two forward passes over the data, one of them of the original model; or one for every scheme, and one of the
+original.
 """
 
 from collections.abc import Sequence
@@ -26,6 +30,7 @@ from mpq.models.model import Model
 from mpq.sensitivity.base import (
     CandidateSource,
     Store,
+    by_size,
     check_inputs,
     make_table,
     require_finite_entries,
@@ -68,12 +73,48 @@ def anchored_table(
     loss = stderr = np.zeros_like(scores)
     column = anchor_column(traced.weights, schemes, scores.sum(axis=0) > 0)
     if column is not None:
-        sums = _measured(model, traced.weights, schemes[column], candidates, data, batch_size, store)
-        counts = check_inputs(model, (), data)
-        mean, error = mean_over_documents(sums_over_documents(sums, data.document), counts)
+        reference = Reference(model, data, batch_size, keep_bytes=0)  # asked once: there is nothing to keep
+        kl, error = _measured(reference, traced.weights, schemes[column], candidates, store)
         share = scores / scores[:, column].sum()
-        loss = share * max(float(mean), 0.0)  # a KL of nothing may come out below 0 by rounding
-        stderr = np.where(share == 0, 0.0, share * float(error))
+        loss, stderr = share * kl, np.where(share == 0, 0.0, share * error)
+    return make_table(label, model, traced.weights, schemes, candidates, data, loss, stderr)
+
+
+def anchored_columns(
+    label: str,
+    scores: np.ndarray,
+    model: Model,
+    traced: Trace,
+    schemes: Sequence[Scheme],
+    candidates: CandidateSource,
+    data: Dataset,
+    *,
+    batch_size: int,
+    store: Store | None,
+) -> SensitivityTable:
+    """The table of a score that only compares weights: every scheme's measured plan is shared out in its own column.
+
+    Args:
+      label: the metric's name and options.
+      scores: `float64[weights, schemes]`, not negative, 0 where the candidate is the weight itself.
+      model: gives the function and the original parameters.
+      traced: gives the weights.
+      schemes: columns of the table.
+      candidates: quantized weights.
+      data: what the plans are measured on.
+      batch_size: windows per pass.
+      store: keeps the measurements, one a scheme.
+
+    Raises:
+      MpqError: a score is not finite, or the outputs of a measured plan are not.
+    """
+    require_finite_entries(scores, traced.weights, schemes)
+    loss, stderr = np.zeros_like(scores), np.zeros_like(scores)
+    reference = Reference(model, data, batch_size)
+    for column in map(int, np.flatnonzero(scores.sum(axis=0) > 0)):
+        kl, error = _measured(reference, traced.weights, schemes[column], candidates, store)
+        share = scores[:, column] / scores[:, column].sum()
+        loss[:, column], stderr[:, column] = share * kl, np.where(share == 0, 0.0, share * error)
     return make_table(label, model, traced.weights, schemes, candidates, data, loss, stderr)
 
 
@@ -88,33 +129,29 @@ def anchor_column(weights: Sequence[WeightSpec], schemes: Sequence[Scheme], chan
     Returns:
       The column of median size among those that change something; None if none does.
     """
-    size = lambda column: (sum(spec.size_bits(schemes[column]) for spec in weights), str(schemes[column]))
-    columns = sorted(map(int, np.flatnonzero(changes)), key=size)
+    columns = [column for column in by_size(weights, schemes) if changes[column]]
     return columns[(len(columns) - 1) // 2] if columns else None
 
 
 def _measured(
-    model: Model,
+    reference: Reference,
     weights: Sequence[WeightSpec],
     scheme: Scheme,
     candidates: CandidateSource,
-    data: Dataset,
-    batch_size: int,
     store: Store | None,
-) -> np.ndarray:
-    """`float64[windows]`: sum of the KL over each window, nats, with all weights at `scheme`."""
-    name = f"anchor|{scheme}"
-    kept = None if store is None else store.get(name)
-    if kept is not None:
-        return np.asarray(kept, np.float64)
-    reference = Reference(model, data, batch_size, keep_bytes=0)  # asked once: there is nothing to keep
-    params = substituted_all(model.params, weights, scheme, candidates)
-    values = window_divergences(model, params, reference.batches())[: len(data.inputs)]
-    if not np.isfinite(values).all():
-        raise MpqError(
-            f"all weights stored as {scheme} make the model's outputs NaN or infinite, and this plan gives the other "
-            "scores their unit: leave this scheme out"
-        )
-    if store is not None:
-        store.put(name, values.tolist())
-    return values
+) -> tuple[float, float]:
+    """KL of the plan with all weights at `scheme`, nats per output, and its standard error."""
+    name, model, data = f"anchor|{scheme}", reference.model, reference.data
+    values = None if store is None else store.get(name)
+    if values is None:
+        params = substituted_all(model.params, weights, scheme, candidates)
+        values = window_divergences(model, params, reference.batches())[: len(data.inputs)].tolist()
+        if not np.isfinite(values).all():
+            raise MpqError(
+                f"all weights stored as {scheme} make the model's outputs NaN or infinite, and this plan gives the "
+                "other scores their unit: leave this scheme out"
+            )
+        if store is not None:
+            store.put(name, values)
+    mean, error = mean_over_documents(sums_over_documents(values, data.document), check_inputs(model, (), data))
+    return max(float(mean), 0.0), float(error)  # a KL of nothing may come out below 0 by rounding

@@ -32,15 +32,8 @@ from mpq.inputs import Dataset
 from mpq.models.model import Model
 from mpq.progress import track
 from mpq.sensitivity.base import CandidateSource, Coupling, Store, check_inputs, make_table, substituted
-from mpq.sensitivity.taps import (
-    BY_GRADIENT,
-    Errors,
-    dense,
-    differing_errors,
-    require_finite_windows,
-    telling_windows,
-    window_slopes,
-)
+from mpq.sensitivity.gradients import divergence_slopes
+from mpq.sensitivity.taps import Errors, differing_errors, require_finite_windows, telling_windows
 from mpq.trace import Trace
 from mpq.types import Params, Scheme, SensitivityTable, WeightSpec
 
@@ -107,7 +100,7 @@ class AumannShapley:
                 values = None if store is None else store.get(name)
                 if values is None:
                     at = on_path(model.params, traced.weights, errors, node)
-                    values = _slopes(shaped, model, at, errors, reference, keep[:, [column]])
+                    values = divergence_slopes(shaped, at, errors, reference, keep[:, [column]])[..., 0]
                     if store is not None:
                         store.put(name, values.tolist())
                 windows[..., column] += share * np.asarray(values, np.float64)
@@ -133,20 +126,3 @@ def on_path(params: Params, weights: Sequence[WeightSpec], errors: Errors, t: fl
             matrix = spec.to_matrix(params[spec.param]) + np.float32(t) * errors[spec.path][0]
             changed = substituted(changed, spec, matrix)
     return changed
-
-
-def _slopes(
-    traced: Trace, model: Model, params: Params, errors: Errors, reference: Reference, keep: np.ndarray
-) -> np.ndarray:
-    """`float64[windows, weights]`: derivative of the KL of each window along the error of each weight, nats."""
-    rows = [
-        dense(
-            jax.device_get(
-                window_slopes(traced, BY_GRADIENT, model.task, params, errors, batch, model.task.counted(batch.mask), p)
-            ),
-            traced,
-            keep,
-        )[..., 0]
-        for batch, p in reference.batches()
-    ]
-    return np.concatenate(rows)[: len(reference.data.inputs)]

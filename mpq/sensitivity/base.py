@@ -177,6 +177,11 @@ def output_losses(
     return task.divergence(jax.lax.stop_gradient(q), q) + broken
 
 
+def by_size(weights: Sequence[WeightSpec], schemes: Sequence[Scheme]) -> list[int]:
+    """Columns of the table, the scheme first whose plan of all weights is smallest; in whatever order they come."""
+    return sorted(range(len(schemes)), key=lambda c: (sum(w.size_bits(schemes[c]) for w in weights), str(schemes[c])))
+
+
 def half_mean_square(
     params: Params, spec: WeightSpec, schemes: Sequence[Scheme], candidates: CandidateSource
 ) -> np.ndarray:

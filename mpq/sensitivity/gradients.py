@@ -1,4 +1,4 @@
-"""Gradients of the loss of the labels: along errors, window by window, and in whole weights, summed over the data."""
+"""Gradients of the loss: along errors, window by window, and in whole weights, summed over the data."""
 
 import functools
 from collections.abc import Sequence
@@ -12,7 +12,16 @@ from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
 from mpq.progress import track
 from mpq.sensitivity.base import CandidateSource, Store, has_targets, quantization_error
-from mpq.sensitivity.taps import Form, dense, differing_errors, require_finite_windows, telling_windows, window_slopes
+from mpq.sensitivity.taps import (
+    BY_GRADIENT,
+    Errors,
+    Form,
+    dense,
+    differing_errors,
+    require_finite_windows,
+    telling_windows,
+    window_slopes,
+)
 from mpq.tasks import Task
 from mpq.trace import Trace
 from mpq.types import Params, Scheme, WeightSpec
@@ -63,6 +72,29 @@ def slopes_of_data(
         windows[start:stop] = values
     require_finite_windows(windows, keep, model, data.source)
     return keep, windows
+
+
+def divergence_slopes(
+    traced: Trace, params: Params, errors: Errors, reference: Reference, keep: np.ndarray
+) -> np.ndarray:
+    """Derivatives of the divergence from the original model along errors, at any parameters.
+
+    Args:
+      traced: the model, traced for the reference's batches: what `telling_windows` gives.
+      params: where the derivative is taken.
+      errors: directions, from `differing_errors`.
+      reference: the original model's outputs.
+      keep: `bool[weights, schemes]`, which candidates have a direction.
+
+    Returns:
+      `float64[windows, weights, schemes]`, nats; summed over the outputs of a window that count.
+    """
+    task = reference.model.task
+    slopes = lambda batch, p: window_slopes(
+        traced, BY_GRADIENT, task, params, errors, batch, task.counted(batch.mask), p
+    )
+    rows = [dense(jax.device_get(slopes(batch, p)), traced, keep) for batch, p in reference.batches()]
+    return np.concatenate(rows)[: len(reference.data.inputs)]
 
 
 def summed_gradient(
