@@ -91,7 +91,8 @@ def sensitivity(
       data: calibration text, or `reference`.
       out: sensitivity table to write.
       metric: kl, loss, fisher, empirical_fisher, gauss_newton, hessian, hessian_trace, top_eigenvalue, aumann_shapley,
-        higgs, first_order, delta_loss, modelopt_gradient, layer_error, imatrix, snr or weight_mse.
+        higgs, first_order, delta_loss, modelopt_gradient, nncf, mlx_alignment, exllamav2, exllamav3, layer_error,
+        imatrix, snr or weight_mse.
       method: rounding algorithm whose error is scored; gptq needs `stats`, or collects them itself.
       stats: what `mpq calibrate` wrote.
       schemes: candidates.

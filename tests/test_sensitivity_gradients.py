@@ -10,12 +10,16 @@ import pytest
 
 from mpq.estimate import mean_over_documents
 from mpq.sensitivity import (
+    NNCF,
     AumannShapley,
     DeltaLoss,
+    ExLlamaV2,
+    ExLlamaV3,
     FirstOrder,
     Higgs,
     LayerError,
     MemoryStore,
+    MLXAlignment,
     ModelOptGradient,
     WeightMSE,
 )
@@ -48,8 +52,9 @@ from tests.test_sensitivity_proxies import (
     zero_taps,
 )
 
-NOT_ANCHORED = (AumannShapley(), FirstOrder(), Higgs())
-NEW = (*NOT_ANCHORED, FirstOrder(signed=False), DeltaLoss(), ModelOptGradient(), LayerError(), WeightMSE())
+NOT_ANCHORED = (AumannShapley(), FirstOrder(), Higgs(), MLXAlignment(), ExLlamaV3(), NNCF())
+ANCHORED = (FirstOrder(signed=False), DeltaLoss(), ModelOptGradient(), LayerError(), WeightMSE(), ExLlamaV2())
+NEW = (*NOT_ANCHORED, *ANCHORED)
 IDS = [f"{m.name}{'' if getattr(m, 'signed', True) else '-unsigned'}" for m in NEW]
 
 

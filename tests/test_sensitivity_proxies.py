@@ -7,7 +7,7 @@ import pytest
 
 from mpq.estimate import mean_over_documents
 from mpq.formats import parse_scheme
-from mpq.sensitivity import SNR, Imatrix, LayerError, MemoryStore, WeightMSE
+from mpq.sensitivity import SNR, ExLlamaV2, Imatrix, LayerError, MemoryStore, WeightMSE
 from mpq.sensitivity.anchor import anchor_column
 from mpq.types import MpqError
 from tests.sensitivity_cases import (
@@ -28,7 +28,7 @@ from tests.sensitivity_cases import (
     run,
 )
 
-ANCHORED = {"weight_mse": WeightMSE(), "snr": SNR(), "imatrix": Imatrix(), "layer_error": LayerError()}
+ANCHORED = {metric.name: metric for metric in (WeightMSE(), SNR(), Imatrix(), LayerError(), ExLlamaV2())}
 
 
 def tapped(p, tokens, taps):

@@ -13,6 +13,8 @@ from mpq.sensitivity.aumann_shapley import AumannShapley
 from mpq.sensitivity.base import Coupling, MemoryStore, Metric, Store
 from mpq.sensitivity.delta_loss import DeltaLoss
 from mpq.sensitivity.empirical_fisher import EmpiricalFisher
+from mpq.sensitivity.exllamav2 import ExLlamaV2
+from mpq.sensitivity.exllamav3 import ExLlamaV3
 from mpq.sensitivity.first_order import FirstOrder
 from mpq.sensitivity.fisher import Fisher
 from mpq.sensitivity.gauss_newton import GaussNewton
@@ -22,18 +24,23 @@ from mpq.sensitivity.higgs import Higgs
 from mpq.sensitivity.layer_error import LayerError
 from mpq.sensitivity.measured_kl import MeasuredKL
 from mpq.sensitivity.measured_loss import MeasuredLoss
+from mpq.sensitivity.mlx_alignment import MLXAlignment
 from mpq.sensitivity.modelopt_gradient import ModelOptGradient
+from mpq.sensitivity.nncf import NNCF
 from mpq.sensitivity.snr import SNR
 from mpq.sensitivity.top_eigenvalue import TopEigenvalue
 from mpq.sensitivity.weight_mse import WeightMSE
 
 __all__ = [
     "METRICS",
+    "NNCF",
     "SNR",
     "AumannShapley",
     "Coupling",
     "DeltaLoss",
     "EmpiricalFisher",
+    "ExLlamaV2",
+    "ExLlamaV3",
     "FirstOrder",
     "Fisher",
     "GaussNewton",
@@ -42,6 +49,7 @@ __all__ = [
     "Higgs",
     "Imatrix",
     "LayerError",
+    "MLXAlignment",
     "MeasuredKL",
     "MeasuredLoss",
     "MemoryStore",
@@ -71,5 +79,9 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         "delta_loss": DeltaLoss(),
         "modelopt_gradient": ModelOptGradient(),
         "layer_error": LayerError(),
+        "nncf": NNCF(),
+        "mlx_alignment": MLXAlignment(),
+        "exllamav2": ExLlamaV2(),
+        "exllamav3": ExLlamaV3(),
     }
 )
