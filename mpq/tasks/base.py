@@ -74,6 +74,13 @@ class Task(Protocol):
         """
         ...
 
+    def fisher_root(self, outputs: jax.Array, noise: jax.Array) -> jax.Array:
+        """S_t noise_t for every output t, where S_t S_t^T is its Fisher matrix; linear in `noise`, and of its shape.
+
+        Noise of second moment I gives scores of `score`'s second moment: signs, with less variance than targets drawn.
+        """
+        ...
+
     def evidence(self, q: jax.Array, targets: jax.Array | None) -> jax.Array:
         """What `quality` is made of.
 

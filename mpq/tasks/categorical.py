@@ -38,6 +38,13 @@ def score(key: jax.Array, outputs: jax.Array) -> jax.Array:
     return jax.nn.softmax(outputs, axis=-1) - jax.nn.one_hot(labels, outputs.shape[-1], dtype=outputs.dtype)
 
 
+def fisher_root(outputs: jax.Array, noise: jax.Array) -> jax.Array:
+    """S noise with S = diag(sqrt p) - p sqrt(p)^T, for which S S^T = diag(p) - p p^T."""
+    p = jax.nn.softmax(outputs, axis=-1)
+    coloured = jnp.sqrt(p) * noise
+    return coloured - p * jnp.sum(coloured, axis=-1, keepdims=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class CausalLM:
     """Next-token prediction: `logits[batch, time, vocab]`, where the output at a position predicts the next token.
@@ -55,6 +62,7 @@ class CausalLM:
     divergence = staticmethod(divergence)
     agreement = staticmethod(agreement)
     score = staticmethod(score)
+    fisher_root = staticmethod(fisher_root)
 
     def counted(self, mask: Any) -> Any:
         """True where the next token is real."""
@@ -93,6 +101,7 @@ class Classification:
     divergence = staticmethod(divergence)
     agreement = staticmethod(agreement)
     score = staticmethod(score)
+    fisher_root = staticmethod(fisher_root)
 
     def counted(self, mask: Any) -> Any:
         """Every example with anything in it."""

@@ -67,6 +67,10 @@ class Custom:
         return jnp.exp(-self.divergence(p, q))
 
     def score(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
+        """Normal noise coloured by `fisher_root`. Raises as it does."""
+        return self.fisher_root(outputs, jax.random.normal(key, outputs.shape))
+
+    def fisher_root(self, outputs: jax.Array, noise: jax.Array) -> jax.Array:
         """H^(1/2) noise, H the Hessian of the cost at equal outputs; directions of negative curvature are left out.
 
         Raises:
@@ -81,8 +85,8 @@ class Custom:
         z = outputs.astype(jnp.float32).reshape(-1, d)
         hessian = jax.vmap(jax.hessian(self.cost, argnums=1))(z, z)
         values, vectors = jnp.linalg.eigh(hessian)
-        noise = jax.random.normal(key, z.shape, z.dtype) * jnp.sqrt(jnp.maximum(values, 0.0))
-        return jnp.einsum("nij,nj->ni", vectors, noise).reshape(outputs.shape)
+        coloured = noise.reshape(z.shape) * jnp.sqrt(jnp.maximum(values, 0.0))
+        return jnp.einsum("nij,nj->ni", vectors, coloured).reshape(outputs.shape)
 
     def evidence(self, q: jax.Array, targets: jax.Array | None) -> jax.Array:
         """The loss; NaN without labels."""

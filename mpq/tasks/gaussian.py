@@ -62,7 +62,12 @@ class Regression:
 
     def score(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
         """Standard normal noise over the standard deviation."""
-        return jax.random.normal(key, outputs.shape, outputs.dtype) / np.sqrt(self.variance)
+        return self.fisher_root(outputs, jax.random.normal(key, outputs.shape, outputs.dtype))
+
+    def fisher_root(self, outputs: jax.Array, noise: jax.Array) -> jax.Array:
+        """The noise over the standard deviation."""
+        del outputs
+        return noise / np.sqrt(self.variance)
 
     def evidence(self, q: jax.Array, targets: jax.Array | None) -> jax.Array:
         """Squared error; NaN without targets."""
@@ -122,8 +127,12 @@ class Embedding:
 
     def score(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
         """Normal noise on the vector at length one, pulled back to the outputs."""
-        z, pullback = jax.vjp(self.distribution, outputs)
-        return pullback(jax.random.normal(key, z.shape, z.dtype) / np.sqrt(self.temperature))[0]
+        return self.fisher_root(outputs, jax.random.normal(key, outputs.shape))
+
+    def fisher_root(self, outputs: jax.Array, noise: jax.Array) -> jax.Array:
+        """Noise on the vector at length one, over the standard deviation, pulled back to the outputs."""
+        _, pullback = jax.vjp(self.distribution, outputs)
+        return pullback(noise / np.sqrt(self.temperature))[0]
 
     def evidence(self, q: jax.Array, targets: jax.Array | None) -> jax.Array:
         """The vector itself: the evidence of a pair is its cosine."""

@@ -55,6 +55,16 @@ def test_scores_have_the_second_moment_of_the_fisher_matrix(task):
     assert (np.abs(s.mean(axis=0)) <= 5 * s.std(axis=0) / np.sqrt(draws) + 1e-6).all()
 
 
+def test_the_root_of_the_fisher_matrix_squares_to_it(task):
+    """S applied to the unit vectors is S itself, and S S^T the Hessian of the divergence at equal outputs."""
+    z, d = outputs_of(task).reshape(-1, SIZES[task.name][-1]), SIZES[task.name][-1]
+    root = np.stack([task.fisher_root(z, jnp.broadcast_to(unit, z.shape)) for unit in jnp.eye(d)], axis=-1)
+    divergence = lambda y, reference: task.divergence(task.distribution(reference), task.distribution(y))
+    fisher = jax.vmap(jax.hessian(divergence), (0, 0))(z, z)
+    # float32: eigenvalues and second derivatives of order 1 to 20 carry 1e-6 of themselves
+    np.testing.assert_allclose(root @ root.swapaxes(-1, -2), fisher, rtol=1e-5, atol=2e-5)
+
+
 def test_scores_of_different_outputs_are_drawn_independently(task):
     z = jnp.repeat(outputs_of(task)[:1], 2, axis=0)
     s = np.stack([task.score(key, z) for key in jax.random.split(jax.random.key(1), 40)])
