@@ -3,6 +3,8 @@
 `METRICS` is the table of all of them. `kl` measures and is the ground truth, `loss` measures against the data's labels.
 The others predict: from curvature, from gradients, or, cheapest, from proxies that one measured plan gives their unit
 (`mpq.sensitivity.anchor`).
+
+`Interactions` is no metric: it is what the errors of two weights cost together, which a table of single weights lacks.
 """
 
 from collections.abc import Mapping
@@ -21,6 +23,7 @@ from mpq.sensitivity.gauss_newton import GaussNewton
 from mpq.sensitivity.hessian_form import HessianForm
 from mpq.sensitivity.hessian_trace import HessianTrace
 from mpq.sensitivity.higgs import Higgs
+from mpq.sensitivity.interactions import Interactions, InteractionTable
 from mpq.sensitivity.layer_error import LayerError
 from mpq.sensitivity.measured_kl import MeasuredKL
 from mpq.sensitivity.measured_loss import MeasuredLoss
@@ -48,6 +51,8 @@ __all__ = [
     "HessianTrace",
     "Higgs",
     "Imatrix",
+    "InteractionTable",
+    "Interactions",
     "LayerError",
     "MLXAlignment",
     "MeasuredKL",

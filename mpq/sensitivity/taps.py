@@ -180,8 +180,9 @@ def differing_errors(
 
 
 def dense(sums: Mapping[str, np.ndarray], traced: Trace, keep: np.ndarray) -> np.ndarray:
-    """`float64[windows, weights, schemes]` from one `[windows, schemes that differ]` a weight; 0 elsewhere."""
-    dense = np.zeros((len(next(iter(sums.values()))), *keep.shape))
+    """`float64[windows, weights, schemes, ...]` of one `[windows, schemes that differ, ...]` a weight; 0 elsewhere."""
+    windows, _, *rest = next(iter(sums.values())).shape
+    dense = np.zeros((windows, *keep.shape, *rest))
     for row, spec in enumerate(traced.weights):
         if spec.path in sums:
             dense[:, row, keep[row]] = sums[spec.path]
@@ -192,7 +193,7 @@ def require_finite_windows(values: np.ndarray, keep: np.ndarray, model: Model, s
     """Tell a model that fails from a candidate that does.
 
     Args:
-      values: `float64[windows, weights, schemes]`.
+      values: `float64[windows, weights, schemes, ...]`.
       keep: `bool[weights, schemes]`, the candidates that differ from their weight.
       model: whose outputs they came from.
       source: of the data, for the message.
