@@ -7,6 +7,8 @@
 
     # limits beside the size, by mixed-integer programming
     allocation = solve_constrained(problem, budget_bits, [bops(problem, 1e12), latency(problem, times, 500.0)])
+    # losses that do not add up: a term for every pair of weights
+    allocation = solve_quadratic(problem, interactions.matrix(table), budget_bits)
     # how often every scheme is chosen, were the sensitivities measured again
     found = stability(problem, budget_bits, np.random.default_rng(0))
 
@@ -23,6 +25,7 @@ from mpq.allocate.frontier import Exact, Frontier, solve_frontier
 from mpq.allocate.lagrangian import Lagrangian, lower_bound
 from mpq.allocate.power_law import PowerLaw
 from mpq.allocate.problem import Problem
+from mpq.allocate.quadratic import solve_quadratic
 from mpq.allocate.refine import Refine, Refined
 from mpq.allocate.rules import matching
 from mpq.allocate.stability import Stability, gaussian, resampled, stability
@@ -52,6 +55,7 @@ __all__ = [
     "resampled",
     "solve_constrained",
     "solve_frontier",
+    "solve_quadratic",
     "stability",
     "uniform",
 ]
