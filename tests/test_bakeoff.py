@@ -22,7 +22,7 @@ def options(tmp_path_factory):
         out=root / "tiny.json",
         work=root / "work",
         granularity="g16",
-        metrics=("kl", "weight_mse", "hessian_trace:2", "first_order"),
+        metrics=("kl", "weight_mse", "imatrix:2", "first_order"),
         window=32,
         calibration_rows=4,
         test_rows=6,
@@ -41,9 +41,9 @@ def result(options):
 def test_every_metric_is_compared_in_every_band(options, result):
     assert [band["bits"] for band in result["bands"]] == [list(band) for band in BANDS]
     for band in result["bands"]:
-        assert list(band["metrics"]) == ["first_order", "hessian_trace", "kl", "weight_mse"]
+        assert list(band["metrics"]) == ["first_order", "imatrix", "kl", "weight_mse"]
         assert band["metrics"]["kl"]["tau"] > 0.5
-    assert result["metric_rows"] == {"hessian_trace": 2}
+    assert result["metric_rows"] == {"imatrix": 2}
     assert result["cost"]["kl"] > result["cost"]["weight_mse"]
 
 
@@ -89,6 +89,6 @@ def test_the_power_law_sees_only_the_further_plans():
 def test_the_page_has_a_row_for_every_metric(result):
     text = page([result])
     assert text.count("\n| `") == 4
-    assert "hessian_trace` (2 rows)" in text
+    assert "imatrix` (2 rows)" in text
     best = max(result["cost"], key=lambda name: sum(band["metrics"][name]["tau"] for band in result["bands"]))
     assert text.split("\n| `")[1].startswith(best)
