@@ -39,7 +39,7 @@ def plan(body: dict[str, Any], console: Console) -> None:
         console.print(f"rules written to {path}", markup=False)
     console.print(
         f"predicted loss increase {_with_error(body['predicted_kl'], body['predicted_stderr'])} nats per token, "
-        f"lower bound {body['lower_bound']:.4g}, {body['status']}; written to {body['out']}"
+        f"lower bound {body['lower_bound']:.4g} (gap {body['gap']:.2g}), {body['status']}; written to {body['out']}"
     )
 
 

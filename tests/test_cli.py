@@ -105,7 +105,9 @@ def test_rules_hold_and_what_they_matched_is_told(mpq, stages, capsys, monkeypat
     assert len(matched[1]) == 7
     assert {body["choices"][path] for path in matched[1]} <= {"int2_g16", "int8_channel"}
     assert cli.main(["allocate", "table", "--bpw", "6", *rules, "-o", "ruled"]) is None
-    assert r"--pin .*\.v_proj\.kernel=int8_channel matched 2: layers.0.self_attn" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert r"--pin .*\.v_proj\.kernel=int8_channel matched 2: layers.0.self_attn" in printed
+    assert "(gap 0), optimal" in " ".join(printed.split())
 
 
 def test_a_plan_is_written_for_another_tool_too(mpq, stages):
