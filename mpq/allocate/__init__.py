@@ -9,6 +9,8 @@
     allocation = solve_constrained(problem, budget_bits, [bops(problem, 1e12), latency(problem, times, 500.0)])
     # losses that do not add up: a term for every pair of weights
     allocation = solve_quadratic(problem, interactions.matrix(table), budget_bits)
+    # llama.cpp's fixed mix, the baseline that needs no table
+    allocation = heuristic(problem, budget_bits)
     # how often every scheme is chosen, were the sensitivities measured again
     found = stability(problem, budget_bits, np.random.default_rng(0))
 
@@ -22,6 +24,7 @@ from typing import Protocol
 from mpq.allocate.constrained import solve_constrained
 from mpq.allocate.constraints import Constraint, bops, latency, peak_memory
 from mpq.allocate.frontier import Exact, Frontier, solve_frontier
+from mpq.allocate.heuristic import heuristic
 from mpq.allocate.lagrangian import Lagrangian, lower_bound
 from mpq.allocate.power_law import PowerLaw
 from mpq.allocate.problem import Problem
@@ -48,6 +51,7 @@ __all__ = [
     "best_uniform",
     "bops",
     "gaussian",
+    "heuristic",
     "latency",
     "lower_bound",
     "matching",
