@@ -86,7 +86,7 @@ def plan_of_allocation(name: str, allocation: Allocation, table: SensitivityTabl
     """The plan file of a solved allocation; `beside` is `other_bits` of the model."""
     prediction = {
         "predicted_kl": allocation.loss,
-        "predicted_stderr": allocation.stderr,
+        "predicted_stderr": None if np.isnan(allocation.stderr) else allocation.stderr,
         "lower_bound": allocation.lower_bound,
         "gap": allocation.gap,
         "status": allocation.status.value,

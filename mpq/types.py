@@ -205,7 +205,8 @@ class SensitivityTable:
     Attributes:
       weights, schemes: rows and columns.
       loss_increase: `float64[L, S]`, nats per output.
-      stderr: `float64[L, S]`, standard error over documents or probes; 0 where the metric is deterministic.
+      stderr: `float64[L, S]`, standard error over documents or probes; 0 where the metric is deterministic, NaN where a
+        single document or probe leaves it unknown.
       metric: name of the metric and its options.
       quantizer: name of the rounding algorithm whose error was scored.
       model_digest, data_digest: what it was made from.
@@ -234,7 +235,7 @@ class Allocation:
 
     Attributes:
       choice: path -> scheme, in the table's order.
-      loss: predicted loss increase, nats per token, with `stderr`.
+      loss: predicted loss increase, nats per token, with `stderr` (NaN: unknown).
       size_bits: of the quantized weights, exactly.
       budget_bits: the limit it was solved for.
       lower_bound: no allocation within the budget has a smaller predicted loss.

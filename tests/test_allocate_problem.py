@@ -144,10 +144,23 @@ def test_a_loss_that_is_no_number_names_the_weight(bad):
     loss[2, 1] = bad
     with pytest.raises(MpqError, match=r"loss_increase of 0\.k at int2_g32"):
         Problem.from_table(table(WEIGHTS, loss))
-    with pytest.raises(MpqError, match=r"stderr of 0\.k at int2_g32"):
-        Problem.from_table(table(WEIGHTS, LOSS, loss))
+    if np.isinf(bad):
+        with pytest.raises(MpqError, match=r"stderr of 0\.k at int2_g32"):
+            Problem.from_table(table(WEIGHTS, LOSS, loss))
     with pytest.raises(MpqError, match="predicted loss of w0000 at int2_g32"):
         make_problem([[1, 2]], [[0.0, bad]])
+
+
+def test_an_unknown_error_stays_unknown():
+    """A single document has a mean and no spread."""
+    stderr = np.full(np.shape(LOSS), 0.5)
+    stderr[:, 1] = np.nan
+    problem = Problem.from_table(table(WEIGHTS, LOSS, stderr))
+    assert not problem.errors_known
+    assert dataclasses.replace(problem, allowed=np.arange(3) != np.full((len(problem.names), 1), 1)).errors_known
+    known, unknown = (problem.evaluate([column] * len(problem.names))[2] for column in (0, 1))
+    assert known == pytest.approx(0.5 * len(WEIGHTS) ** 0.5, rel=1e-12)
+    assert np.isnan(unknown)
 
 
 def test_a_table_of_the_wrong_shape():
@@ -174,7 +187,7 @@ def test_wrong_fields():
         make_problem([[1, 2], [1, 2]], np.zeros((2, 2)), allowed=[[True, True], [False, False]])
     with pytest.raises(MpqError, match="size is negative"):
         make_problem([[-1, 2]], [[1.0, 0.0]])
-    with pytest.raises(MpqError, match="both must be finite"):
+    with pytest.raises(MpqError, match="the variance finite or NaN, which is unknown, and not negative"):
         make_problem([[1, 2]], [[1.0, 0.0]], variance=[[-1.0, 0.0]])
 
 

@@ -105,5 +105,7 @@ def test_wrong_input():
         stability(problem, 5, np.random.default_rng(0))
     with pytest.raises(MpqError, match="there are no resamples: draw at least one"):
         resampled(problem, BUDGET, [])
+    with pytest.raises(MpqError, match="the sensitivities have no standard errors"):
+        stability(make_problem(SIZE, problem.loss, variance=np.full((2, 2), np.nan)), BUDGET, np.random.default_rng(0))
     with pytest.raises(MpqError, match=r"problem\.loss is float64\[1, 2\]: it must be float64\[2, 2\]"):
         resampled(problem, BUDGET, [np.zeros((1, 2))])

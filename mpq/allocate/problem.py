@@ -31,7 +31,7 @@ class Problem:
       schemes: the S candidates.
       loss: `float64[G, S]`, predicted loss increase of the whole group, nats per token. May be negative, need not be
         monotone.
-      variance: `float64[G, S]`, squared standard error of `loss`.
+      variance: `float64[G, S]`, squared standard error of `loss`; NaN: unknown, as for losses of a single document.
       size_bits: `int64[G, S]`, exact stored size of the whole group.
       allowed: `bool[G, S]`; entries of the arrays above have no meaning where False.
       paths: of all weights, in the order of the table; empty: in the order of the groups.
@@ -69,11 +69,12 @@ class Problem:
             )
         for row in np.flatnonzero(~self.allowed.any(axis=1)):
             raise MpqError(f"no scheme is allowed for {self.names[row]}: allow at least one of {join(self.schemes)}")
-        bad = self.allowed & ~(np.isfinite(self.loss) & np.isfinite(self.variance) & (self.variance >= 0))
+        bad = self.allowed & ~(np.isfinite(self.loss) & ~np.isinf(self.variance) & ~(self.variance < 0))
         for row, column in np.argwhere(bad):
             raise MpqError(
                 f"predicted loss of {self.names[row]} at {self.schemes[column]} is {self.loss[row, column]} with "
-                f"variance {self.variance[row, column]}: both must be finite; look at this weight's sensitivity"
+                f"variance {self.variance[row, column]}: the loss must be finite, the variance finite or NaN, which is "
+                "unknown, and not negative; look at this weight's sensitivity"
             )
         if (self.allowed & (self.size_bits < 0)).any():
             raise MpqError("a size is negative: sizes are bits")
@@ -98,8 +99,8 @@ class Problem:
           overhead_bits: see the class.
 
         Raises:
-          MpqError: a loss or standard error is NaN or infinite; a pattern matches nothing or is no regular expression,
-            a scheme is not in the table, or the rules leave a group no scheme.
+          MpqError: a loss is NaN or infinite, or a standard error infinite; a pattern matches nothing or is no regular
+            expression, a scheme is not in the table, or the rules leave a group no scheme.
         """
         _check_table(table)
         groups: dict[str, list[int]] = {}
@@ -124,6 +125,11 @@ class Problem:
     def num_weights(self) -> int:
         """Number of quantized elements."""
         return sum(spec.size for group in self.members for spec in group)
+
+    @functools.cached_property
+    def errors_known(self) -> bool:
+        """Whether every loss that may be chosen has a standard error."""
+        return not np.isnan(self.variance[self.allowed]).any()
 
     @functools.cached_property
     def min_bits(self) -> int:
@@ -186,7 +192,7 @@ class Problem:
         return budget_bits
 
     def evaluate(self, choice: Sequence[int] | np.ndarray) -> tuple[int, int, float]:
-        """Size in bits, loss in fixed point and standard error in nats of one scheme index per group.
+        """Size in bits, loss in fixed point and standard error in nats (NaN: unknown) of one scheme index per group.
 
         Raises:
           MpqError: a scheme is chosen where it is not allowed.
@@ -255,7 +261,8 @@ def _check_table(table: SensitivityTable) -> None:
             raise MpqError(
                 f"sensitivity table: {name} has shape {array.shape} for {shape[0]} weights and {shape[1]} schemes"
             )
-        for row, column in np.argwhere(~np.isfinite(array)):
+        unknown = np.isnan(array) if name == "stderr" else np.zeros(shape, np.bool_)
+        for row, column in np.argwhere(~np.isfinite(array) & ~unknown):
             raise MpqError(
                 f"sensitivity table: {name} of {table.weights[row].path} at {table.schemes[column]} is "
                 f"{array[row, column]}: compute the table again, and look at this weight if it persists"

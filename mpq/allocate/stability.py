@@ -55,7 +55,16 @@ class Stability:
 
 
 def gaussian(problem: Problem, rng: np.random.Generator, num_resamples: int = 200) -> Iterator[np.ndarray]:
-    """Resamples of the losses, each `float64[G, S]`, drawn from N(loss, variance)."""
+    """Resamples of the losses, each `float64[G, S]`, drawn from N(loss, variance).
+
+    Raises:
+      MpqError: a standard error is unknown.
+    """
+    if not problem.errors_known:
+        raise MpqError(
+            "the sensitivities have no standard errors, so no resamples can be drawn of them: one document says "
+            "nothing about the spread between documents; measure on several"
+        )
     spread = np.sqrt(np.where(problem.allowed, problem.variance, 0.0))
     center = np.where(problem.allowed, problem.loss, 0.0)
     for _ in range(num_resamples):
@@ -75,7 +84,7 @@ def stability(
       exact: see `resampled`.
 
     Raises:
-      MpqError: the budget is out of range, or there are no resamples.
+      MpqError: the budget is out of range, there are no resamples, or a standard error is unknown.
     """
     return resampled(problem, budget_bits, gaussian(problem, rng, num_resamples), exact)
 
