@@ -1,7 +1,8 @@
 """Size on one axis and plans as points: what the figures of measured plans share."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,17 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from analysis.figure import MIXED, PAPER, UNIFORM, Label
+from analysis.figure import HEURISTIC, MIXED, PAPER, UNIFORM, Label
 from analysis.load import PlanResult, Result
 from analysis.text import significant
 
 _MAX_TICKS = 8
 _MANTISSAS = ((1, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 4, 6, 8), (1, 2, 4), (1, 3), (1,))
 DASHES = (0, (4, 3))
+KINDS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {"mixed": (MIXED, "o"), "uniform": (UNIFORM, "s"), "heuristic": (HEURISTIC, "^")}
+)
+"""Kind of a plan -> colour and marker."""
 
 
 def bpw_range(values: Sequence[float]) -> tuple[float, float]:
@@ -87,9 +92,11 @@ def draw_plans(
       rising: higher is better.
     """
     methods = sorted({plan.method for plan in plans}, key=lambda method: (method != result.main_method, method))
-    for kind, color, marker in (("mixed", MIXED, "o"), ("uniform", UNIFORM, "s")):
+    for kind, (color, marker) in KINDS.items():
         for method in methods:
             chosen = [plan for plan in plans if (plan.kind, plan.method) == (kind, method)]
+            if not chosen:
+                continue
             chosen.sort(key=lambda plan: plan.bits_per_weight)
             x, y = [plan.bits_per_weight for plan in chosen], [value(plan) for plan in chosen]
             _connect(ax, x, y, kind, main=method == result.main_method, rising=rising)
@@ -106,8 +113,8 @@ def _connect(ax: Axes, x: Sequence[float], y: Sequence[float], kind: str, *, mai
     """A thin line through mixed plans; the steps of the best scheme that fits for uniform ones: none lies between."""
     if kind == "mixed":
         ax.plot(x, y, color=MIXED, linewidth=0.9, alpha=0.6, zorder=2)
-    elif main:
-        best = (np.maximum if rising else np.minimum).accumulate(y) if y else []
+    elif kind == "uniform" and main:
+        best = (np.maximum if rising else np.minimum).accumulate(y)
         ax.plot(x, best, color=UNIFORM, linewidth=0.9, alpha=0.7, linestyle=DASHES, drawstyle="steps-post", zorder=2)
 
 
@@ -145,7 +152,7 @@ def plan_labels(
     return [
         Label(plan.bits_per_weight, value(plan), plan.scheme or budget_of(plan), color_of(plan))
         for plan in named
-        if plan.kind == "uniform" or (mixed and budget_of(plan) not in schemes)
+        if plan.kind == "uniform" or (mixed and plan.kind == "mixed" and budget_of(plan) not in schemes)
     ]
 
 
@@ -156,7 +163,7 @@ def budget_of(plan: PlanResult) -> str:
 
 def color_of(plan: PlanResult) -> str:
     """Colour of a plan's kind."""
-    return UNIFORM if plan.kind == "uniform" else MIXED
+    return KINDS[plan.kind][0]
 
 
 def round_ticks(low: float, high: float) -> list[float]:

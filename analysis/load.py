@@ -117,7 +117,7 @@ class PlanResult:
     """One plan, rounded by one method and measured on the test set; (`name`, `method`) is unique.
 
     Attributes:
-      kind: `mixed` (a solution of the knapsack) or `uniform` (every weight under `scheme`).
+      kind: `mixed` (a solution of the knapsack), `uniform` (every weight under `scheme`) or `heuristic` (a fixed mix).
       handed_out: it is the plan that its budget ends with.
       quality: None without labels, and where it is not finite (a perplexity that overflows).
       nll: None without labels, and for embeddings, which have no right answer.
@@ -126,7 +126,7 @@ class PlanResult:
     """
 
     name: str
-    kind: Literal["mixed", "uniform"]
+    kind: Literal["mixed", "uniform", "heuristic"]
     method: str
     handed_out: bool
     size_bytes: int
@@ -170,10 +170,26 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Winner:
-    """What a budget ends with: of the mixed plan and all uniform ones that fit, the best on the selection set."""
+    """What a budget ends with: the best on the selection set of the mixed, the uniform and the heuristic plan."""
 
     plan: str
     selection_kl: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class StabilityInfo:
+    """How sure the choices of a plan are: what resamples of the sensitivities would choose.
+
+    Attributes:
+      statement: what was found, or why there are no resamples.
+      share: path -> part of the resamples that take the plan's scheme; None without resamples.
+      unsure: paths of the weights of which more than 1 in 20 resamples take another scheme.
+    """
+
+    plan: str
+    statement: str
+    share: Mapping[str, float] | None
+    unsure: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +252,7 @@ class Result:
     task: TaskInfo = CAUSAL_LM
     reference: Evaluation | None = None
     winners: Mapping[str, Winner] = dataclasses.field(default_factory=dict)
+    stability: Mapping[str, StabilityInfo] = dataclasses.field(default_factory=dict)
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property

@@ -11,6 +11,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from analysis.axes import (
     DASHES,
+    KINDS,
     bars,
     beside_bytes,
     bpw_range,
@@ -23,7 +24,7 @@ from analysis.axes import (
     round_ticks,
     size_axes,
 )
-from analysis.figure import INK, MIXED, MUTED, UNIFORM, Label, place_labels, save
+from analysis.figure import INK, MUTED, Label, place_labels, save
 from analysis.load import PlanResult, Result
 from analysis.measures import QUALITIES
 from analysis.text import MINUS, significant
@@ -135,8 +136,10 @@ def agreement_figure(result: Result) -> Figure:
     drawn = [plan for plan in result.plans if plan.method == method and plan.kl > 0 and (plan.predicted_kl or 0) > 0]
     ax.set_xscale("log")
     ax.set_yscale("log")
-    for kind, color, marker in (("mixed", MIXED, "o"), ("uniform", UNIFORM, "s")):
+    for kind, (color, marker) in KINDS.items():
         plans = [plan for plan in drawn if plan.kind == kind]
+        if not plans:
+            continue
         measured, predicted = [plan.kl for plan in plans], [plan.predicted_kl or 0.0 for plan in plans]
         ax.errorbar(
             measured,
@@ -160,6 +163,7 @@ def agreement_figure(result: Result) -> Figure:
     ax.set_title("Predicted and measured", pad=10)
     ax.legend(*legend_entries(ax), loc="upper left")
     points = [(plan.kl, plan.predicted_kl or 0.0) for plan in drawn]
-    labels = [Label(p.kl, p.predicted_kl or 0.0, p.scheme or budget_of(p), color_of(p)) for p in drawn]
+    named = [plan for plan in drawn if plan.kind != "heuristic"]
+    labels = [Label(p.kl, p.predicted_kl or 0.0, p.scheme or budget_of(p), color_of(p)) for p in named]
     place_labels(ax, labels, points)
     return figure

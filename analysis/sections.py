@@ -73,8 +73,9 @@ def mixing_section(result: Result, drawings: Drawings) -> list[str]:
     noun = document_noun(result.task, result.data.get("test"))
     note = (
         f"KL in {result.task.nats}, ± one standard error over {noun}s. The difference is paired by {noun}; below zero "
-        "mixing loses less. A verdict needs two standard errors. What a budget ends with is chosen on other "
-        f"{result.task.material}."
+        "mixing loses less. A verdict needs two standard errors. A budget ends with the best, on other "
+        f"{result.task.material}, of the mixed plan, the uniform schemes that fit, and a fixed heuristic in the manner "
+        "of llama.cpp's K-quants."
     )
     title = "Mixed plans against the best uniform scheme that fits the same budget"
     return [table(title, [*head, "difference", "z"], rows, 5), _note(note)]
@@ -144,7 +145,18 @@ def prediction_section(result: Result, drawings: Drawings) -> list[str]:
         text += f"Measured over predicted lies between {low} and {high} over {len(ratios)} plans."
     label = "Predicted over measured KL of every plan"
     drawn = figure(drawings["agreement"], "agreement", label, "On the dashed line the prediction is right.")
-    return [paragraph(text), f'<div class="small">{drawn}</div>']
+    rows = [
+        [
+            escape(plan.name),
+            with_error(plan.predicted_kl, plan.predicted_stderr),
+            with_error(plan.kl, plan.kl_stderr),
+            significant(plan.kl / plan.predicted_kl if plan.predicted_kl else None, 2),
+        ]
+        for plan in handed_out_plans(result)
+    ]
+    head = ["plan handed out", "predicted KL", "measured KL", "measured / predicted"]
+    title = f"KL of what is handed out, {result.task.nats}, ± one standard error"
+    return [paragraph(text), table(title, head, rows), f'<div class="small">{drawn}</div>']
 
 
 def weights_section(result: Result, drawings: Drawings) -> list[str]:
@@ -159,7 +171,7 @@ def weights_section(result: Result, drawings: Drawings) -> list[str]:
             escape(w.path),
             f'<span class="keep">{w.k} × {w.n}</span>',
             escape(w.kind),
-            *(_choice(table_, w.path, plan) for plan in plans),
+            *(_choice(table_, w.path, plan) + _unsure(result, w.path, plan) for plan in plans),
         ]
         for w in shown
     ]
@@ -169,10 +181,16 @@ def weights_section(result: Result, drawings: Drawings) -> list[str]:
         "≈: not distinguishable from the next larger scheme, under which the loss is less than two standard errors "
         "lower."
     )
+    if result.stability:
+        note += (
+            " A share of resamples: in more than 1 of 20 of them, drawn of the sensitivities with their standard "
+            "errors, another scheme would be taken, so that the choice is not distinguishable from others."
+        )
+    sure = [_note(f"{budget}, {info.plan}: {info.statement}.") for budget, info in result.stability.items()]
     if len(shown) < len(result.weights):
         note += f" The {len(shown)} weights of {len(result.weights)} with the largest predicted loss are listed."
     content = table("Scheme and predicted loss of every weight", head, rows, len(head))
-    return [drawn, _note(note), f"<details><summary>All weights, one by one</summary>{content}</details>"]
+    return [drawn, *sure, _note(note), f"<details><summary>All weights, one by one</summary>{content}</details>"]
 
 
 def sensitivity_section(result: Result, drawings: Drawings) -> list[str]:
@@ -252,6 +270,12 @@ def _choice(table_: TableInfo | None, path: str, plan: PlanResult) -> str:
     larger = next_scheme_note(table_, path, scheme)
     alike = f' <span class="sub">≈ {escape(larger)}</span>' if larger else ""
     return f'<span class="keep">{chip}{alike}</span><br><span class="sub">{shown}</span>'
+
+
+def _unsure(result: Result, path: str, plan: PlanResult) -> str:
+    """The part of the resamples that take the plan's scheme, if it is not nearly all."""
+    shares = [s.share[path] for s in result.stability.values() if s.plan == plan.name and s.share and path in s.unsure]
+    return f'<br><span class="sub">taken in {100 * min(shares):.0f} % of resamples</span>' if shares else ""
 
 
 def _most_sensitive(result: Result, plans: list[PlanResult]) -> list[WeightInfo]:

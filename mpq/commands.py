@@ -10,6 +10,7 @@ import numpy as np
 from mpq import artifacts, show
 from mpq.allocate import solve_frontier
 from mpq.calibrate import calibrate as run_calibration
+from mpq.certainty import certainty, unknown
 from mpq.config import known, load_config
 from mpq.data.sources import read_set
 from mpq.evaluate import Reference, score
@@ -113,6 +114,11 @@ def allocate(table_path: Path, out: Path, request: Request, picture: Path | None
     problem = request.problem(table, beside)
     limits = request.limits(problem)
     allocation = request.solve(problem, limits)
+    sure = (
+        unknown("the plan keeps to limits beside the size, with which resamples are not solved")
+        if limits
+        else certainty(problem, allocation.choice, allocation.budget_bits, seed=0)
+    )
     plan = artifacts.plan_of_allocation(request.name, allocation, table, beside)
     files = request.rules_for(plan.choices, table.weights)
     artifacts.save_plan(out, plan)
@@ -128,7 +134,7 @@ def allocate(table_path: Path, out: Path, request: Request, picture: Path | None
         {"name": limit.name, "unit": limit.unit, "limit": limit.limit, "reached": limit.of(problem, allocation)}
         for limit in limits
     ]
-    told = {"matched": matched, "limits": reached, "rules": [str(path) for path in files]}
+    told = {"matched": matched, "limits": reached, "rules": [str(path) for path in files], "stability": sure}
     return {"out": str(out), **plan.to_json(), **told}
 
 
@@ -187,9 +193,9 @@ def run(config_path: str, overrides: list[str], root: Path) -> dict[str, Any]:
     keep = (*body["reference"], "size_bytes", "bits_per_weight")
     rows = {
         kind: {f"{p['name']} {p['method']}": {k: p[k] for k in keep} for p in body["plans"] if p["kind"] == kind}
-        for kind in ("mixed", "uniform")
+        for kind in ("mixed", "uniform", "heuristic")
     }
-    return {"run": str(this.folder), "plans": rows["mixed"], "uniform": rows["uniform"], "results": body}
+    return {"run": str(this.folder), "plans": rows.pop("mixed"), **rows, "results": body}
 
 
 def _candidates(

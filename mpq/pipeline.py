@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from mpq.allocate import Frontier, Problem, Refine, solve_frontier
+from mpq.allocate import Frontier, Problem, Refine, heuristic, solve_frontier
 from mpq.artifacts import (
     Plan,
     load_plan,
@@ -47,6 +47,7 @@ from mpq.progress import track
 from mpq.quantize import QUANTIZERS, Candidates, apply_plan
 from mpq.record import timed
 from mpq.sensitivity import METRICS
+from mpq.sensitivity.base import require_finite_entries
 from mpq.store import ItemStore
 from mpq.trace import Trace
 from mpq.types import LayerStats, MpqError, SensitivityTable, WeightSpec
@@ -130,6 +131,14 @@ class Run:
         return {s: uniform_plan(parse_scheme(s), self.model, self.traced.weights) for s in self.config.schemes}
 
     @functools.cached_property
+    def heuristics(self) -> dict[str, Plan]:
+        """llama.cpp's fixed mix of the largest base scheme that fits, of the main method, by budget; left out: none."""
+        table, problem = self.allocation_tables[self.config.method], self.frontiers[self.config.method].problem
+        beside = other_bits(self.model, self.traced.weights)
+        found = {b: heuristic(problem, self.bits(b)) for b in self.config.budgets}
+        return {b: plan_of_allocation(a.solver, a, table, beside) for b, a in found.items() if a is not None}
+
+    @functools.cached_property
     def separable(self) -> dict[str, dict[str, Plan]]:
         """The solution of the knapsack, by rounding algorithm and budget."""
         return {m: {budget: self._solve(budget, m) for budget in self.config.budgets} for m in self.methods}
@@ -142,6 +151,10 @@ class Run:
             return self.separable
         budgets = track(self.config.budgets, "refine", len(self.config.budgets))
         return self.separable | {main: {budget: self._refine(budget) for budget in budgets}}
+
+    def bits(self, budget: str) -> int:
+        """Bits that the quantized weights may take, see `budget_bits`."""
+        return budget_bits(budget, self.model, self.traced, self.uniform)
 
     def scores(self, plan: Plan, method: str, which: str) -> DocumentScores:
         """A plan's quality on the selection or test set."""
@@ -164,19 +177,20 @@ class Run:
         return self.candidates[method].choose(plan.choices)
 
     def winner(self, budget: str) -> tuple[Plan, dict[str, float]]:
-        """Do no harm: of the solution, what it was searched from, and every uniform plan that fits, the best.
+        """Do no harm: the best of the solution, what it was searched from, every uniform plan that fits, the heuristic.
 
-        Judged by the KL on the selection set.
+        Judged by the KL on the selection set; of equals the first in this order.
 
         Returns:
           The plan to hand out, and the KL on the selection set of every plan that was considered.
         """
         mixed = self.mixed[self.config.method][budget]
-        limit = budget_bits(budget, self.model, self.traced, self.uniform)
-        fitting = [mixed, *(p for p in self.uniform.values() if p.size_bits <= limit)]
+        fitting = [mixed, *(p for p in self.uniform.values() if p.size_bits <= self.bits(budget))]
         separable = self.separable[self.config.method][budget]
         if separable.choices != mixed.choices:
             fitting.append(dataclasses.replace(separable, name=f"separable@{budget}"))
+        if budget in self.heuristics:
+            fitting.append(self.heuristics[budget])
         kl = {p.name: _kl(self.scores(p, self.config.method, "selection")) for p in fitting}
         return min(fitting, key=lambda p: kl[p.name]), kl
 
@@ -196,8 +210,7 @@ class Run:
 
     def _solve(self, budget: str, method: str) -> Plan:
         def make() -> Plan:
-            limit = budget_bits(budget, self.model, self.traced, self.uniform)
-            allocation = self.frontiers[method].at(bits=limit)
+            allocation = self.frontiers[method].at(bits=self.bits(budget))
             beside = other_bits(self.model, self.traced.weights)
             return plan_of_allocation(f"mixed@{budget}", allocation, self.allocation_tables[method], beside)
 
@@ -209,7 +222,7 @@ class Run:
         table, problem = self.allocation_tables[method], self.frontiers[method].problem
 
         def make() -> Plan:
-            start = self.frontiers[method].at(bits=budget_bits(budget, self.model, self.traced, self.uniform))
+            start = self.frontiers[method].at(bits=self.bits(budget))
             found = Refine(self.config.refine_rounds)(problem, start, self._plan_loss).allocation
             mean, stderr = mean_over_documents(self._plan_loss.documents(found.choice), self._plan_loss.counts)
             measured = dataclasses.replace(found, loss=float(mean), stderr=float(stderr))
@@ -226,13 +239,17 @@ class Run:
         store = ItemStore(self.folder / "plans.items.jsonl", self.folder.name)
         return PlanLoss(self.model, self.traced, self.candidates[self.config.method], reference, store)
 
-    def _table(self, metric: str, method: str) -> SensitivityTable:
+    def sensitivity_data(self, metric: str) -> Dataset:
+        """The part of the calibration set that a metric is measured on."""
         windows = dict(self.config.sensitivity_windows).get(metric, self.config.batch_size)
-        data = take(self.sets["calibration"], windows)
+        return take(self.sets["calibration"], windows)
+
+    def _table(self, metric: str, method: str) -> SensitivityTable:
+        data = self.sensitivity_data(metric)
         name = f"sensitivity-{metric}-{method}"
 
         def make() -> SensitivityTable:
-            return METRICS[metric](
+            table = METRICS[metric](
                 self.model,
                 self.traced,
                 tuple(parse_scheme(s) for s in self.config.schemes),
@@ -242,6 +259,8 @@ class Run:
                 batch_size=min(self.config.batch_size, len(data.inputs)),
                 store=ItemStore(self.folder / f"{name}.items.jsonl", self.folder.name),
             )
+            require_finite_entries(table.loss_increase, table.weights, table.schemes)
+            return table
 
         extra = {"other_bits": other_bits(self.model, self.traced.weights)}
         save = lambda path, table: save_table(path, table, extra)
@@ -284,7 +303,7 @@ def prepare(config: RunConfig, root: Path) -> Run:
     folder = root / f"{config.name}-{digest}"
     run = Run(config, model, sets, folder)
     for budget in config.budgets:
-        budget_bits(budget, model, run.traced, run.uniform)
+        run.bits(budget)
     folder.mkdir(parents=True, exist_ok=True)
     return run
 

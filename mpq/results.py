@@ -9,12 +9,14 @@ import numpy as np
 from scipy import stats as scipy_stats
 
 from mpq.allocate import Frontier, Refine
+from mpq.allocate.heuristic import NAME as HEURISTIC
 from mpq.artifacts import Plan, other_bits, save_plan
+from mpq.certainty import certainty, unknown
 from mpq.checks import check
 from mpq.evaluate import DocumentScores, counts_of, score
 from mpq.export import orbax
 from mpq.files import write_json
-from mpq.pipeline import Run, budget_bits
+from mpq.pipeline import Run
 from mpq.progress import track
 from mpq.record import Costs, RunRecord, timed
 from mpq.types import MpqError, SensitivityTable
@@ -76,8 +78,9 @@ def collect(run: Run) -> dict[str, Any]:
     winners = {budget: run.winner(budget) for budget in run.config.budgets}
     handed_out = {winner.name for winner, _ in winners.values()}
     pairs = [(plan, m) for m in run.methods for plan in (*run.mixed[m].values(), *run.uniform.values())]
+    beside = {p.name: p for p in (*run.heuristics.values(), *(winner for winner, _ in winners.values()))}
     listed = {plan.name for plan, _ in pairs}
-    pairs += [(winner, run.config.method) for winner, _ in winners.values() if winner.name not in listed]
+    pairs += [(plan, run.config.method) for name, plan in beside.items() if name not in listed]
     scores = {(plan.name, m): run.scores(plan, m, "test") for plan, m in track(pairs, "measure plans")}
     return {
         "schema": SCHEMA,
@@ -111,6 +114,7 @@ def collect(run: Run) -> dict[str, Any]:
             for plan, m in pairs
         ],
         "winners": {budget: {"plan": winner.name, "selection_kl": kl} for budget, (winner, kl) in winners.items()},
+        "stability": {budget: stability(run, budget, winner) for budget, (winner, _) in winners.items()},
         "comparisons": [compare(run, budget, m, scores) for m in run.methods for budget in run.config.budgets],
         "tables": {metric: table_entry(table) for metric, table in tables.items()},
         "weights": [
@@ -123,12 +127,12 @@ def collect(run: Run) -> dict[str, Any]:
 
 def plan_entry(run: Run, plan: Plan, method: str, scores: DocumentScores, handed_out: bool) -> dict[str, Any]:
     """One row: a plan, rounded by one method, measured on the test set."""
-    uniform = plan.prediction is None
+    kind = kind_of(plan)
     predicted, stderr = predict(plan, run.allocation_tables[method])
     return {
         "name": plan.name,
-        "kind": "uniform" if uniform else "mixed",
-        "scheme": plan.name if uniform else None,
+        "kind": kind,
+        "scheme": plan.name if kind == "uniform" else None,
         "method": method,
         "handed_out": handed_out,
         "predicted_kl": predicted,
@@ -138,6 +142,23 @@ def plan_entry(run: Run, plan: Plan, method: str, scores: DocumentScores, handed
         "bits_per_weight": plan.bits_per_weight,
         "choices": {path: str(scheme) for path, scheme in plan.choices.items()},
     }
+
+
+def stability(run: Run, budget: str, winner: Plan) -> dict[str, Any]:
+    """How sure the choices of a budget's winner are (`mpq.certainty`); of a searched one, beside solutions as well."""
+    if kind_of(winner) != "mixed":
+        sure = unknown("the plan is one scheme or a fixed mix, so none of its choices rests on the sensitivities")
+    else:
+        problem = run.frontiers[run.config.method].problem
+        sure = certainty(problem, winner.choices, run.bits(budget), run.config.seed)
+    return {"plan": winner.name, **sure}
+
+
+def kind_of(plan: Plan) -> str:
+    """`uniform`, `heuristic`, or `mixed`: solved or searched for."""
+    if plan.prediction is None:
+        return "uniform"
+    return HEURISTIC if plan.name.startswith(HEURISTIC) else "mixed"
 
 
 def evaluation(scores: DocumentScores) -> dict[str, Any]:
@@ -162,8 +183,7 @@ def predict(plan: Plan, table: SensitivityTable) -> tuple[float, float | None]:
 def compare(run: Run, budget: str, method: str, scores: Mapping[tuple[str, str], DocumentScores]) -> dict[str, Any]:
     """The mixed plan of a budget against the best uniform one that fits, by KL on the test set, paired by document."""
     plan = run.mixed[method][budget]
-    limit = budget_bits(budget, run.model, run.traced, run.uniform)
-    fitting = [p for p in run.uniform.values() if p.size_bits <= limit]
+    fitting = [p for p in run.uniform.values() if p.size_bits <= run.bits(budget)]
     if not fitting:
         return {
             "budget": budget,

@@ -28,9 +28,11 @@ def plan(body: dict[str, Any], console: Console) -> None:
         "scheme",
         title=f"{body['name']}: {body['size_bytes']:,} bytes, {body['bits_per_weight']:.4f} bits per weight",
     )
+    unsure, share = body["stability"]["unsure"], body["stability"]["share"]
     for path, scheme in body["choices"].items():
-        rows.add_row(path, scheme)
+        rows.add_row(path, f"{scheme} ≈ ({100 * share[path]:.0f} %)" if path in unsure else scheme)
     console.print(rows)
+    console.print(f"{'≈: ' if unsure else ''}{body['stability']['statement']}", markup=False)
     for rule, paths in body["matched"].items():
         console.print(f"{rule} matched {len(paths)}: {', '.join(paths)}", markup=False)
     for limit in body["limits"]:
@@ -75,6 +77,9 @@ def run(body: dict[str, Any], console: Console) -> None:
     console.print("* wins its budget on the selection set and is handed out\n")
     for c in result["comparisons"]:
         console.print(f"{c['method']:>5}  {verdict(c)}")
+    for budget, winner in result["winners"].items():
+        handed_out = next(p for p in result["plans"] if p["handed_out"] and p["name"] == winner["plan"])
+        console.print(f"{budget}: {_ending(winner)}; {_prediction(handed_out)}", markup=False)
     console.print(f"run folder: {body['run']}  (report.html, frontier.png, plan.json, quantized/)")
 
 
@@ -123,6 +128,21 @@ def verdict(comparison: dict[str, Any]) -> str:
         f"{c['budget']}: mixing {word} {share:.0f} % of the KL of {c['baseline']} "
         f"({c['plan_kl']:.4f} against {c['baseline_kl']:.4f} nats, difference {difference}, z {c['z']:.1f})"
     )
+
+
+def _ending(winner: dict[str, Any]) -> str:
+    """What a budget ends with, and against what it won."""
+    others = [name for name in winner["selection_kl"] if name != winner["plan"]]
+    kl = winner["selection_kl"]
+    best = f" (of the others {min(others, key=kl.__getitem__)}: {min(map(kl.get, others)):.4g})" if others else ""
+    return f"{winner['plan']} is handed out, with KL {kl[winner['plan']]:.4g} on the selection set{best}"
+
+
+def _prediction(plan: dict[str, Any]) -> str:
+    """Predicted against measured loss."""
+    predicted = _with_error(plan["predicted_kl"], plan["predicted_stderr"])
+    measured = _with_error(plan["kl"], plan["kl_stderr"])
+    return f"predicted {predicted}, measured {measured} nats"
 
 
 def _with_error(value: float | None, error: float | None) -> str:

@@ -18,9 +18,10 @@ from analysis.allocation import (
     scheme_color,
     sensitivity_figure,
 )
+from analysis.axes import legend_entries
 from analysis.figure import render, style
 from analysis.load import parse_result
-from analysis.measured import draw_agreement, draw_quality, quality_figure
+from analysis.measured import agreement_figure, draw_agreement, draw_quality, quality_figure
 from analysis.pareto import draw_frontier, draw_prediction, frontier_figure
 from analysis.report import draw, figures, report_html
 from analysis.text import megabytes, significant
@@ -84,6 +85,19 @@ class TestFigures:
         texts = {text.get_text() for text in whole.texts}
         assert {"int2_g64", "int3_g64", "int4_g64", "int8_channel"} <= texts
         assert any("14.71 MB at KL 0" in text and "not above 0 either: bf16" in text for text in texts)
+
+    def test_a_heuristic_has_a_series_of_its_own(self):
+        body = make_result(layers=1)
+        plan = next(p for p in body["plans"] if p["name"] == "int3_g64" and p["method"] == "gptq")
+        body["plans"].append(plan | {"name": "heuristic-int2_g64", "kind": "heuristic", "scheme": None})
+        result = parse_result(body)
+        with style():
+            axes = [make(result).axes[0] for make in (frontier_figure, quality_figure, agreement_figure)]
+        heights = [(plan["bits_per_weight"], plan["kl"]), (plan["bits_per_weight"], plan["perplexity"])]
+        for ax, point in zip(axes, [*heights, (plan["kl"], plan["predicted_kl"])], strict=True):
+            drawn = [line.get_xydata().tolist() for line in ax.lines if line.get_marker() == "^"]
+            assert drawn == [[list(point)]]
+            assert "heuristic, GPTQ" in legend_entries(ax)[1]
 
     def test_error_bars_are_two_standard_errors(self, result):
         with style():

@@ -14,10 +14,10 @@ from analysis import report
 from analysis import sections as report_sections
 from analysis.__main__ import main
 from analysis.findings import headline
-from analysis.load import Winner, parse_result
+from analysis.load import StabilityInfo, Winner, parse_result
 from analysis.measures import counted
 from analysis.report import draw, report_html, write_report
-from analysis.sections import mixing_section
+from analysis.sections import mixing_section, weights_section
 from analysis.text import with_error
 from mpq.files import write_json
 from tests.analysis_cases import RECORD, SCHEMES, drawn, make_result, parsed
@@ -136,9 +136,39 @@ class TestReport:
 
     def test_what_a_budget_ends_with(self, result):
         winners = {"3.0bpw": Winner("mixed@3.0bpw", {}), "int4_g64": Winner("int4_g64", {})}
+        winners["3.5bpw"] = Winner("heuristic-int3_g64", {})
         section = "".join(mixing_section(dataclasses.replace(result, winners=winners), {}))
         rows = [re.findall(r"<td[^>]*>(?:<span[^>]*>)?([^<]*)", row) for row in section.split("<tr>")[2:]]
-        assert [row[3] for row in rows] == ["mixed", "mixed", "mixed", "int4_g64"]
+        assert [row[3] for row in rows] == ["mixed", "mixed", "heuristic-int3_g64", "int4_g64"]
+
+    def test_prediction_and_measurement_of_what_is_handed_out(self, page, result):
+        section = page[page.index('<section id="prediction">') : page.index('<section id="weights">')]
+        rows = {row[0]: row[1:] for row in (re.findall(r">([^<]+)</t[hd]>", row) for row in section.split("<tr>")[2:])}
+        plans = [plan for plan in result.plans if plan.handed_out]
+        assert set(rows) == {plan.name for plan in plans}
+        for plan in plans:
+            predicted, measured, ratio = rows[plan.name]
+            assert predicted == with_error(plan.predicted_kl, plan.predicted_stderr)
+            assert measured == with_error(plan.kl, plan.kl_stderr)
+            assert "±" in predicted
+            assert "±" in measured
+            assert float(ratio) == pytest.approx(plan.kl / plan.predicted_kl, rel=0.05)  # two digits
+
+    def test_choices_that_are_not_distinguishable_are_marked(self, result):
+        paths = [weight.path for weight in result.weights]
+        share = dict.fromkeys(paths, 1.0) | {paths[2]: 0.625}
+        stability = {
+            "3.0bpw": StabilityInfo("mixed@3.0bpw", "one of them is unsure", share, (paths[2],)),
+            "3.5bpw": StabilityInfo("mixed@3.5bpw", "nothing is known of them", None, ()),
+        }
+        section = "".join(weights_section(dataclasses.replace(result, stability=stability), drawn()))
+        rows = re.findall(r'<tr><th scope="row">([^<]+)</th>(.*?)</tr>', section, flags=re.S)
+        assert [path for path, cells in rows if "taken in 62 % of resamples" in cells] == [paths[2]]
+        assert section.count("of resamples<") == 1
+        assert "3.0bpw, mixed@3.0bpw: one of them is unsure." in section
+        assert "3.5bpw, mixed@3.5bpw: nothing is known of them." in section
+        assert "in more than 1 of 20 of them" in section
+        assert "in more than 1 of 20" not in "".join(weights_section(result, drawn()))
 
     def test_foreign_text_is_escaped(self, small, small_drawings):
         body = make_result(layers=1)

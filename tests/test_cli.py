@@ -1,14 +1,17 @@
 """The command line: every stage on a tiny model, and one sentence with exit code 2 for whatever is wrong."""
 
+import dataclasses
 import errno
+import io
 import json
 import re
 
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors.numpy import save_file
 
-from mpq import cli
+from mpq import artifacts, cli, show
 from mpq.models import load
 from tests import tiny
 
@@ -343,6 +346,34 @@ def test_sharded_and_single_checkpoints_evaluate_alike(mpq, place):
     assert one == two
 
 
+def test_allocate_says_which_choices_are_sure(mpq, stages):
+    _, body, _ = mpq("allocate", "table", "--bpw", "6", "-o", "sure", "--json")
+    sure = body["stability"]
+    assert list(sure["share"]) == list(body["choices"])
+    assert sure["unsure"] == [path for path, part in sure["share"].items() if part < 0.95]
+    assert mpq("allocate", "table", "--bpw", "6", "-o", "sure", "--json")[1]["stability"] == sure
+    limited = mpq("allocate", "table", "--size", "18kB", "--max-bops", "1e12", "-o", "limited", "--json")[1]
+    assert limited["stability"]["share"] is None
+    assert "limits beside the size" in limited["stability"]["statement"]
+    screen = io.StringIO()
+    show.plan(body | {"stability": {**sure, "unsure": list(body["choices"])[:1]}}, Console(file=screen, width=200))
+    assert re.search(r"≈ \(\d+ %\)", screen.getvalue())
+    assert f"≈: {sure['statement']}" in screen.getvalue()
+
+
+def test_a_table_of_one_document_is_allocated_and_says_that_errors_are_unknown(mpq, stages):
+    table, body = artifacts.load_table(stages / "table")
+    unknown = dataclasses.replace(table, stderr=np.full_like(table.stderr, np.nan))
+    artifacts.save_table(stages / "one-document", unknown, {"other_bits": body["other_bits"]})
+    code, found, _ = mpq("allocate", "one-document", "--bpw", "6", "-o", "one-document-plan", "--json")
+    known = mpq("allocate", "table", "--bpw", "6", "-o", "known-plan", "--json")[1]
+    assert code == 0
+    assert found["choices"] == known["choices"]
+    assert found["predicted_stderr"] is None
+    assert found["stability"]["share"] is None
+    assert "no standard errors (one document or probe)" in found["stability"]["statement"]
+
+
 def test_the_frontier_is_drawn(mpq, stages):
     assert mpq("allocate", "table", "--bpw", "6", "-o", "drawn", "--frontier", "frontier.png", "--json")[0] == 0
     assert (stages / "frontier.png").read_bytes().startswith(b"\x89PNG")
@@ -364,6 +395,7 @@ def test_the_whole_job_on_a_person_s_own_model_and_text(mpq, place, capsys):
     assert all(set(row) == evaluate_keys for row in rows)
     folder = place / body["run"]
     record = json.loads((folder / "record.json").read_text())
+    assert {name.partition("-")[0] for name in body["heuristic"]} == {"heuristic"}
     assert (record["config"]["seed"], record["config"]["model"]) == (3, "model")
     written = {"frontier.png", "frontier.svg", "report.html", "plan.json", "record.json", "results.json", "quantized"}
     assert written <= {p.name for p in folder.iterdir()}

@@ -1,12 +1,15 @@
 """The main job on a tiny model: everything is written, numbers agree, and an interrupted run gives the same bytes."""
 
 import dataclasses
+import io
 import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from mpq import pipeline, results
+from mpq import pipeline, results, show
+from mpq.certainty import certainty
 from mpq.config import RunConfig
 from mpq.export import orbax
 from mpq.store import ItemStore
@@ -72,6 +75,68 @@ def test_the_winner_is_never_worse_than_a_uniform_scheme_that_fits(finished):
         assert f"mixed@{budget}" in winner["selection_kl"]
 
 
+def test_the_heuristic_is_a_candidate_that_fits_and_is_measured(finished):
+    run, body = finished
+    rows = {p["name"]: p for p in body["plans"] if p["kind"] == "heuristic"}
+    assert set(rows) == {plan.name for plan in run.heuristics.values()}
+    assert set(run.heuristics) == set(run.config.budgets)
+    for budget, plan in run.heuristics.items():
+        assert plan.size_bits <= run.bits(budget)
+        assert plan.name in body["winners"][budget]["selection_kl"]
+        table = run.allocation_tables["gptq"]
+        loss = sum(
+            table.loss_increase[row, table.schemes.index(plan.choices[w.path])] for row, w in enumerate(table.weights)
+        )
+        assert rows[plan.name]["predicted_kl"] == pytest.approx(loss, rel=1e-9)
+        assert (rows[plan.name]["method"], rows[plan.name]["scheme"]) == ("gptq", None)
+
+
+def test_a_heuristic_that_is_better_is_handed_out(finished, monkeypatch):
+    run, _ = finished
+    monkeypatch.setattr(pipeline.Run, "scores", lambda self, plan, method, which: plan.name)
+    monkeypatch.setattr(pipeline, "_kl", lambda name: 0.0 if name.startswith("heuristic-") else 1.0)
+    for budget, expected in run.heuristics.items():
+        assert run.winner(budget)[0] is expected
+
+
+def test_how_sure_the_choices_are_is_said_of_every_winner(finished, monkeypatch):
+    run, body = finished
+    assert set(body["stability"]) == set(run.config.budgets)
+    for budget, sure in body["stability"].items():
+        assert sure["plan"] == body["winners"][budget]["plan"]
+        plan = run.mixed["gptq"][budget]
+        expected = certainty(run.frontiers["gptq"].problem, plan.choices, run.bits(budget), run.config.seed)
+        if sure["plan"] == plan.name:
+            assert {"plan": plan.name, **expected} == sure
+    sure = results.stability(run, "3.5bpw", run.uniform["int3_g16"])
+    assert (sure["plan"], sure["share"], sure["unsure"]) == ("int3_g16", None, [])
+    assert "none of its choices rests on the sensitivities" in sure["statement"]
+
+
+def test_what_is_handed_out_has_prediction_and_measurement_with_errors(finished):
+    _, body = finished
+    rows = [p for p in body["plans"] if p["handed_out"]]
+    assert {p["name"] for p in rows} == {winner["plan"] for winner in body["winners"].values()}
+    text = shown(body)
+    for row in rows:
+        assert min(row["predicted_kl"], row["predicted_stderr"], row["kl"], row["kl_stderr"]) > 0
+        predicted = f"predicted {row['predicted_kl']:.4g} ± {row['predicted_stderr']:.1g}"
+        assert f"{predicted}, measured {row['kl']:.4g} ± {row['kl_stderr']:.1g} nats" in text
+
+
+def test_the_terminal_says_what_every_budget_ends_with(finished):
+    _, body = finished
+    text = shown(body)
+    for budget, winner in body["winners"].items():
+        kl = winner["selection_kl"]
+        second = min(kl.keys() - {winner["plan"]}, key=kl.get)
+        line = f"{budget}: {winner['plan']} is handed out, with KL {kl[winner['plan']]:.4g} on the selection set"
+        assert f"{line} (of the others {second}: {kl[second]:.4g})" in text
+    alone = body | {"winners": {"3.5bpw": {"plan": "mixed@3.5bpw", "selection_kl": {"mixed@3.5bpw": 0.5}}}}
+    alone["plans"] = [p | {"handed_out": p["name"] == "mixed@3.5bpw"} for p in body["plans"]]
+    assert "3.5bpw: mixed@3.5bpw is handed out, with KL 0.5 on the selection set; predicted" in shown(alone)
+
+
 def test_the_exported_folder_is_the_plan_to_the_byte_and_computes_the_same(finished):
     run, body = finished
     plan, _ = run.winner(run.config.hand_out)
@@ -116,6 +181,13 @@ def test_the_same_config_gives_the_same_bytes(finished, config, tmp_path):
     results.finish(again, "mpq run tiny")
     assert again.folder.name == run.folder.name
     assert content(again.folder) == content(run.folder)
+
+
+def shown(body):
+    """What a terminal shows of a run."""
+    console = Console(file=io.StringIO(), width=240)
+    show.run({"results": body, "run": "folder"}, console)
+    return console.file.getvalue()
 
 
 class Stop(BaseException):
