@@ -4,6 +4,7 @@ The gram E[x xT] is the curvature of a layer's squared output error, and all tha
 arXiv:2210.17323, eq. 1-3) needs to know of the data. Weights that read the same input share one array.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from jax import numpy as jnp
 from mpq.inputs import Dataset
 from mpq.progress import track
 from mpq.trace import Site, Trace
-from mpq.types import LayerStats, MpqError, Params
+from mpq.types import LayerStats, MpqError, Params, WeightSpec
 
 
 class _Sums(NamedTuple):
@@ -99,6 +100,46 @@ def count_lookups(traced: Trace, params: Params, data: Dataset, batch_size: int)
         for path, count in jax.device_get(_looked_up(traced, params, batch.inputs, batch.mask)).items():
             totals[path] += count
     return totals
+
+
+def mean_squares(traced: Trace, params: Params, data: Dataset, spec: WeightSpec, batch_size: int) -> np.ndarray:
+    """The diagonal of one weight's gram, summed from the last window to the first: a check on `calibrate`.
+
+    Args:
+      traced: the model, traced for any batch size.
+      params: its parameters.
+      data: the calibration set.
+      spec: a weight that one operation multiplies, with a single matrix (`batch` 1).
+      batch_size: windows a pass. It changes the result by rounding alone.
+
+    Returns:
+      `float64[k]`, E[x^2] of every input over the positions that count. What follows the weight is not computed.
+    """
+    traced = traced.on((batch_size, *data.inputs.shape[1:]))
+    back = dataclasses.replace(data, inputs=data.inputs[::-1], mask=data.mask[::-1], document=data.document[::-1])
+    total, positions = np.zeros(spec.k), 0
+    for batch in dataclasses.replace(back, labels=None).batches(batch_size):
+        squares, counted = jax.device_get(_squares(traced, spec.path, params, batch.inputs, batch.mask))
+        total += squares
+        positions += int(counted)
+    return total / max(positions, 1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _squares(
+    traced: Trace, path: str, params: Params, inputs: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`float32[k]` sums of squares of a weight's input over one batch, and how many rows counted."""
+
+    def update(site: Site, x: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        if site.spec.path != path:
+            return state
+        counted = counted_rows(site, mask)
+        rows = jnp.where(counted[:, None], site.inputs_matrix(x)[0].astype(jnp.float32), 0.0)
+        return state[0] + jnp.square(rows).sum(axis=0), state[1] + counted.sum(dtype=jnp.int32)
+
+    k = next(site.spec.k for site in traced.sites if site.spec.path == path)
+    return traced.accumulate(params, inputs, (jnp.zeros(k, jnp.float32), jnp.int32(0)), update)[1]
 
 
 @functools.partial(jax.jit, static_argnums=0)

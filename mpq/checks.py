@@ -1,18 +1,25 @@
 """Self-checks of a finished run. Each is a fault that a quantization tool has shipped; here it ends in one sentence.
 
 Other faults cannot come this far: what is not finite is refused where it arises, sets of data that overlap when they
-are made, stage files of other inputs when they are read, and an export that is not the plan by `results.check_export`.
+are made, damaged stage files when they are read, and an export that is not the plan by `results.check_export`.
+
+Cost: one pass over the calibration set as far as the first multiplication, the rest without running the model.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from mpq.allocate import Problem
 from mpq.artifacts import Plan
-from mpq.pipeline import Run, budget_bits
+from mpq.calibrate import mean_squares
+from mpq.formats import parse_scheme
+from mpq.inputs import Dataset
+from mpq.pipeline import Run
 from mpq.quantize import Candidates
-from mpq.types import LayerStats, MpqError, Scheme, SensitivityTable, WeightSpec
+from mpq.trace import Trace
+from mpq.types import LayerStats, MpqError, Params, QTensor, Scheme, SensitivityTable, WeightSpec
 
 
 def check(run: Run) -> list[str]:
@@ -23,17 +30,65 @@ def check(run: Run) -> list[str]:
     """
     weights, config = run.traced.weights, run.config
     smallest = min(run.frontiers[config.method].problem.schemes, key=lambda s: sum(w.size_bits(s) for w in weights))
+    require_counted_once(run.traced)
     require_executed(weights, run.stats)
+    require_orderless(run.traced, run.model.params, run.sets["calibration"], run.stats, config.batch_size)
     require_calibrated(run.candidates[config.method], weights, run.stats, smallest)
+    tables = [(metric, config.method, table) for metric, table in run.tables.items()]
+    tables += [(config.compare_by, m, table) for m, table in run.allocation_tables.items() if m != config.method]
+    for metric, method, table in tables:
+        require_current(table, run, metric, method)
     for method, table in run.allocation_tables.items():
         require_effect(table, run.candidates[method])
     for method, plans in run.separable.items():
         for budget, plan in plans.items():
             require_groups(plan, weights)
             require_groups(run.mixed[method][budget], weights)
-            limit = budget_bits(budget, run.model, run.traced, run.uniform)
-            require_budget_used(run.frontiers[method].problem, plan.choices, limit, plan.name)
-    return ["weights executed", "calibration used", "losses measured", "groups kept", "budget used", "size on disk"]
+            require_predicted(plan, run.frontiers[method].problem)
+            require_budget_used(run.frontiers[method].problem, plan.choices, run.bits(budget), plan.name)
+    plan, _ = run.winner(config.hand_out)
+    require_schemes(plan, run.qtensors(plan, config.method), weights)
+    for which in ("selection", "test"):
+        if run.scores(plan, config.method, which).data_digest != run.sets[which].digest:
+            raise MpqError(
+                f"the scores of {plan.name} in {run.folder} are stale: they are not of this config's {which} set; "
+                "remove the folder and run again"
+            )
+    return [
+        "weights counted once",
+        "weights executed",
+        "order of the data without effect",
+        "calibration used",
+        "stages of this run",
+        "losses measured",
+        "groups kept",
+        "budget used",
+        "schemes kept",
+        "size on disk",
+    ]
+
+
+def require_counted_once(traced: Trace) -> None:
+    """No value of a parameter is in two weights, and no multiply-accumulate is counted twice: a tied weight is one.
+
+    Raises:
+      MpqError: names the parameter.
+    """
+    for param, struct in traced.params.items():
+        parts = [spec for spec in traced.weights if spec.param == param]
+        values = sum(spec.size for spec in parts)
+        if values > math.prod(struct.shape):
+            raise MpqError(
+                f"parameter {param} of {math.prod(struct.shape)} values is counted as {values}, in "
+                f"{len(parts)} weights: a tied weight has several uses and one size; trace the model again"
+            )
+    for spec in traced.weights:
+        macs = sum(site.use.macs for site in traced.sites if site.spec.path == spec.path)
+        if spec.macs != macs:
+            raise MpqError(
+                f"weight {spec.path} is counted with {spec.macs} multiply-accumulates and its uses make {macs}: "
+                "trace the model again"
+            )
 
 
 def require_executed(weights: Sequence[WeightSpec], stats: Mapping[str, LayerStats]) -> None:
@@ -56,6 +111,31 @@ def require_executed(weights: Sequence[WeightSpec], stats: Mapping[str, LayerSta
                 )
 
 
+def require_orderless(
+    traced: Trace, params: Params, data: Dataset, stats: Mapping[str, LayerStats], batch_size: int
+) -> None:
+    """Statistics depend on the calibration set alone, not on the order and the batches in which it was read.
+
+    Computed again from the last window to the first, in other batches, for one weight: the first that is multiplied.
+
+    Raises:
+      MpqError: they differ by more than rounding.
+    """
+    multiplied = [spec for spec in traced.weights if spec.path in stats and spec.batch == len(spec.uses) == 1]
+    if not multiplied:
+        return
+    spec = multiplied[0]
+    found = np.diagonal(stats[spec.path].gram[0])
+    expected = mean_squares(traced, params, data, spec, 1 + batch_size // 2)
+    # Both are sums of squares, added in float32 within a batch: off by 6e-8 a term at most, and by far less together.
+    if np.abs(found - expected).sum() > 1e-3 * expected.sum():
+        off = np.abs(found - expected).sum() / expected.sum()
+        raise MpqError(
+            f"the statistics of {spec.path} are off by {100 * off:.3g} % when the calibration set is read backwards "
+            "and in other batches: they are of other data, or weigh the windows by their place; calibrate again"
+        )
+
+
 def require_calibrated(
     candidates: Candidates, weights: Sequence[WeightSpec], stats: Mapping[str, LayerStats], scheme: Scheme
 ) -> None:
@@ -72,6 +152,73 @@ def require_calibrated(
             f"calibration changed nothing: {candidates.quantizer.name} rounds all {len(measured)} weights to {scheme} "
             "as it does without statistics; calibrate on data that the model was made for"
         )
+
+
+def require_current(table: SensitivityTable, run: Run, metric: str, method: str) -> None:
+    """A table was made from what this run's config asks for, not kept from another.
+
+    Raises:
+      MpqError: says what differs.
+    """
+    made_from = {
+        "model": (table.model_digest, run.model.digest),
+        "data": (table.data_digest, run.sensitivity_data(metric).digest),
+        "rounding algorithm": (table.quantizer, method),
+        "schemes": ([*map(str, table.schemes)], [str(parse_scheme(text)) for text in run.config.schemes]),
+        "weights": ([w.path for w in table.weights], [w.path for w in run.traced.weights]),
+    }
+    for what, (found, wanted) in made_from.items():
+        if found != wanted:
+            raise MpqError(
+                f"the sensitivities by {metric} in {run.folder} are stale: they were made from other {what} than this "
+                "config asks for; remove the folder and run again"
+            )
+
+
+def require_predicted(plan: Plan, problem: Problem) -> None:
+    """A solution predicts what the table says of its choices, so that both are of the same run.
+
+    Raises:
+      MpqError: gives both numbers.
+    """
+    assert plan.prediction is not None  # it was solved
+    predicted = plan.prediction["predicted_kl"]
+    summed = problem.to_loss(problem.evaluate(problem.by_group(plan.choices))[1])
+    if predicted != summed:
+        raise MpqError(
+            f"plan {plan.name} is stale: it predicts a loss of {predicted:.6g}, and by this run's sensitivities its "
+            f"choices lose {summed:.6g}; remove the folder and run again"
+        )
+
+
+def require_schemes(plan: Plan, qtensors: Mapping[str, QTensor], weights: Sequence[WeightSpec]) -> None:
+    """Every weight is stored under the scheme that the plan gives it, with codes and scales of that scheme's number.
+
+    A scheme that does not fit a weight must not become another, as a K-quant of llama.cpp does where a row is no
+    multiple of 256.
+
+    Raises:
+      MpqError: names the weight and both schemes.
+    """
+    for spec in weights:
+        wanted, q = plan.choices[spec.path], qtensors[spec.path]
+        if q.scheme != wanted:
+            raise MpqError(
+                f"plan {plan.name} gives {spec.path} of {spec.k} rows {wanted}, and it is stored as {q.scheme}: choose "
+                "a scheme that fits it"
+            )
+        stored = {"qvalue": q.qvalue, "scale": q.scale, "zero_point": q.zero_point}
+        shapes = {name: array.shape for name, array in stored.items() if array is not None}
+        groups = (spec.batch, wanted.num_groups(spec.k), spec.n)
+        whole = (spec.batch, spec.k, spec.n)
+        expected = {name: whole if name == "qvalue" else groups for name in wanted.part_bits(spec.k, spec.n)}
+        low, high = float(q.qvalue.min()), float(q.qvalue.max())
+        inside = not wanted.has_scale or wanted.format.min_qvalue <= low <= high <= wanted.format.max_qvalue
+        if shapes != expected or not inside:
+            raise MpqError(
+                f"plan {plan.name} gives {spec.path} {wanted}, and what is stored is another scheme's: codes from "
+                f"{low:g} to {high:g} in arrays of {shapes} instead of {expected}; choose another rounding algorithm"
+            )
 
 
 def require_effect(table: SensitivityTable, candidates: Candidates) -> None:
@@ -107,7 +254,7 @@ def require_groups(plan: Plan, weights: Sequence[WeightSpec]) -> None:
 
 
 def require_budget_used(problem: Problem, choice: Mapping[str, Scheme], budget_bits: int, name: str) -> None:
-    """A solution keeps its budget, and no single change that fits would lower its predicted loss.
+    """A solution keeps its budget, and no change of one group or of two that fits would lower its predicted loss.
 
     Raises:
       MpqError: names the change, or the bits above the budget.
@@ -116,12 +263,20 @@ def require_budget_used(problem: Problem, choice: Mapping[str, Scheme], budget_b
     size = problem.evaluate(index)[0]
     if size > budget_bits:
         raise MpqError(f"plan {name} takes {size - budget_bits} bits more than its budget: solve it again")
-    room = budget_bits - size
-    loss = problem.fixed_point[0]
-    fits = problem.allowed & (problem.size_bits - problem.size_bits[rows, index][:, None] <= room)
-    better = np.argwhere(fits & (loss < loss[rows, index][:, None]))
-    for group, option in better[:1]:
+    room, loss = budget_bits - size, problem.fixed_point[0]
+    extra = problem.size_bits - problem.size_bits[rows, index][:, None]
+    gain = np.where(problem.allowed, loss[rows, index][:, None] - loss, -(1 << 61))  # less than any two gains together
+    for group, option in np.argwhere((extra <= room) & (gain > 0))[:1]:
         raise MpqError(
             f"plan {name} leaves {room} bits unused although {problem.names[group]} at {problem.schemes[option]} fits "
             f"and loses less: solve it again"
         )
+    for group, option in np.argwhere(problem.allowed):
+        others = slice(group + 1, None)
+        fits = extra[others] + extra[group, option] <= room
+        for other, partner in np.argwhere(fits & (gain[others] + gain[group, option] > 0))[:1]:
+            raise MpqError(
+                f"plan {name} is not the best: {problem.names[group]} at {problem.schemes[option]} and "
+                f"{problem.names[group + 1 + other]} at {problem.schemes[partner]} fit together and lose less: "
+                "solve it again with another solver"
+            )

@@ -7,7 +7,7 @@ import pytest
 
 from mpq import checks
 from mpq.allocate import Problem, solve_frontier
-from mpq.artifacts import make_plan
+from mpq.artifacts import make_plan, plan_of_allocation
 from mpq.calibrate import calibrate
 from mpq.data import make_dataset
 from mpq.formats import parse_scheme
@@ -15,6 +15,7 @@ from mpq.models import load
 from mpq.quantize import GPTQ, RTN, Candidates
 from mpq.types import MpqError, SensitivityTable
 from tests import tiny
+from tests.allocate_cases import all_choices, make_problem
 
 SCHEMES = tuple(map(parse_scheme, ("int2_g16", "int4_g16", "int8_channel")))
 
@@ -126,6 +127,88 @@ def test_a_plan_above_its_budget_is_caught(setup):
     largest = {spec.path: SCHEMES[-1] for spec in weights}
     with pytest.raises(MpqError, match="takes 8 bits more than its budget"):
         checks.require_budget_used(problem, largest, problem.max_bits - 8, "mixed")
+
+
+def test_a_plan_that_an_exchange_of_two_groups_would_better_is_caught():
+    """Room for one upgrade, and it went to the group that gains less: no single change fits."""
+    problem = make_problem([[10, 20], [10, 20], [10, 20]], [[1.0, 0.0], [9.0, 0.0], [5.0, 0.0]])
+    by_hand = lambda *choice: problem.by_path(choice)
+    checks.require_budget_used(problem, by_hand(0, 1, 0), 40, "mixed")
+    for wrong, better in (((1, 0, 0), "w0001"), ((0, 0, 1), "w0001")):
+        with pytest.raises(MpqError, match=rf"plan mixed is not the best: .*{better}.* fit together and lose less"):
+            checks.require_budget_used(problem, by_hand(*wrong), 40, "mixed")
+    forbidden = dataclasses.replace(problem, allowed=np.array([[True, True], [True, False], [True, False]]))
+    checks.require_budget_used(forbidden, by_hand(1, 0, 0), 40, "mixed")
+
+
+def test_every_sound_exchange_agrees_with_brute_force():
+    """On random problems: an alarm exactly where some change of at most two of the three groups fits and is better."""
+    rng, alarms = np.random.default_rng(0), 0
+    for _ in range(60):
+        size, loss = rng.integers(1, 9, (3, 3)), rng.integers(-9, 9, (3, 3)) / 4.0
+        problem = make_problem(size, loss)
+        choices, sizes, losses = all_choices(problem)
+        start = int(rng.integers(len(choices)))
+        near = (choices != choices[start]).sum(axis=1) <= 2
+        budget = int(sizes[start] + rng.integers(3))
+        better = bool((near & (sizes <= budget) & (losses < losses[start])).any())
+        alarms += better
+        if better:
+            with pytest.raises(MpqError, match=r"fits and loses less|fit together and lose less"):
+                checks.require_budget_used(problem, problem.by_path(choices[start]), budget, "mixed")
+        else:
+            checks.require_budget_used(problem, problem.by_path(choices[start]), budget, "mixed")
+    assert 10 < alarms < 58  # else one of the two branches shows nothing
+
+
+def test_multiply_accumulates_counted_twice_are_caught(setup):
+    model, weights, _ = setup
+    traced = model.trace(4, 16)
+    checks.require_counted_once(traced)
+    tied = next(spec for spec in weights if spec.kind == "embedding+matmul")
+    assert len(tied.uses) == 2
+    twice = dataclasses.replace(tied, uses=(*tied.uses, tied.uses[1]))
+    broken = dataclasses.replace(traced, weights=tuple(twice if w == tied else w for w in traced.weights))
+    with pytest.raises(MpqError, match=rf"weight {tied.path} is counted with \d+ multiply-accumulates and its"):
+        checks.require_counted_once(broken)
+
+
+def test_statistics_of_other_data_are_caught(setup):
+    model, weights, stats = setup
+    documents = tiny.text(documents=20, seed=7).split("<|endoftext|>")
+    data = lambda text: make_dataset(
+        text, model.tokenizer, bos=model.inputs.bos, window=16, max_windows=8, source="noise"
+    )
+    traced, own = model.trace(4, 16), tiny.text(documents=20).split("<|endoftext|>")
+    checks.require_orderless(traced, model.params, data(own), stats, 4)
+    with pytest.raises(MpqError, match="they are of other data, or weigh the windows by their place"):
+        checks.require_orderless(traced, model.params, data(documents), stats, 4)
+    lookups = {tied.path: stats[tied.path] for tied in weights if len(tied.uses) == 2}
+    checks.require_orderless(traced, model.params, data(documents), lookups, 4)  # none has a single use: no claim
+
+
+def test_codes_and_scales_of_another_scheme_are_caught(setup):
+    model, weights, _ = setup
+    plan = make_plan("mixed", {spec.path: SCHEMES[1] for spec in weights}, None, weights, 0, "model")
+    sound = Candidates(model.params, weights, RTN()).choose(plan.choices)
+    checks.require_schemes(plan, sound, weights)
+    path = weights[3].path
+    coarse = Candidates(model.params, weights, RTN()).qtensor(weights[3], parse_scheme("int4_channel"))
+    wide = dataclasses.replace(sound[path], qvalue=sound[path].qvalue.at[0, 0, 0].set(9))
+    for broken in (dataclasses.replace(coarse, scheme=SCHEMES[1]), wide):
+        with pytest.raises(MpqError, match=f"plan mixed gives {path} int4_g16, and what is stored is another scheme's"):
+            checks.require_schemes(plan, sound | {path: broken}, weights)
+
+
+def test_a_plan_whose_prediction_is_not_the_table_s_is_stale(setup):
+    _, weights, _ = setup
+    table = table_of(weights)
+    problem, other = Problem.from_table(table), Problem.from_table(table_of(weights, seed=1))
+    allocation = solve_frontier(problem).at(bits=(problem.min_bits + problem.max_bits) // 2)
+    plan = plan_of_allocation("mixed", allocation, table, 0)
+    checks.require_predicted(plan, problem)
+    with pytest.raises(MpqError, match="plan mixed is stale: it predicts a loss of"):
+        checks.require_predicted(plan, other)
 
 
 def test_twenty_sound_solutions_pass(setup):
