@@ -151,11 +151,7 @@ def main(options: Options) -> None:
     """Score, measure, compare, write."""
     run = Bakeoff(options)
     scored = {metric.partition(":")[0]: run.table(metric) for metric in track(options.metrics, "metrics")}
-    # Sums need no errors, and a table from one document has none.
-    problems = {
-        name: Problem.from_table(dataclasses.replace(table, stderr=np.zeros_like(table.stderr)))
-        for name, (table, _) in scored.items()
-    }
+    problems = {name: Problem.from_table(table) for name, (table, _) in scored.items()}
     any_problem = next(iter(problems.values()))
     bands = []
     for band in BANDS:
