@@ -75,8 +75,7 @@ def anchored_table(
     if column is not None:
         reference = Reference(model, data, batch_size, keep_bytes=0)  # asked once: there is nothing to keep
         kl, error = _measured(reference, traced.weights, schemes[column], candidates, store)
-        share = scores / scores[:, column].sum()
-        loss, stderr = share * kl, np.where(share == 0, 0.0, share * error)
+        loss, stderr = _shared_out(scores / scores[:, column].sum(), kl, error)
     return make_table(label, model, traced.weights, schemes, candidates, data, loss, stderr)
 
 
@@ -113,8 +112,7 @@ def anchored_columns(
     reference = Reference(model, data, batch_size)
     for column in map(int, np.flatnonzero(scores.sum(axis=0) > 0)):
         kl, error = _measured(reference, traced.weights, schemes[column], candidates, store)
-        share = scores[:, column] / scores[:, column].sum()
-        loss[:, column], stderr[:, column] = share * kl, np.where(share == 0, 0.0, share * error)
+        loss[:, column], stderr[:, column] = _shared_out(scores[:, column] / scores[:, column].sum(), kl, error)
     return make_table(label, model, traced.weights, schemes, candidates, data, loss, stderr)
 
 
@@ -131,6 +129,11 @@ def anchor_column(weights: Sequence[WeightSpec], schemes: Sequence[Scheme], chan
     """
     columns = [column for column in by_size(weights, schemes) if changes[column]]
     return columns[(len(columns) - 1) // 2] if columns else None
+
+
+def _shared_out(share: np.ndarray, kl: float, error: float) -> tuple[np.ndarray, np.ndarray]:
+    """Parts of a measured KL and their standard errors; no part is certain, also where the error is unknown."""
+    return share * kl, np.where(share == 0, 0.0, share * error)
 
 
 def _measured(

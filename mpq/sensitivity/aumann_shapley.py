@@ -26,12 +26,12 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from mpq.estimate import mean_over_documents, sums_over_documents
 from mpq.evaluate import Reference
 from mpq.inputs import Dataset
 from mpq.models.model import Model
 from mpq.progress import track
-from mpq.sensitivity.base import CandidateSource, Coupling, Store, check_inputs, make_table, substituted
+from mpq.sensitivity.base import CandidateSource, Coupling, Store, check_inputs, substituted
+from mpq.sensitivity.by_batch import table_of_windows
 from mpq.sensitivity.gradients import divergence_slopes
 from mpq.sensitivity.taps import Errors, differing_errors, require_finite_windows, telling_windows
 from mpq.trace import Trace
@@ -105,10 +105,8 @@ class AumannShapley:
                         store.put(name, values.tolist())
                 windows[..., column] += share * np.asarray(values, np.float64)
         require_finite_windows(windows, keep, model, data.source)
-        mean, stderr = mean_over_documents(sums_over_documents(windows, data.document), counts)
-        stderr = np.where(keep, stderr, 0.0)  # an exact candidate costs nothing: that is certain
         label = f"{self.name}(num_nodes={self.num_nodes})"
-        return make_table(label, model, traced.weights, schemes, candidates, data, mean, stderr)
+        return table_of_windows(label, model, traced, schemes, candidates, data, counts, windows, keep)
 
 
 def on_path(params: Params, weights: Sequence[WeightSpec], errors: Errors, t: float) -> dict[str, jax.Array]:

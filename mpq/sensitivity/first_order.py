@@ -23,12 +23,12 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from mpq.estimate import mean_over_documents, sums_over_documents
 from mpq.evaluate import require_finite
 from mpq.inputs import Dataset
 from mpq.models.model import Model
 from mpq.sensitivity.anchor import anchored_table
-from mpq.sensitivity.base import CandidateSource, Coupling, Store, check_inputs, make_table, require_targets
+from mpq.sensitivity.base import CandidateSource, Coupling, Store, check_inputs, require_targets
+from mpq.sensitivity.by_batch import table_of_windows
 from mpq.sensitivity.gradients import slopes_of_data, summed_gradient, unsigned_products
 from mpq.sensitivity.taps import BY_GRADIENT
 from mpq.trace import Trace
@@ -93,9 +93,7 @@ class FirstOrder:
                 label, scores, model, traced, schemes, candidates, data, batch_size=batch_size, store=store
             )
         keep, windows = slopes_of_data(BY_GRADIENT, model, traced, schemes, candidates, data, batch_size, store)
-        mean, stderr = mean_over_documents(sums_over_documents(windows, data.document), counts)
-        stderr = np.where(keep, stderr, 0.0)  # an exact candidate costs nothing: that is certain
-        return make_table(self.name, model, traced.weights, schemes, candidates, data, mean, stderr)
+        return table_of_windows(self.name, model, traced, schemes, candidates, data, counts, windows, keep)
 
 
 def _unsigned(

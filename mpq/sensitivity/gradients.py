@@ -10,15 +10,14 @@ import numpy as np
 from mpq.evaluate import Apply, Reference, distributions
 from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
-from mpq.progress import track
 from mpq.sensitivity.base import CandidateSource, Store, has_targets, quantization_error
+from mpq.sensitivity.by_batch import windows_by_batch
 from mpq.sensitivity.taps import (
     BY_GRADIENT,
     Errors,
     Form,
     dense,
     differing_errors,
-    require_finite_windows,
     telling_windows,
     window_slopes,
 )
@@ -57,20 +56,14 @@ def slopes_of_data(
     """
     shaped = telling_windows(traced.on((batch_size, *data.inputs.shape[1:])))
     keep, errors = differing_errors(model.params, traced, schemes, candidates)
-    windows = np.zeros((len(data.inputs), *keep.shape))
-    starts = range(0, len(data.inputs), batch_size) if errors else ()
-    batches = zip(starts, data.batches(batch_size), strict=False)
-    for start, batch in track(batches, "sensitivity gradients", len(starts)):
-        stop = min(start + batch_size, len(data.inputs))
-        values = None if store is None else store.get(f"{start}:{stop}")
-        if values is None:
-            counted = model.task.counted(batch.mask)
-            slopes = window_slopes(shaped, form, model.task, model.params, errors, batch, counted, None)
-            values = dense(jax.device_get(slopes), traced, keep)[: stop - start].tolist()
-            if store is not None:
-                store.put(f"{start}:{stop}", values)
-        windows[start:stop] = values
-    require_finite_windows(windows, keep, model, data.source)
+
+    def slopes(batch: Batch, counted: jax.Array, numbers: np.ndarray) -> dict[str, jax.Array]:
+        del numbers
+        return window_slopes(shaped, form, model.task, model.params, errors, batch, counted, None)
+
+    windows = windows_by_batch(
+        "sensitivity gradients", model, traced, keep, data, slopes, batch_size=batch_size, store=store
+    )
     return keep, windows
 
 

@@ -49,15 +49,13 @@ import numpy as np
 
 from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
-from mpq.progress import track
 from mpq.sensitivity.base import CandidateSource, Store, check_inputs, require_finite_entries
+from mpq.sensitivity.by_batch import windows_by_batch
 from mpq.sensitivity.taps import (
     BY_GRADIENT,
     Errors,
-    dense,
     differing_errors,
     in_windows,
-    require_finite_windows,
     tapped_vjp,
     telling_windows,
 )
@@ -193,7 +191,19 @@ class Interactions:
                 f"{data.source} has one document with outputs that count: the shrinkage of interactions is estimated "
                 "from the differences between documents, so give two or more"
             )
-        windows = self._windows(model, traced, schemes, candidates, data, key, batch_size, store)
+        shaped = telling_windows(traced.on((batch_size, *data.inputs.shape[1:])))
+        keep, errors = differing_errors(model.params, traced, schemes, candidates)
+        windows = windows_by_batch(
+            "interactions",
+            model,
+            traced,
+            keep,
+            data,
+            functools.partial(_sketches, shaped, self.num_probes, model.task, model.params, errors, key),
+            batch_size=batch_size,
+            store=store,
+            shape=(self.num_probes,),
+        )
         sketch = windows / np.sqrt(2 * self.num_probes * counts.sum())
         require_finite_entries(np.square(sketch).sum(axis=(0, 3)), traced.weights, schemes)
         return InteractionTable(
@@ -206,36 +216,6 @@ class Interactions:
             data_digest=data.digest,
         )
 
-    def _windows(
-        self,
-        model: Model,
-        traced: Trace,
-        schemes: Sequence[Scheme],
-        candidates: CandidateSource,
-        data: Dataset,
-        key: jax.Array,
-        batch_size: int,
-        store: Store | None,
-    ) -> np.ndarray:
-        """s, `float64[windows, weights, schemes, probes]`."""
-        shaped = telling_windows(traced.on((batch_size, *data.inputs.shape[1:])))
-        keep, errors = differing_errors(model.params, traced, schemes, candidates)
-        result = np.zeros((len(data.inputs), *keep.shape, self.num_probes))
-        starts = range(0, len(data.inputs), batch_size) if errors else ()
-        batches = zip(starts, data.batches(batch_size), strict=False)
-        of_batch = functools.partial(_sketches, shaped, self.num_probes, model.task, model.params, errors)
-        for start, batch in track(batches, "interactions", len(starts)):
-            stop = min(start + batch_size, len(data.inputs))
-            values = None if store is None else store.get(f"{start}:{stop}")
-            if values is None:
-                sums = of_batch(batch, model.task.counted(batch.mask), np.arange(start, start + batch_size), key)
-                values = dense(jax.device_get(sums), traced, keep)[: stop - start].tolist()
-                if store is not None:
-                    store.put(f"{start}:{stop}", values)
-            result[start:stop] = values
-        require_finite_windows(result, keep, model, data.source)
-        return result
-
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _sketches(
@@ -244,10 +224,10 @@ def _sketches(
     task: Task,
     params: Mapping[str, jax.Array],
     errors: Errors,
+    key: jax.Array,
     batch: Batch,
     counted: jax.Array,
     windows: jax.Array,
-    key: jax.Array,
 ) -> dict[str, jax.Array]:
     """For every weight `float32[windows, schemes, probes]`."""
 

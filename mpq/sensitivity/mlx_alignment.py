@@ -25,7 +25,6 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from mpq.estimate import mean_over_documents, sums_over_documents
 from mpq.evaluate import Reference
 from mpq.inputs import Dataset
 from mpq.models.model import Model
@@ -35,9 +34,9 @@ from mpq.sensitivity.base import (
     Store,
     by_size,
     check_inputs,
-    make_table,
     substituted_all,
 )
+from mpq.sensitivity.by_batch import table_of_windows
 from mpq.sensitivity.gradients import divergence_slopes
 from mpq.sensitivity.taps import differing_errors, telling_windows
 from mpq.trace import Trace
@@ -101,6 +100,4 @@ class MLXAlignment:
                 )
             if store is not None:
                 store.put("slopes", windows.tolist())
-        mean, stderr = mean_over_documents(sums_over_documents(windows, data.document), counts)
-        stderr = np.where(keep, stderr, 0.0)  # an exact candidate costs nothing: that is certain
-        return make_table(self.name, model, traced.weights, schemes, candidates, data, mean, stderr)
+        return table_of_windows(self.name, model, traced, schemes, candidates, data, counts, windows, keep)

@@ -15,19 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpq.estimate import mean_over_documents, sums_over_documents
 from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
-from mpq.progress import track
-from mpq.sensitivity.base import CandidateSource, Store, make_table
+from mpq.sensitivity.base import CandidateSource, Store
+from mpq.sensitivity.by_batch import table_of_windows, windows_by_batch
 from mpq.sensitivity.taps import (
     BY_GRADIENT,
     BY_POSITION,
     Errors,
-    dense,
     differing_errors,
     in_windows,
-    require_finite_windows,
     tapped_vjp,
     telling_windows,
 )
@@ -80,23 +77,11 @@ def score_squares(
     """
     shaped = telling_windows(traced.on((batch_size, *data.inputs.shape[1:])))
     keep, errors = differing_errors(model.params, traced, schemes, candidates)
-    squares = np.zeros((len(data.inputs), len(traced.weights), len(schemes)))
-    starts = range(0, len(data.inputs), batch_size) if errors else ()
-    batches = zip(starts, data.batches(batch_size), strict=False)
-    of_batch = functools.partial(_squares, shaped, scores, num_samples, span, model.task, model.params, errors)
-    for start, batch in track(batches, f"sensitivity {name}", len(starts)):
-        stop = min(start + batch_size, len(data.inputs))
-        values = None if store is None else store.get(f"{start}:{stop}")
-        if values is None:
-            sums = of_batch(batch, model.task.counted(batch.mask), np.arange(start, start + batch_size), key)
-            values = dense(jax.device_get(sums), traced, keep)[: stop - start].tolist()
-            if store is not None:
-                store.put(f"{start}:{stop}", values)
-        squares[start:stop] = values
-    require_finite_windows(squares, keep, model, data.source)
-    mean, stderr = mean_over_documents(sums_over_documents(squares / 2, data.document), counts)
-    stderr = np.where(keep, stderr, 0.0)  # an exact candidate costs nothing: that is certain
-    return make_table(label, model, traced.weights, schemes, candidates, data, mean, stderr)
+    of_batch = functools.partial(_squares, shaped, scores, num_samples, span, model.task, model.params, errors, key)
+    squares = windows_by_batch(
+        f"sensitivity {name}", model, traced, keep, data, of_batch, batch_size=batch_size, store=store
+    )
+    return table_of_windows(label, model, traced, schemes, candidates, data, counts, squares / 2, keep)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -108,10 +93,10 @@ def _squares(
     task: Task,
     params: Params,
     errors: Errors,
+    key: jax.Array,
     batch: Batch,
     counted: jax.Array,
     windows: jax.Array,
-    key: jax.Array,
 ) -> dict[str, jax.Array]:
     """For every weight `float32[windows, schemes]`: the mean over samples of sum over spans (sum_{t in span} s_t)^2.
 

@@ -1,0 +1,97 @@
+"""The loop of the metrics that score all candidates in one pass over the data, and the table of what windows sum up."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from mpq.estimate import mean_over_documents, sums_over_documents
+from mpq.inputs import Batch, Dataset
+from mpq.models.model import Model
+from mpq.progress import track
+from mpq.sensitivity.base import CandidateSource, Store, make_table
+from mpq.sensitivity.taps import dense, require_finite_windows
+from mpq.trace import Trace
+from mpq.types import Scheme, SensitivityTable
+
+OfBatch = Callable[[Batch, jax.Array, np.ndarray], Mapping[str, jax.Array]]
+"""`(batch, counted, numbers of its windows in the data) -> path -> [windows, schemes that differ, ...]`."""
+
+
+def windows_by_batch(
+    what: str,
+    model: Model,
+    traced: Trace,
+    keep: np.ndarray,
+    data: Dataset,
+    of_batch: OfBatch,
+    *,
+    batch_size: int,
+    store: Store | None,
+    shape: tuple[int, ...] = (),
+) -> np.ndarray:
+    """What `of_batch` gives for every window; it is not called where no candidate differs from its weight.
+
+    Args:
+      what: for the progress bar.
+      model: gives the task.
+      traced: gives the weights.
+      keep: `bool[weights, schemes]`, the candidates that differ, from `differing_errors`.
+      data: windows.
+      of_batch: gives the numbers; rows that fill up the last batch come too.
+      batch_size: windows per pass.
+      store: finished items, one a batch.
+      shape: of what a window has for one candidate.
+
+    Returns:
+      `float64[windows, weights, schemes, *shape]`; 0 where the candidate is the weight itself.
+
+    Raises:
+      MpqError: a number is not finite; names the candidate, or says that the model itself is at fault.
+    """
+    windows = np.zeros((len(data.inputs), *keep.shape, *shape))
+    starts = range(0, len(data.inputs), batch_size) if keep.any() else ()
+    batches = zip(starts, data.batches(batch_size), strict=False)
+    for start, batch in track(batches, what, len(starts)):
+        stop = min(start + batch_size, len(data.inputs))
+        values = None if store is None else store.get(f"{start}:{stop}")
+        if values is None:
+            sums = of_batch(batch, model.task.counted(batch.mask), np.arange(start, start + batch_size))
+            values = dense(jax.device_get(sums), traced, keep)[: stop - start].tolist()
+            if store is not None:
+                store.put(f"{start}:{stop}", values)
+        windows[start:stop] = values
+    require_finite_windows(windows, keep, model, data.source)
+    return windows
+
+
+def table_of_windows(
+    label: str,
+    model: Model,
+    traced: Trace,
+    schemes: Sequence[Scheme],
+    candidates: CandidateSource,
+    data: Dataset,
+    counts: np.ndarray,
+    windows: np.ndarray,
+    keep: np.ndarray,
+) -> SensitivityTable:
+    """Means over outputs with standard errors over documents.
+
+    Args:
+      label: of the table: the metric's name and options.
+      model: gives the digest.
+      traced: gives the weights.
+      schemes: columns.
+      candidates: quantized weights.
+      data: what was scored on.
+      counts: `[D]`, outputs that count in every document, from `check_inputs`.
+      windows: `float64[windows, weights, schemes]`, sums over the outputs of each window that count.
+      keep: `bool[weights, schemes]`, the candidates that differ from their weight.
+
+    Raises:
+      MpqError: an entry is not finite.
+    """
+    mean, stderr = mean_over_documents(sums_over_documents(windows, data.document), counts)
+    stderr = np.where(keep, stderr, 0.0)  # an exact candidate costs nothing: that is certain
+    return make_table(label, model, traced.weights, schemes, candidates, data, mean, stderr)
