@@ -29,6 +29,12 @@ class Segments:
     drop: np.ndarray
     slope: np.ndarray
 
+    def cut(self, room: int) -> int | None:
+        """The segment that the relaxation cuts, with `room` left above the smallest options; None: all of them fit."""
+        order = np.argsort(-self.slope, kind="stable")
+        fits = int(np.searchsorted(np.cumsum(self.width[order]), room, side="right"))
+        return int(order[fits]) if fits < len(order) else None
+
 
 def group_hulls(size: np.ndarray, loss: np.ndarray, allowed: np.ndarray) -> Segments:
     """Hulls of all groups at once, by wrapping: the next vertex is the one that saves most loss per bit.

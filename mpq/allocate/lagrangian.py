@@ -52,12 +52,11 @@ def lower_bound(problem: Problem, budget_bits: int) -> int:
 
 
 def _bound(problem: Problem, hulls: Segments, budget_bits: int) -> int:
-    order = np.argsort(-hulls.slope, kind="stable")
-    fits = int(np.searchsorted(np.cumsum(hulls.width[order]), budget_bits - problem.min_bits, side="right"))
-    if fits == len(order):
+    cut = hulls.cut(budget_bits - problem.min_bits)
+    if cut is None:
         fixed = problem.fixed_point[0]
         return int(np.where(problem.allowed, fixed, np.iinfo(np.int64).max).min(axis=1).sum())
-    drop, width = int(hulls.drop[order[fits]]), int(hulls.width[order[fits]])
+    drop, width = int(hulls.drop[cut]), int(hulls.width[cut])
     return -((budget_bits * drop - _least_priced(problem, drop, width)) // width)
 
 

@@ -83,6 +83,5 @@ def _price(problem: Problem, budget_bits: int) -> float:
     """Nats per bit at which the linear relaxation without pairs meets the budget."""
     fixed, exponent = problem.fixed_point
     hulls = group_hulls(problem.size_bits, fixed, problem.allowed)
-    order = np.argsort(-hulls.slope, kind="stable")
-    fits = int(np.searchsorted(np.cumsum(hulls.width[order]), budget_bits - problem.min_bits, side="right"))
-    return float(np.ldexp(hulls.slope[order[fits]], exponent)) if fits < len(order) else 0.0
+    cut = hulls.cut(budget_bits - problem.min_bits)
+    return 0.0 if cut is None else float(np.ldexp(hulls.slope[cut], exponent))
