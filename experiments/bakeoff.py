@@ -19,8 +19,6 @@ KL on the calibration and the test set, and `halves`, tau between the KL of the 
 """
 
 import dataclasses
-import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -37,7 +35,7 @@ from mpq.calibrate import calibrate
 from mpq.data import require_disjoint, take
 from mpq.data.sources import read_set, read_sets
 from mpq.evaluate import Reference
-from mpq.files import write_json
+from mpq.files import digest_json, write_json
 from mpq.formats import parse_scheme
 from mpq.inputs import Dataset
 from mpq.measure import PlanLoss
@@ -103,8 +101,8 @@ class Bakeoff:
         stats = calibrate(self.traced, self.model.params, self.calibration, options.batch_size)
         self.candidates = Candidates(self.model.params, self.traced.weights, METHODS[options.method], stats)
         shown_options = dataclasses.asdict(options) | {"out": "", "work": "", "metrics": "", "plans": 0, "fit_plans": 0}
-        inputs = json.dumps([shown_options, self.model.digest, self.calibration.digest, self.test.digest], default=str)
-        self.digest = hashlib.sha256(inputs.encode()).hexdigest()[:12]
+        inputs = [shown_options, self.model.digest, self.calibration.digest, self.test.digest]
+        self.digest = digest_json(inputs)[:12]
         self.folder = options.work / f"{options.out.stem}-{self.digest}"
         self.folder.mkdir(parents=True, exist_ok=True)
 

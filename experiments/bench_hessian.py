@@ -144,7 +144,6 @@ def main(options: Options) -> None:
     }
     Console().print_json(data=result)
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.out, result)
 
 

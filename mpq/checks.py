@@ -18,6 +18,7 @@ from mpq.formats import parse_scheme
 from mpq.inputs import Dataset
 from mpq.pipeline import Run
 from mpq.quantize import Candidates
+from mpq.sensitivity.base import by_size
 from mpq.trace import Trace
 from mpq.types import LayerStats, MpqError, Params, QTensor, Scheme, SensitivityTable, WeightSpec
 
@@ -29,7 +30,8 @@ def check(run: Run) -> list[str]:
       MpqError: the first one that fails.
     """
     weights, config = run.traced.weights, run.config
-    smallest = min(run.frontiers[config.method].problem.schemes, key=lambda s: sum(w.size_bits(s) for w in weights))
+    schemes = run.frontiers[config.method].problem.schemes
+    smallest = schemes[by_size(weights, schemes)[0]]
     require_counted_once(run.traced)
     require_executed(weights, run.stats)
     require_orderless(run.traced, run.model.params, run.sets["calibration"], run.stats, config.batch_size)
