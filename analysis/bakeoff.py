@@ -1,10 +1,10 @@
-"""`python -m analysis.bakeoff`: the table of `experiments/bakeoff.py`, joined from its committed results.
+"""`python -m analysis.bakeoff`: the tables of `experiments/bakeoff.py`, joined from its committed results.
 
-Rows are metrics, best first by Kendall's tau over all bands. Cost is in forward passes over the calibration set.
+Rows are metrics, best first. Cost is in forward passes over the calibration set.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,65 +12,111 @@ from analysis.text import significant
 from mpq.files import read_json, write_text
 
 FOLDER = Path("experiments/results/bakeoff")
+Result = Mapping[str, Any]
+
+COLUMNS = (
+    ("tau", None, "tau", 3),
+    ("R²", None, "r2", 3),
+    ("ratio", None, "ratio", 2),
+    ("calibrated R²", "calibrated", "r2", 3),
+    ("ratio", "calibrated", "ratio", 2),
+    ("refitted tau", "refitted", "tau", 3),
+    ("R²", "refitted", "r2", 3),
+    ("ratio", "refitted", "ratio", 2),
+)
+"""Of a band's table: head, which part of the entry, its number, decimals."""
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """One model under one rounding algorithm, as Markdown."""
-    bands = result["bands"]
-    heads = [f"{low}-{high} bits" for low, high in (band["bits"] for band in bands)]
-    lines = [
-        "| metric | cost | " + " | ".join(f"{head}: tau | ratio | calibrated R² | ratio" for head in heads) + " |",
-        "|---|---:|" + "---:|" * (4 * len(bands)),
-    ]
-    for name in sorted(result["cost"], key=lambda name: -_tau(result, name)):
-        rows = result["metric_rows"].get(name)
-        cells = [f"`{name}`" + (f" ({rows} rows)" if rows else ""), significant(result["cost"][name])]
-        for band in bands:
-            entry = band["metrics"][name]
-            calibrated = entry.get("calibrated", {})
-            cells += [
-                f"{entry['tau']:.3f}",
-                *(
-                    _number(part.get(key))
-                    for part, key in ((entry, "ratio"), (calibrated, "r2"), (calibrated, "ratio"))
-                ),
-            ]
-        lines.append("| " + " | ".join(cells) + " |")
-    ceiling = ["*measured on the calibration set*", ""]
-    for band in bands:
-        entry = band["ceiling"]
-        ceiling += [f"{entry['tau']:.3f}", _number(entry["ratio"]), _number(entry["r2"]), ""]
-    lines.append("| " + " | ".join(ceiling) + " |")
-    halves = [cell for band in bands for cell in (f"{band['halves']:.3f}", "", "", "")]
-    lines.append("| " + " | ".join(["*half of the test set by the other*", "", *halves]) + " |")
+def overview(results: Sequence[Result]) -> str:
+    """Kendall's tau of every metric, its mean over the bands, before and after the correction, on every model."""
+    heads = [_title(result) for result in results]
+    names = {name for result in results for name in result["cost"]}
+    score = {name: _mean([_tau(result, name, "refitted") for result in results]) for name in names}
+    lines = ["| metric | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+    for name in sorted(names, key=lambda name: (-(score[name] or -1.0), name)):
+        pairs = ((_tau(result, name), _tau(result, name, "refitted")) for result in results)
+        lines.append(f"| `{name}` | " + " | ".join(f"{_decimal(a, 2)} → {_decimal(b, 2)}" for a, b in pairs) + " |")
+    for what, tau in (
+        ("*measured on the calibration set*", lambda band: band["ceiling"]["tau"]),
+        ("*half of the test set by the other*", lambda band: band["halves"]),
+    ):
+        cells = [_decimal(_mean([tau(band) for band in result["bands"]]), 2) for result in results]
+        lines.append(f"| {what} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def page(results: Sequence[Mapping[str, Any]]) -> str:
-    """All of them, with a heading and the median loss of the plans each."""
-    parts = [
-        "# Which metric predicts the loss of whole plans?",
+def table(result: Result, band: Mapping[str, Any]) -> str:
+    """One band of one model under one rounding algorithm."""
+    heads = [head for head, *_ in COLUMNS]
+    lines = ["| metric | cost | " + " | ".join(heads) + " |", "|---|" + "---:|" * (1 + len(heads))]
+    for name in sorted(result["cost"], key=lambda name: -band["metrics"][name]["tau"]):
+        rows = result["metric_rows"].get(name)
+        named = f"`{name}`" + (f" ({rows} rows)" if rows else "")
+        cost = significant(result["cost"][name])
+        lines.append("| " + " | ".join([named, cost, *_cells(band["metrics"][name])]) + " |")
+    lines.append("| " + " | ".join(["*measured on the calibration set*", "", *_cells(band["ceiling"])]) + " |")
+    return "\n".join(lines)
+
+
+def page(results: Sequence[Result]) -> str:
+    """The overview, and every band of every model."""
+    return "\n\n".join(_parts(results)) + "\n"
+
+
+def _parts(results: Sequence[Result]) -> Iterator[str]:
+    yield "# Which metric predicts the loss of whole plans?"
+    yield (
         "Written by `python -m analysis.bakeoff` from the files beside it; `experiments/bakeoff.py` says how they are "
-        "made and what the columns mean. Calibrated: by a power law from plans measured on the calibration set, R² of "
-        "the logarithm and predicted / measured.",
-    ]
+        "made and what the columns mean. Every plan draws the scheme of each fused group at random within a band of "
+        "bits; no metric sees the test set."
+    )
+    yield (
+        "Kendall's tau, mean over the bands: sum of the metric → of the table corrected by "
+        f"{_numbers(result['fit_plans'] for result in results)} plans measured on the calibration set."
+    )
+    yield overview(results)
     for result in results:
-        medians = ", ".join(significant(band["median"]) for band in result["bands"])
-        parts += [
-            f"## {result['model']}, {result['method'].upper()}",
-            f"{result['plans']} plans a band of {result['groups']} groups; median KL {medians} nats; "
-            f"{result['rows'][0]} rows to calibrate on, {result['rows'][1]} to judge by.",
-            table(result),
-        ]
-    return "\n\n".join(parts) + "\n"
+        yield f"## {_title(result)}"
+        yield (
+            f"{result['plans']} plans a band of {result['groups']} groups; {result['rows'][0]} rows to calibrate on, "
+            f"{result['rows'][1]} to judge by. Calibrated: by a power law. Refitted: the table corrected."
+        )
+        for band in result["bands"]:
+            low, high = band["bits"]
+            yield (
+                f"### {low} to {high} bits: median KL {significant(band['median'])} nats, "
+                f"halves of the test set agree to tau {band['halves']:.3f}"
+            )
+            yield table(result, band)
 
 
-def _tau(result: Mapping[str, Any], name: str) -> float:
-    return sum(band["metrics"][name]["tau"] for band in result["bands"])
+def _title(result: Result) -> str:
+    return f"{result['model']}, {result['method'].upper()}"
 
 
-def _number(value: float | None) -> str:
-    return significant(None) if value is None else f"{value:.2f}"
+def _tau(result: Result, name: str, part: str | None = None) -> float | None:
+    return _mean([_part(band["metrics"].get(name, {}), part).get("tau") for band in result["bands"]])
+
+
+def _part(entry: Mapping[str, Any], part: str | None) -> Mapping[str, Any]:
+    return entry if part is None else entry.get(part, {})
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _cells(entry: Mapping[str, Any]) -> list[str]:
+    return [_decimal(_part(entry, part).get(key), decimals) for _, part, key, decimals in COLUMNS]
+
+
+def _decimal(value: float | None, decimals: int) -> str:
+    return significant(None) if value is None else f"{value:.{decimals}f}"
+
+
+def _numbers(values: Iterator[int]) -> str:
+    return " or ".join(map(str, sorted(set(values))))
 
 
 def main() -> int:

@@ -12,10 +12,14 @@ measured on the test set, which no metric sees. A metric predicts a plan by the 
     ratio      geometric mean of predicted / measured
     spread     standard deviation of the logarithm of predicted / measured
 
-`calibrated` is the same for a power law fitted to `--fit-plans` further plans, measured on the calibration set.
-`cost` counts forward passes over the calibration set: seconds without compilation over those of a forward pass, in the
-same process. What no predictor can pass is told by two more numbers: `ceiling`, the agreement of the further plans' own
-KL on the calibration and the test set, and `halves`, tau between the KL of the plans on two halves of the test set.
+`calibrated` is the same for a power law fitted to `--fit-plans` further plans, measured on the calibration set, and
+`refitted` for the table corrected by these plans (`mpq.allocate.refit`). `cost` counts forward passes over the
+calibration set: seconds without compilation over those of a forward pass, in the same process. What no predictor can
+pass is told by two more numbers: `ceiling`, the agreement of the further plans' own KL on the calibration and the test
+set, and `halves`, tau between the KL of the plans on two halves of the test set.
+
+Two predictors are no metric: `kl+interactions` adds to `kl` the pairs of `mpq.sensitivity.interactions`, and `marginal`
+is measured one group at a time around the plan that has the middle scheme of the band everywhere.
 """
 
 import dataclasses
@@ -29,13 +33,13 @@ import numpy as np
 import tyro
 from scipy.stats import kendalltau
 
-from mpq.allocate import PowerLaw, Problem
+from mpq.allocate import PowerLaw, Problem, refit
 from mpq.artifacts import load_table, save_table
 from mpq.calibrate import calibrate
 from mpq.data import require_disjoint, take
 from mpq.data.sources import read_set, read_sets
 from mpq.evaluate import Reference
-from mpq.files import digest_json, write_json
+from mpq.files import digest_json, read_json, write_json
 from mpq.formats import parse_scheme
 from mpq.inputs import Dataset
 from mpq.measure import PlanLoss
@@ -43,8 +47,9 @@ from mpq.models import Model, load
 from mpq.progress import shown, track
 from mpq.quantize import GPTQ, RTN, Candidates
 from mpq.sensitivity import METRICS
+from mpq.sensitivity.interactions import Interactions, InteractionTable
 from mpq.store import ItemStore
-from mpq.types import Scheme, SensitivityTable
+from mpq.types import MpqError, Scheme, SensitivityTable
 
 BANDS = ((2, 4), (3, 5), (4, 8))
 METHODS = {"rtn": RTN(), "rtn_mse": RTN(scale="mse"), "gptq": GPTQ()}
@@ -62,7 +67,7 @@ class Options:
       test: source of the test set.
       method: rounding algorithm.
       granularity: of the schemes int2 to int8: `g32`, `channel`.
-      metrics: names; a name with `:N` sees the first N rows only.
+      metrics: names, kl among them; a name with `:N` sees the first N rows only.
       window: tokens a row.
       calibration_rows: of the calibration set.
       test_rows: of the test set.
@@ -93,7 +98,13 @@ class Bakeoff:
     """One model under one rounding algorithm."""
 
     def __init__(self, options: Options) -> None:
-        """Load, trace, calibrate."""
+        """Load, trace, calibrate.
+
+        Raises:
+          MpqError: `metrics` lacks kl, or the model or the data is wrong.
+        """
+        if "kl" not in options.metrics:
+            raise MpqError("metrics lack kl, which two predictors are made of: add it")
         self.options, self.model = options, load(options.model)
         self.calibration, self.test = _sets(self.model, options)
         self.traced = self.model.trace(options.batch_size, options.window)
@@ -119,6 +130,29 @@ class Bakeoff:
         table, body = load_table(path)
         return table, body["cost"]
 
+    def interactions(self) -> tuple[InteractionTable, float]:
+        """The pairs of all candidates and their cost in forward passes over the calibration set."""
+        path = self.folder / "interactions.json"
+        store = ItemStore(self.folder / "interactions.items.jsonl", self.digest)
+        arguments = self.model, self.traced, self.schemes, self.candidates, self.calibration
+        keywords = {"key": jax.random.key(self.options.seed), "batch_size": self.options.batch_size, "store": store}
+        seconds, pairs = _running(lambda: Interactions()(*arguments, **keywords))
+        if not path.exists():
+            write_json(path, {"cost": seconds / self.forward_seconds()})
+        return pairs, read_json(path, "cost of interactions")["cost"]
+
+    def marginal(self, band: tuple[int, int], problem: Problem) -> tuple[Problem, int]:
+        """Losses around the plan of the band's middle scheme, that plan's loss shared by all groups, and their cost."""
+        allowed = self.allowed(band)
+        middle = np.full(len(problem.names), allowed[len(allowed) // 2])
+        changes = [(group, scheme) for group in range(len(middle)) for scheme in allowed if scheme != middle[group]]
+        plans = np.tile(middle, (1 + len(changes), 1))
+        plans[np.arange(1, len(plans)), [g for g, _ in changes]] = [s for _, s in changes]
+        base, *others = self.measure("calibration", [problem.by_path(x) for x in plans], "marginal")[0]
+        loss = np.full(problem.loss.shape, base / len(middle))
+        loss[tuple(np.transpose(changes))] += np.array(others) - base
+        return dataclasses.replace(problem, loss=loss), len(plans)
+
     def forward_seconds(self) -> float:
         """Of one forward pass over the calibration set, the median of three."""
         forward = jax.jit(self.model.apply)
@@ -128,11 +162,14 @@ class Bakeoff:
         run()
         return float(np.median([_running(run)[0] for _ in range(3)]))
 
+    def allowed(self, band: tuple[int, int]) -> list[int]:
+        """The band's schemes."""
+        return [i for i, scheme in enumerate(self.schemes) if band[0] <= scheme.format.bits <= band[1]]
+
     def plans(self, band: tuple[int, int], groups: int) -> np.ndarray:
         """`int64[plans + fit_plans, groups]`: index of each group's scheme."""
-        allowed = [i for i, scheme in enumerate(self.schemes) if band[0] <= scheme.format.bits <= band[1]]
         rng = np.random.default_rng([self.options.seed, *band])
-        return rng.choice(allowed, (self.options.plans + self.options.fit_plans, groups))
+        return rng.choice(self.allowed(band), (self.options.plans + self.options.fit_plans, groups))
 
     def measure(self, which: str, choices: Sequence[Mapping[str, Scheme]], what: str) -> tuple[np.ndarray, float]:
         """Measured KL on the calibration or the test set, `float64[plans]`, and tau of it between halves of the set."""
@@ -149,22 +186,29 @@ def main(options: Options) -> None:
     """Score, measure, compare, write."""
     run = Bakeoff(options)
     scored = {metric.partition(":")[0]: run.table(metric) for metric in track(options.metrics, "metrics")}
+    cost = {name: cost for name, (_, cost) in scored.items()}
+    pairs, cost["kl+interactions"] = run.interactions()
+    cost["kl+interactions"] += cost["kl"]
     problems = {name: Problem.from_table(table) for name, (table, _) in scored.items()}
-    any_problem = next(iter(problems.values()))
+    any_problem = problems["kl"]
     bands = []
     for band in BANDS:
+        what = f"{band[0]}-{band[1]} bits"
         plans = run.plans(band, len(any_problem.names))
         choices = [any_problem.by_path(x) for x in plans]
-        measured, halves = run.measure("test", choices, f"{band[0]}-{band[1]} bits")
-        fit, _ = run.measure("calibration", choices[options.plans :], f"{band[0]}-{band[1]} bits")
-        sums = {name: _sums(problem, plans) for name, problem in problems.items()}
+        measured, halves = run.measure("test", choices, what)
+        fit, _ = run.measure("calibration", choices[options.plans :], what)
+        around, cost["marginal"] = run.marginal(band, any_problem)
+        judged = {name: judge(p, plans, fit, measured) for name, p in {**problems, "marginal": around}.items()}
+        together = np.array([pairs.predict(scored["kl"][0], choice) for choice in choices])
+        judged["kl+interactions"] = compare(together, fit, measured, options.plans)
         bands.append(
             {
                 "bits": list(band),
                 "median": _rounded(float(np.median(measured[: options.plans]))),
                 "ceiling": agreement(fit, measured[options.plans :]),
                 "halves": _rounded(halves),
-                "metrics": {name: compare(total, fit, measured, options.plans) for name, total in sums.items()},
+                "metrics": judged,
             }
         )
     write_json(
@@ -180,10 +224,20 @@ def main(options: Options) -> None:
             "fit_plans": options.fit_plans,
             "jax": jax.__version__,
             "metric_rows": {name: int(rows) for name, _, rows in (m.partition(":") for m in options.metrics) if rows},
-            "cost": {name: _rounded(cost) for name, (_, cost) in scored.items()},
+            "cost": {name: _rounded(cost) for name, cost in cost.items()},
             "bands": bands,
         },
     )
+
+
+def judge(problem: Problem, plans: np.ndarray, fit: np.ndarray, measured: np.ndarray) -> dict[str, Any]:
+    """What `compare` says of a table's sums, and the agreement of the table corrected by the further plans."""
+    count = len(plans) - len(fit)
+    judged = compare(problem.loss[np.arange(len(problem.names)), plans].sum(axis=1), fit, measured, count)
+    if "calibrated" in judged:
+        corrected = refit(problem, plans[count:], fit).predict(plans[:count])
+        judged["refitted"] = agreement(corrected, measured[:count])
+    return judged
 
 
 def compare(total: np.ndarray, fit: np.ndarray, measured: np.ndarray, plans: int) -> dict[str, Any]:
@@ -223,10 +277,6 @@ def _sets(model: Model, options: Options) -> tuple[Dataset, Dataset]:
     }
     require_disjoint(**sets)
     return sets["calibration"], sets["test"]
-
-
-def _sums(problem: Problem, plans: np.ndarray) -> np.ndarray:
-    return problem.loss[np.arange(len(problem.names)), plans].sum(axis=1)
 
 
 def _running(function: Callable[[], Any]) -> tuple[float, Any]:

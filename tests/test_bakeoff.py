@@ -5,9 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from analysis.bakeoff import page
+from analysis.bakeoff import overview, page
 from experiments.bakeoff import BANDS, Bakeoff, Options, agreement, compare, main
+from mpq.allocate import Problem
 from mpq.files import read_json
+from mpq.types import MpqError
 from tests import tiny
 
 
@@ -41,10 +43,30 @@ def result(options):
 def test_every_metric_is_compared_in_every_band(options, result):
     assert [band["bits"] for band in result["bands"]] == [list(band) for band in BANDS]
     for band in result["bands"]:
-        assert list(band["metrics"]) == ["first_order", "imatrix", "kl", "weight_mse"]
+        assert sorted(band["metrics"]) == ["first_order", "imatrix", "kl", "kl+interactions", "marginal", "weight_mse"]
         assert band["metrics"]["kl"]["tau"] > 0.5
+        assert band["metrics"]["kl"]["refitted"]["tau"] > 0.5
+        assert "refitted" not in band["metrics"]["kl+interactions"]  # pairs are no table
     assert result["metric_rows"] == {"imatrix": 2}
     assert result["cost"]["kl"] > result["cost"]["weight_mse"]
+    assert result["cost"]["kl+interactions"] > result["cost"]["kl"]
+
+
+def test_the_marginal_losses_of_a_plan_add_up_to_what_is_measured(options, result):
+    run = Bakeoff(options)
+    problem = Problem.from_table(run.table("kl")[0])
+    allowed = run.allowed(BANDS[1])
+    around, cost = run.marginal(BANDS[1], problem)
+    assert cost == 1 + len(problem.names) * (len(allowed) - 1)
+    plan = np.full(len(problem.names), allowed[len(allowed) // 2])
+    plan[3] = allowed[0]
+    measured, _ = run.measure("calibration", [problem.by_path(plan)], "one")
+    assert around.loss[np.arange(len(plan)), plan].sum() == pytest.approx(measured[0])
+
+
+def test_metrics_without_kl_are_refused(options):
+    with pytest.raises(MpqError, match="metrics lack kl"):
+        Bakeoff(dataclasses.replace(options, metrics=("fisher",)))
 
 
 def test_measured_plans_are_kept(options, result, monkeypatch):
@@ -88,7 +110,16 @@ def test_the_power_law_sees_only_the_further_plans():
 
 def test_the_page_has_a_row_for_every_metric(result):
     text = page([result])
-    assert text.count("\n| `") == 4
+    assert text.count("\n| `") == 6 * (1 + len(BANDS))  # the overview, and every band
     assert "imatrix` (2 rows)" in text
-    best = max(result["cost"], key=lambda name: sum(band["metrics"][name]["tau"] for band in result["bands"]))
-    assert text.split("\n| `")[1].startswith(best)
+    best = max(result["cost"], key=lambda name: result["bands"][0]["metrics"][name]["tau"])
+    assert text.split("### 2 to 4 bits")[1].split("\n| `")[1].startswith(best)
+
+
+def test_the_overview_leaves_out_what_a_result_lacks(result):
+    fewer = {**result, "model": "other", "cost": {"kl": 1.0}, "metric_rows": {}}
+    fewer["bands"] = [{**band, "metrics": {"kl": band["metrics"]["kl"]}} for band in result["bands"]]
+    lines = overview([result, fewer]).splitlines()
+    row = next(line for line in lines if line.startswith("| `imatrix`"))
+    assert row.endswith("| \N{EN DASH} → \N{EN DASH} |")
+    assert any(line.startswith("| `kl`") and line.count("0.") >= 4 for line in lines)

@@ -30,6 +30,7 @@ from mpq.allocate.power_law import PowerLaw
 from mpq.allocate.problem import Problem
 from mpq.allocate.quadratic import solve_quadratic
 from mpq.allocate.refine import Refine, Refined
+from mpq.allocate.refit import Refit, refit
 from mpq.allocate.rules import matching
 from mpq.allocate.stability import Stability, gaussian, resampled, stability
 from mpq.allocate.uniform import Uniform, best_uniform, uniform
@@ -45,6 +46,7 @@ __all__ = [
     "Problem",
     "Refine",
     "Refined",
+    "Refit",
     "Solver",
     "Stability",
     "Uniform",
@@ -56,6 +58,7 @@ __all__ = [
     "lower_bound",
     "matching",
     "peak_memory",
+    "refit",
     "resampled",
     "solve_constrained",
     "solve_frontier",
