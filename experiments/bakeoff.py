@@ -44,11 +44,11 @@ from mpq.formats import parse_scheme
 from mpq.inputs import Dataset
 from mpq.measure import PlanLoss
 from mpq.models import Model, load
+from mpq.pipeline import score_store
 from mpq.progress import shown, track
 from mpq.quantize import GPTQ, RTN, Candidates
 from mpq.sensitivity import METRICS
 from mpq.sensitivity.interactions import Interactions, InteractionTable
-from mpq.store import ItemStore
 from mpq.types import MpqError, Scheme, SensitivityTable
 
 BANDS = ((2, 4), (3, 5), (4, 8))
@@ -115,7 +115,7 @@ class Bakeoff:
         inputs = [shown_options, self.model.digest, self.calibration.digest, self.test.digest]
         self.digest = digest_json(inputs)[:12]
         self.folder = options.work / f"{options.out.stem}-{self.digest}"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.store = score_store(self.folder / "scores")
 
     def table(self, metric: str) -> tuple[SensitivityTable, float]:
         """The metric's table and its cost in forward passes over the whole calibration set."""
@@ -133,9 +133,12 @@ class Bakeoff:
     def interactions(self) -> tuple[InteractionTable, float]:
         """The pairs of all candidates and their cost in forward passes over the calibration set."""
         path = self.folder / "interactions.json"
-        store = ItemStore(self.folder / "interactions.items.jsonl", self.digest)
         arguments = self.model, self.traced, self.schemes, self.candidates, self.calibration
-        keywords = {"key": jax.random.key(self.options.seed), "batch_size": self.options.batch_size, "store": store}
+        keywords = {
+            "key": jax.random.key(self.options.seed),
+            "batch_size": self.options.batch_size,
+            "store": self.store,
+        }
         seconds, pairs = _running(lambda: Interactions()(*arguments, **keywords))
         if not path.exists():
             write_json(path, {"cost": seconds / self.forward_seconds()})
@@ -175,8 +178,7 @@ class Bakeoff:
         """Measured KL on the calibration or the test set, `float64[plans]`, and tau of it between halves of the set."""
         data = {"calibration": self.calibration, "test": self.test}[which]
         reference = Reference(self.model, data, min(self.options.batch_size, len(data.inputs)))
-        store = ItemStore(self.folder / f"{which}.items.jsonl", self.digest)
-        loss = PlanLoss(self.model, self.traced, self.candidates, reference, store)
+        loss = PlanLoss(self.model, self.traced, self.candidates, reference, self.store)
         sums = np.array([loss.documents(choice) for choice in track(choices, f"{what} on {which}", len(choices))])
         odd, even = (sums[:, start::2].sum(axis=1) for start in (0, 1))
         return sums.sum(axis=1) / loss.counts.sum(), _tau(odd, even)

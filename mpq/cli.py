@@ -86,6 +86,9 @@ def sensitivity(
 ) -> None:
     """Predict the loss increase of every weight under every scheme, with standard errors.
 
+    What is finished lies in the folder `scores` beside the table: interrupted, it continues when typed again, and with
+    further schemes it computes those.
+
     Args:
       model: checkpoint folder, hub id, or `reference`.
       data: calibration text, or `reference`.

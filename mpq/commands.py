@@ -21,7 +21,7 @@ from mpq.inputs import Dataset, Tokens
 from mpq.inspect import inspect as inspect_model
 from mpq.inspect import parse_bpw
 from mpq.models import Model, load, resolve
-from mpq.pipeline import export_arguments
+from mpq.pipeline import export_arguments, score_store
 from mpq.quantize import QUANTIZERS, Candidates
 from mpq.request import Request
 from mpq.sensitivity import METRICS
@@ -86,7 +86,7 @@ def sensitivity(
     schemes: tuple[str, ...],
     seed: int,
 ) -> dict[str, Any]:
-    """The table of predicted loss increases."""
+    """The table of predicted loss increases; finished scores lie by content in `scores` beside it."""
     measure = known("metric", metric, METRICS)
     known("method", method, QUANTIZERS)
     parsed = tuple(parse_scheme(s) for s in schemes)
@@ -94,7 +94,8 @@ def sensitivity(
     data = text.dataset(model, "calibration")
     traced = text.trace(model)
     candidates = _candidates(model, traced, method, data, stats, text.batch_size)
-    table = measure(model, traced, parsed, candidates, data, key=jax.random.key(seed), batch_size=text.batch_size)
+    options = {"key": jax.random.key(seed), "batch_size": text.batch_size, "store": score_store(out.parent / "scores")}
+    table = measure(model, traced, parsed, candidates, data, **options)
     artifacts.save_table(out, table, {"other_bits": artifacts.other_bits(model, traced.weights)})
     return {
         "out": str(out),

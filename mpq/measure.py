@@ -13,7 +13,8 @@ from mpq.estimate import sums_over_documents
 from mpq.evaluate import Reference
 from mpq.models.model import Model
 from mpq.quantize import Candidates, apply_plan
-from mpq.sensitivity.base import MemoryStore, Store, check_inputs, window_divergences
+from mpq.sensitivity.base import check_inputs, measured_on, window_divergences
+from mpq.store import MemoryStore, Store, kept
 from mpq.trace import Trace
 from mpq.types import MpqError, Scheme
 
@@ -47,6 +48,7 @@ class PlanLoss:
         """
         self.counts = check_inputs(model, traced.weights, reference.data)
         self._model, self._weights, self._candidates, self._reference = model, traced.weights, candidates, reference
+        self._on = measured_on(model, traced, reference.data, reference.batch_size)
         self._store: Store = MemoryStore() if store is None else store
 
     def documents(self, choice: Mapping[str, Scheme]) -> np.ndarray:
@@ -58,11 +60,8 @@ class PlanLoss:
         Raises:
           MpqError: the outputs of the plan are NaN or infinite.
         """
-        key = "|".join(str(choice[spec.path]) for spec in self._weights)
-        values = self._store.get(key)
-        if values is None:
-            values = self._measure(choice)
-            self._store.put(key, values)
+        among = [[w.path, str(choice[w.path]), self._candidates.digest(w, choice[w.path])] for w in self._weights]
+        values = kept(self._store, lambda: self._measure(choice), item="plan", **self._on, candidates=among)
         return sums_over_documents(np.asarray(values, np.float64), self._reference.data.document)
 
     def __call__(self, choice: Mapping[str, Scheme]) -> float:

@@ -2,7 +2,8 @@
 
 A run folder is named by the digest of everything its content depends on (config, model, data, versions, the source of
 this package), so a file found in it is a finished stage of this very run: an interrupted run continues, and gives the
-same bytes.
+same bytes. What takes long, scores and measured plans, lies by content beside the run folders (`mpq.store`), where the
+run of another config finds what it has in common with this one.
 """
 
 import dataclasses
@@ -45,10 +46,10 @@ from mpq.measure import PlanLoss
 from mpq.models import Model, load
 from mpq.progress import track
 from mpq.quantize import QUANTIZERS, Candidates, apply_plan
-from mpq.record import timed
+from mpq.record import SETTINGS, timed
 from mpq.sensitivity import METRICS
 from mpq.sensitivity.base import require_finite_entries
-from mpq.store import ItemStore
+from mpq.store import FolderStore, Store
 from mpq.trace import Trace
 from mpq.types import LayerStats, MpqError, SensitivityTable, WeightSpec
 from mpq.units import parse_size
@@ -87,6 +88,11 @@ class Run:
     def traced(self) -> Trace:
         """The traced model, on batches of the run's shape."""
         return self.model.trace(self.config.batch_size, self.config.window)
+
+    @functools.cached_property
+    def store(self) -> Store:
+        """Scores by content, beside the run folders: runs share what they have in common."""
+        return score_store(self.folder.parent / "scores")
 
     @functools.cached_property
     def stats(self) -> dict[str, LayerStats]:
@@ -236,8 +242,7 @@ class Run:
         """Measured KL of the main method's plans on calibration data."""
         data = take(self.sets["calibration"], self.config.refine_windows)
         reference = Reference(self.model, data, min(self.config.batch_size, len(data.inputs)))
-        store = ItemStore(self.folder / "plans.items.jsonl", self.folder.name)
-        return PlanLoss(self.model, self.traced, self.candidates[self.config.method], reference, store)
+        return PlanLoss(self.model, self.traced, self.candidates[self.config.method], reference, self.store)
 
     def sensitivity_data(self, metric: str) -> Dataset:
         """The part of the calibration set that a metric is measured on."""
@@ -257,7 +262,7 @@ class Run:
                 data,
                 key=jax.random.key(self.config.seed),
                 batch_size=min(self.config.batch_size, len(data.inputs)),
-                store=ItemStore(self.folder / f"{name}.items.jsonl", self.folder.name),
+                store=self.store,
             )
             require_finite_entries(table.loss_increase, table.weights, table.schemes)
             return table
@@ -353,6 +358,14 @@ def export_arguments(
         "config": dict(model.config),
         "tokenizer_json": None if model.tokenizer is None else model.tokenizer.to_str(),
     }
+
+
+def score_store(folder: Path) -> FolderStore:
+    """What this code made on this device, kept in `folder`."""
+    settings = {name: getattr(jax.config, name) for name in SETTINGS}
+    versions = {"jax": jax.__version__, "jaxlib": jax.lib.__version__, "numpy": np.__version__}
+    device = jax.devices()[0].device_kind
+    return FolderStore(folder, {"source": source_digest(), "device": device, **versions, **settings})
 
 
 def source_digest() -> str:

@@ -1,61 +1,118 @@
-"""An append-only file of finished items, so that an interrupted stage loses at most one."""
+"""Finished items kept by content: whatever asks again with equal inputs, in whatever run, does not compute again.
+
+An item is the least that is computed at a time: the loss of one candidate, one probe, the scores of one batch. Its key
+says in clear all that its value depends on: digests of the model, the data and the candidates, options, random key. So
+a store needs no rules about when it is stale: what changed has another key, and everything else is found.
+"""
 
 import hashlib
 import json
-import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from mpq.files import write_bytes
 from mpq.types import MpqError
 
 
-class ItemStore:
-    """Values by key in a file of JSON lines; every `put` is on disk before it returns.
+class Store(Protocol):
+    """Where finished items are, so that an interrupted stage continues. Values are plain (JSON) data.
 
-    A line cut short by a crash is dropped. A file made from other inputs is refused.
+    A key names all inputs of its value (`kept` makes it of them), so one store serves any metrics, models and data.
     """
 
-    def __init__(self, path: Path, inputs: str):
-        """Open or create.
-
-        Args:
-          path: the file.
-          inputs: digest of all that the values depend on.
-
-        Raises:
-          MpqError: the file was made from other inputs, or a line other than the last is damaged.
-        """
-        self._path, self._inputs = path, inputs
-        self._values: dict[str, Any] = {}
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        if lines and not lines[-1].endswith(b"\n"):
-            lines.pop()
-            path.write_bytes(b"".join(lines))
-        for number, line in enumerate(lines, start=1):
-            self._read(number, line)
-
     def get(self, key: str) -> Any | None:
-        """The stored value, or None."""
-        return self._values.get(key)
+        """The value, or None."""
+        ...
 
     def put(self, key: str, value: Any) -> None:
-        """Store plain data under `key`."""
-        self._values[key] = value
-        body = json.dumps([self._inputs, key, value])
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([body, hashlib.sha256(body.encode()).hexdigest()[:16]]) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Keep `value`."""
+        ...
 
-    def _read(self, number: int, line: bytes) -> None:
-        damaged = MpqError(f"{self._path} is damaged in line {number}: delete it to compute its items again")
+
+def kept(store: Store | None, make: Callable[[], Any], **inputs: Any) -> Any:
+    """The value of an item: the stored one, else what `make` returns, which is then stored.
+
+    Args:
+      store: where to look; None: it is made.
+      make: computes the value, plain data, from nothing but `inputs`, the code and the device.
+      **inputs: all that the value depends on, plain data; `item` names what it is.
+    """
+    if store is None:
+        return make()
+    key = json.dumps(inputs, sort_keys=True)
+    value = store.get(key)
+    if value is None:
+        value = make()
+        store.put(key, value)
+    return value
+
+
+class MemoryStore:
+    """A `Store` that forgets when the process ends."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+
+    def get(self, key: str) -> Any | None:
+        """The value, or None."""
+        return self.values.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        """Keep `value`."""
+        self.values[key] = value
+
+
+class FolderStore:
+    """A `Store` on disk: a file an item, which is whole and on the disk before `put` returns, so a kill loses one item.
+
+    A file has three lines: the key with the code and device that made the value, the value, and the sha256 of these
+    two. Its name is the sha256 of the first. Processes that run at the same time may share the folder.
+    """
+
+    def __init__(self, folder: Path, maker: Mapping[str, Any]) -> None:
+        """Open; nothing is written yet.
+
+        Args:
+          folder: may hold the items of other makers too.
+          maker: what else values depend on: code, versions, device.
+        """
+        self._folder, self._maker = folder, maker
+
+    def get(self, key: str) -> Any | None:
+        """The value, or None.
+
+        Raises:
+          MpqError: the file under the item's name is damaged, or holds another item.
+        """
+        head = self._head(key)
+        path = self._path(head)
         try:
-            body, checksum = json.loads(line)
-            inputs, key, value = json.loads(body)
-        except (ValueError, TypeError) as error:
-            raise damaged from error
-        if hashlib.sha256(body.encode()).hexdigest()[:16] != checksum:
-            raise damaged
-        if inputs != self._inputs:
-            raise MpqError(f"{self._path} was made from other inputs: delete it to compute its items again")
-        self._values[key] = value
+            lines = path.read_bytes().split(b"\n")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if len(lines) != 4 or lines[2].decode(errors="replace") != _checksum(*lines[:2]):
+            raise MpqError(f"{path} is damaged: delete it to compute its item again")
+        if lines[0] != head:
+            raise MpqError(f"{path} holds an item of other inputs than its name says: delete it to compute its own")
+        return json.loads(lines[1])
+
+    def put(self, key: str, value: Any) -> None:
+        """Keep `value`.
+
+        Raises:
+          MpqError: the disk is full, or the operating system refuses.
+        """
+        head, body = self._head(key), json.dumps(value).encode()
+        write_bytes(self._path(head), b"\n".join((head, body, _checksum(head, body).encode(), b"")))
+
+    def _head(self, key: str) -> bytes:
+        return json.dumps({"inputs": json.loads(key), "maker": self._maker}, sort_keys=True).encode()
+
+    def _path(self, head: bytes) -> Path:
+        name = hashlib.sha256(head).hexdigest()
+        return self._folder / name[:2] / f"{name[2:]}.json"
+
+
+def _checksum(head: bytes, body: bytes) -> str:
+    return hashlib.sha256(head + b"\n" + body).hexdigest()

@@ -16,6 +16,7 @@ import jax
 from jax import numpy as jnp
 
 from mpq.tracing import found
+from mpq.tracing.digest import jaxpr_digest
 from mpq.tracing.found import Skipped
 from mpq.tracing.interpret import Interpreter
 from mpq.tracing.layout import identity
@@ -102,6 +103,16 @@ class Trace:
     _plan: Plan = dataclasses.field(repr=False)
     _output: Any = dataclasses.field(repr=False)
     _split: frozenset[Slot] = dataclasses.field(default=frozenset(), repr=False)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 of what the function computes at these shapes, `mpq.tracing.digest`; of no parameter's values."""
+        return jaxpr_digest(self._jaxpr)
+
+    @property
+    def output(self) -> Any:
+        """Shapes and dtypes of what the function returns."""
+        return self._output
 
     def evaluate(self, params: Params, inputs: Any, replace: Replace | None = None) -> Any:
         """The function's output, with reads of weights replaced.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpq.files import digest_arrays
 from mpq.formats import parse_scheme
 from mpq.inputs import Dataset, Tokens
 from mpq.models.model import Model
@@ -71,6 +72,9 @@ class Shifted:
     def dequantized(self, spec: WeightSpec, scheme: Scheme) -> jax.Array:
         param = self.model.params[spec.param]
         return spec.to_matrix(param + self.error(spec.param, scheme))
+
+    def digest(self, spec: WeightSpec, scheme: Scheme) -> str:
+        return digest_arrays({"candidate": self.dequantized(spec, scheme)})
 
 
 def make_data(inputs, mask=None, document=None):

@@ -3,16 +3,17 @@
 import dataclasses
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from mpq import pipeline, results, show
+from mpq import files, pipeline, results, show
 from mpq.certainty import certainty
 from mpq.config import RunConfig
 from mpq.export import orbax
-from mpq.store import ItemStore
+from mpq.store import FolderStore
 from mpq.types import MpqError
 from tests import tiny
 
@@ -194,24 +195,47 @@ class Stop(BaseException):
     """What a kill looks like from inside."""
 
 
-@pytest.mark.parametrize("after", [2, 21])
-def test_an_interrupted_run_continues_and_gives_the_same_bytes(finished, config, tmp_path, monkeypatch, after):
-    puts = []
-    original = ItemStore.put
+def test_a_run_stopped_at_ten_random_points_continues_and_gives_the_same_bytes(finished, config, tmp_path, monkeypatch):
+    written, move = [], files._move
+    stops = np.cumsum(np.random.default_rng(0).integers(1, 16, size=10)).tolist()
 
-    def put(self, key, value):
-        original(self, key, value)
-        puts.append((self._path.name, key))
-        if len(puts) == after:
-            raise Stop
+    def stopping(source, target):
+        if stops and len(written) == stops[0]:
+            stops.pop(0)
+            raise Stop  # before what was computed is on the disk under its name
+        move(source, target)
+        written.append(target)
 
-    monkeypatch.setattr(ItemStore, "put", put)
-    with pytest.raises(Stop):
-        results.finish(pipeline.prepare(config, tmp_path), "mpq run tiny")
-    done = len(puts)
+    monkeypatch.setattr(files, "_move", stopping)
+    monkeypatch.setattr(pipeline, "load", lambda source: finished[0].model)  # what is compiled serves every start
+    while stops:
+        with pytest.raises(Stop):
+            results.finish(pipeline.prepare(config, tmp_path), "mpq run tiny")
     results.finish(again := pipeline.prepare(config, tmp_path), "mpq run tiny")
-    assert len(set(puts)) == len(puts) > done  # nothing is computed twice
+    scores = [path for path in written if path.parent.parent.name == "scores"]
+    assert len(set(scores)) == len(scores)  # nothing is computed twice
     assert content(again.folder) == content(finished[0].folder)
+    assert content(again.folder.parent / "scores") == content(finished[0].folder.parent / "scores")
+
+
+def test_a_config_with_one_more_scheme_measures_only_that(finished, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "load", lambda source: finished[0].model)
+    fewer = dataclasses.replace(config, schemes=config.schemes[:-1], metrics=("kl", "hessian_trace"))
+    _ = pipeline.prepare(fewer, tmp_path).tables
+    before = content(tmp_path / "scores")
+    run = pipeline.prepare(dataclasses.replace(config, metrics=("kl", "hessian_trace")), tmp_path)
+    new = content(tmp_path / "scores").keys() - before.keys() if run.tables else None
+    assert len(new) == len(run.traced.weights)
+    for metric, table in run.tables.items():
+        np.testing.assert_array_equal(table.loss_increase, finished[0].tables[metric].loss_increase)
+
+
+def test_a_damaged_score_is_refused_by_name(finished, config, tmp_path):
+    shutil.copytree(finished[0].folder.parent / "scores", tmp_path / "scores")
+    for path in (tmp_path / "scores").rglob("*.json"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(MpqError, match=r"scores/.*\.json is damaged: delete it to compute its item again"):
+        _ = pipeline.prepare(config, tmp_path).tables
 
 
 def test_another_config_gets_another_folder(finished, config, tmp_path):
@@ -242,8 +266,6 @@ def test_a_budget_below_the_smallest_size_says_that_size(config, tmp_path):
 
 
 def test_a_damaged_stage_file_is_refused(finished, config, tmp_path):
-    import shutil
-
     shutil.copytree(finished[0].folder, tmp_path / finished[0].folder.name)
     file = tmp_path / finished[0].folder.name / "sensitivity-kl-gptq.json"
     body = json.loads(file.read_text())
@@ -295,17 +317,17 @@ def test_the_plan_that_the_search_began_with_is_a_candidate_too(searched):
 
 def test_an_interrupted_search_continues_and_gives_the_same_bytes(searched, tmp_path, monkeypatch):
     run, _ = searched
-    original, puts = ItemStore.put, []
+    original, plans = FolderStore.put, []
 
     def put(self, key, value):
         original(self, key, value)
-        puts.append((self._path.name, key))
-        if self._path.name == "plans.items.jsonl" and len(puts) > 20:
+        plans.extend([key] if '"item": "plan"' in key else [])
+        if len(plans) == 5:
             raise Stop
 
-    monkeypatch.setattr(ItemStore, "put", put)
+    monkeypatch.setattr(FolderStore, "put", put)
     with pytest.raises(Stop):
         results.finish(pipeline.prepare(run.config, tmp_path), "mpq run tiny")
-    monkeypatch.setattr(ItemStore, "put", original)
+    monkeypatch.setattr(FolderStore, "put", original)
     results.finish(again := pipeline.prepare(run.config, tmp_path), "mpq run tiny")
     assert content(again.folder) == content(run.folder)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpq.files import digest_arrays, digest_json
 from mpq.quantize.quantizer import Quantizer
 from mpq.types import LayerStats, MpqError, Params, QTensor, Scheme, WeightSpec
 
@@ -40,6 +41,7 @@ class Candidates:
         self._weights = {spec.path: spec for spec in weights}
         self._stats = stats or {}
         self._checked: set[str] = set()
+        self._digests: dict[str, str] = {}
         self._qtensors: dict[tuple[str, Scheme], QTensor] = {}
 
     def qtensor(self, spec: WeightSpec, scheme: Scheme) -> QTensor:
@@ -57,6 +59,18 @@ class Candidates:
     def dequantized(self, spec: WeightSpec, scheme: Scheme) -> jax.Array:
         """What the quantized weight stands for, `float32[batch, k, n]`. Raises as `qtensor` does."""
         return dequantize(self.qtensor(spec, scheme))
+
+    def digest(self, spec: WeightSpec, scheme: Scheme) -> str:
+        """sha256 of all that the quantized weight is made of, without making it.
+
+        That is the weight, its gram where the rounding algorithm uses one, that algorithm with its options, and the
+        scheme. Raises as `qtensor` does.
+        """
+        if spec.path not in self._digests:
+            weight, gram = self._inputs(spec)
+            used = {} if gram is None or not self.quantizer.data_aware else {"gram": gram}
+            self._digests[spec.path] = digest_arrays({"weight": weight, **used})
+        return digest_json([repr(self.quantizer), str(scheme), self._digests[spec.path]])
 
     def choose(self, choice: Mapping[str, Scheme]) -> dict[str, QTensor]:
         """The quantized weights of a plan: path -> scheme in, path -> `QTensor` out.

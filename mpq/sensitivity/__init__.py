@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from mpq.sensitivity.activation_mse import Imatrix
 from mpq.sensitivity.aumann_shapley import AumannShapley
-from mpq.sensitivity.base import Coupling, MemoryStore, Metric, Store
+from mpq.sensitivity.base import Coupling, Metric
 from mpq.sensitivity.delta_loss import DeltaLoss
 from mpq.sensitivity.empirical_fisher import EmpiricalFisher
 from mpq.sensitivity.exllamav2 import ExLlamaV2
@@ -33,6 +33,7 @@ from mpq.sensitivity.nncf import NNCF
 from mpq.sensitivity.snr import SNR
 from mpq.sensitivity.top_eigenvalue import TopEigenvalue
 from mpq.sensitivity.weight_mse import WeightMSE
+from mpq.store import MemoryStore, Store
 
 __all__ = [
     "METRICS",

@@ -71,7 +71,7 @@ class Imatrix:
         """
         del key
         check_inputs(model, traced.weights, data)
-        scores = output_errors(_of_diagonal, model, traced, schemes, candidates, data, batch_size, store)
+        scores = output_errors(self.name, _of_diagonal, model, traced, schemes, candidates, data, batch_size, store)
         return anchored_table(
             self.name, scores, model, traced, schemes, candidates, data, batch_size=batch_size, store=store
         )

@@ -31,12 +31,15 @@ from mpq.sensitivity.base import (
     CandidateSource,
     Store,
     by_size,
+    candidates_digest,
     check_inputs,
     make_table,
+    measured_on,
     require_finite_entries,
     substituted_all,
     window_divergences,
 )
+from mpq.store import kept
 from mpq.trace import Trace
 from mpq.types import MpqError, Scheme, SensitivityTable, WeightSpec
 
@@ -64,7 +67,7 @@ def anchored_table(
       candidates: quantized weights.
       data: what the plan is measured on.
       batch_size: windows per pass.
-      store: keeps the measurement.
+      store: keeps the measurement, which all proxies share.
 
     Raises:
       MpqError: a score is not finite, or the outputs of the measured plan are not.
@@ -74,7 +77,7 @@ def anchored_table(
     column = anchor_column(traced.weights, schemes, scores.sum(axis=0) > 0)
     if column is not None:
         reference = Reference(model, data, batch_size, keep_bytes=0)  # asked once: there is nothing to keep
-        kl, error = _measured(reference, traced.weights, schemes[column], candidates, store)
+        kl, error = _measured(reference, traced, schemes[column], candidates, store)
         loss, stderr = _shared_out(scores / scores[:, column].sum(), kl, error)
     return make_table(label, model, traced.weights, schemes, candidates, data, loss, stderr)
 
@@ -111,7 +114,7 @@ def anchored_columns(
     loss, stderr = np.zeros_like(scores), np.zeros_like(scores)
     reference = Reference(model, data, batch_size)
     for column in map(int, np.flatnonzero(scores.sum(axis=0) > 0)):
-        kl, error = _measured(reference, traced.weights, schemes[column], candidates, store)
+        kl, error = _measured(reference, traced, schemes[column], candidates, store)
         loss[:, column], stderr[:, column] = _shared_out(scores[:, column] / scores[:, column].sum(), kl, error)
     return make_table(label, model, traced.weights, schemes, candidates, data, loss, stderr)
 
@@ -138,23 +141,26 @@ def _shared_out(share: np.ndarray, kl: float, error: float) -> tuple[np.ndarray,
 
 def _measured(
     reference: Reference,
-    weights: Sequence[WeightSpec],
+    traced: Trace,
     scheme: Scheme,
     candidates: CandidateSource,
     store: Store | None,
 ) -> tuple[float, float]:
     """KL of the plan with all weights at `scheme`, nats per output, and its standard error."""
-    name, model, data = f"anchor|{scheme}", reference.model, reference.data
-    values = None if store is None else store.get(name)
-    if values is None:
-        params = substituted_all(model.params, weights, scheme, candidates)
-        values = window_divergences(model, params, reference.batches())[: len(data.inputs)].tolist()
+    model, data = reference.model, reference.data
+
+    def make() -> list[float]:
+        params = substituted_all(model.params, traced.weights, scheme, candidates)
+        values = window_divergences(model, params, reference.batches())[: len(data.inputs)]
         if not np.isfinite(values).all():
             raise MpqError(
                 f"all weights stored as {scheme} make the model's outputs NaN or infinite, and this plan gives the "
                 "other scores their unit: leave this scheme out"
             )
-        if store is not None:
-            store.put(name, values)
+        return values.tolist()
+
+    on = measured_on(model, traced, data, reference.batch_size)
+    among = candidates_digest(traced.weights, [scheme], candidates)
+    values = kept(store, make, item="anchor", **on, candidates=among)
     mean, error = mean_over_documents(sums_over_documents(values, data.document), check_inputs(model, (), data))
     return max(float(mean), 0.0), float(error)  # a KL of nothing may come out below 0 by rounding

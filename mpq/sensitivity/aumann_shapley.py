@@ -21,7 +21,9 @@ take part, with no grouping of layers.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,10 +32,19 @@ from mpq.evaluate import Reference
 from mpq.inputs import Dataset
 from mpq.models.model import Model
 from mpq.progress import track
-from mpq.sensitivity.base import CandidateSource, Coupling, Store, check_inputs, substituted
+from mpq.sensitivity.base import (
+    CandidateSource,
+    Coupling,
+    Store,
+    candidates_digest,
+    check_inputs,
+    measured_on,
+    substituted,
+)
 from mpq.sensitivity.by_batch import table_of_windows
 from mpq.sensitivity.gradients import divergence_slopes
 from mpq.sensitivity.taps import Errors, differing_errors, require_finite_windows, telling_windows
+from mpq.store import kept
 from mpq.trace import Trace
 from mpq.types import Params, Scheme, SensitivityTable, WeightSpec
 
@@ -89,20 +100,17 @@ class AumannShapley:
         shaped = telling_windows(traced.on((batch_size, *data.inputs.shape[1:])))
         reference = Reference(model, data, batch_size, keep_bytes=self.keep_bytes)
         nodes, shares = np.polynomial.legendre.leggauss(self.num_nodes)
+        on = measured_on(model, traced, data, batch_size)
         windows = np.zeros((len(data.inputs), len(traced.weights), len(schemes)))
         keep = np.zeros(windows.shape[1:], bool)
         for column, scheme in enumerate(track(schemes, "sensitivity aumann_shapley", len(schemes))):
             keep[:, [column]], errors = differing_errors(model.params, traced, [scheme], candidates)
             if not errors:
                 continue
+            among = candidates_digest(traced.weights, [scheme], candidates)
             for node, share in zip((nodes + 1) / 2, shares / 2, strict=True):
-                name = f"{scheme}|{node}"
-                values = None if store is None else store.get(name)
-                if values is None:
-                    at = on_path(model.params, traced.weights, errors, node)
-                    values = divergence_slopes(shaped, at, errors, reference, keep[:, [column]])[..., 0]
-                    if store is not None:
-                        store.put(name, values.tolist())
+                make = functools.partial(_slopes, shaped, model, node, errors, reference, keep[:, [column]])
+                values = kept(store, make, item=self.name, **on, node=node, candidates=among)
                 windows[..., column] += share * np.asarray(values, np.float64)
         require_finite_windows(windows, keep, model, data.source)
         label = f"{self.name}(num_nodes={self.num_nodes})"
@@ -124,3 +132,11 @@ def on_path(params: Params, weights: Sequence[WeightSpec], errors: Errors, t: fl
             matrix = spec.to_matrix(params[spec.param]) + np.float32(t) * errors[spec.path][0]
             changed = substituted(changed, spec, matrix)
     return changed
+
+
+def _slopes(
+    traced: Trace, model: Model, node: float, errors: Errors, reference: Reference, keep: np.ndarray
+) -> list[Any]:
+    """`float64[windows, weights]`: derivative of each window's KL along the error of each weight, at `node`, nats."""
+    params = on_path(model.params, traced.weights, errors, node)
+    return divergence_slopes(traced, params, errors, reference, keep)[..., 0].tolist()

@@ -11,26 +11,14 @@ import numpy as np
 
 from mpq.estimate import sums_over_documents
 from mpq.evaluate import distributions, require_labels, require_outputs, row_divergence
+from mpq.files import digest_json
 from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
+from mpq.store import Store, kept
 from mpq.tasks import Task
 from mpq.trace import Trace
+from mpq.tracing.digest import jaxpr_digest
 from mpq.types import MpqError, Params, Scheme, SensitivityTable, WeightSpec
-
-
-class Store(Protocol):
-    """Where a metric keeps finished items, so that an interrupted one continues. Values are plain (JSON) data.
-
-    A store belongs to one run of one metric: same model, data, quantizer, options and key.
-    """
-
-    def get(self, key: str) -> Any | None:
-        """The value, or None."""
-        ...
-
-    def put(self, key: str, value: Any) -> None:
-        """Keep `value`."""
-        ...
 
 
 class Named(Protocol):
@@ -52,6 +40,10 @@ class CandidateSource(Protocol):
 
     def dequantized(self, spec: WeightSpec, scheme: Scheme) -> jax.Array:
         """`float32[batch, k, n]`."""
+        ...
+
+    def digest(self, spec: WeightSpec, scheme: Scheme) -> str:
+        """Of the values, or of all that they are made of: equal digests, equal values."""
         ...
 
 
@@ -99,21 +91,6 @@ class Metric(Protocol):
     ) -> SensitivityTable:
         """Score every weight at every scheme."""
         ...
-
-
-class MemoryStore:
-    """A `Store` that forgets when the process ends."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
-
-    def get(self, key: str) -> Any | None:
-        """The value, or None."""
-        return self.values.get(key)
-
-    def put(self, key: str, value: Any) -> None:
-        """Keep `value`."""
-        self.values[key] = value
 
 
 def check_inputs(model: Model, weights: Sequence[WeightSpec], data: Dataset) -> np.ndarray:
@@ -182,6 +159,28 @@ def by_size(weights: Sequence[WeightSpec], schemes: Sequence[Scheme]) -> list[in
     return sorted(range(len(schemes)), key=lambda c: (sum(w.size_bits(schemes[c]) for w in weights), str(schemes[c])))
 
 
+def measured_on(model: Model, traced: Trace, data: Dataset, batch_size: int) -> dict[str, Any]:
+    """What every item depends on for which the whole model runs over the data: a part of its key (`mpq.store.kept`).
+
+    The batch size is in it because it decides the last bits. The model's function counts as what it computes, and the
+    task by its options and its divergence; labels belong to the data.
+    """
+    task = model.task
+    divergence = jax.make_jaxpr(lambda z: task.divergence(task.distribution(z), task.distribution(z)))(traced.output)
+    return {
+        "model": model.digest,
+        "function": traced.digest,
+        "task": [task.name, jaxpr_digest(divergence)],
+        "data": data.digest,
+        "batch_size": batch_size,
+    }
+
+
+def candidates_digest(weights: Sequence[WeightSpec], schemes: Sequence[Scheme], candidates: CandidateSource) -> str:
+    """Of every candidate, in this order: in the key of an item that depends on them all, or whose bits do."""
+    return digest_json([[w.path, str(s), candidates.digest(w, s)] for w in weights for s in schemes])
+
+
 def half_mean_square(
     params: Params, spec: WeightSpec, schemes: Sequence[Scheme], candidates: CandidateSource
 ) -> np.ndarray:
@@ -242,11 +241,20 @@ def quantization_error(
 
 
 def squared_errors(
-    params: Params, spec: WeightSpec, schemes: Sequence[Scheme], candidates: CandidateSource
+    params: Params,
+    spec: WeightSpec,
+    schemes: Sequence[Scheme],
+    candidates: CandidateSource,
+    store: Store | None = None,
 ) -> np.ndarray:
-    """`float64[schemes]`: ||candidate - weight||^2. Raises as `quantization_error` does."""
-    errors = quantization_error(params, spec, schemes, candidates)
-    return np.square(np.asarray(errors), dtype=np.float64).sum(axis=(1, 2, 3))
+    """`float64[schemes]`: ||candidate - weight||^2, an item each. Raises as `quantization_error` does."""
+
+    def make(scheme: Scheme) -> float:
+        error = quantization_error(params, spec, [scheme], candidates)
+        return float(np.square(np.asarray(error), dtype=np.float64).sum())
+
+    keep = lambda s: kept(store, lambda: make(s), item="squared_error", candidate=candidates.digest(spec, s))
+    return np.array([keep(scheme) for scheme in schemes])
 
 
 @jax.jit

@@ -1,6 +1,13 @@
-"""The loop of the metrics that score all candidates in one pass over the data, and the table of what windows sum up."""
+"""The loop of the metrics that score all candidates in one pass over the data, and the table of what windows sum up.
 
+One pass scores all candidates, and the last bits of a matmul depend on its width: adding a scheme moves the columns of
+the others by rounding. An item is therefore a batch with all its candidates, and none is made of two passes: a table
+has the same bits whatever was scored before. A further scheme costs one pass over the data, as it would alone.
+"""
+
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,8 +16,9 @@ from mpq.estimate import mean_over_documents, sums_over_documents
 from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
 from mpq.progress import track
-from mpq.sensitivity.base import CandidateSource, Store, make_table
+from mpq.sensitivity.base import CandidateSource, Store, candidates_digest, make_table, measured_on
 from mpq.sensitivity.taps import dense, require_finite_windows
+from mpq.store import kept
 from mpq.trace import Trace
 from mpq.types import Scheme, SensitivityTable
 
@@ -22,12 +30,15 @@ def windows_by_batch(
     what: str,
     model: Model,
     traced: Trace,
+    schemes: Sequence[Scheme],
+    candidates: CandidateSource,
     keep: np.ndarray,
     data: Dataset,
     of_batch: OfBatch,
     *,
     batch_size: int,
     store: Store | None,
+    inputs: Mapping[str, Any],
     shape: tuple[int, ...] = (),
 ) -> np.ndarray:
     """What `of_batch` gives for every window; it is not called where no candidate differs from its weight.
@@ -36,11 +47,14 @@ def windows_by_batch(
       what: for the progress bar.
       model: gives the task.
       traced: gives the weights.
+      schemes: columns.
+      candidates: quantized weights.
       keep: `bool[weights, schemes]`, the candidates that differ, from `differing_errors`.
       data: windows.
       of_batch: gives the numbers; rows that fill up the last batch come too.
       batch_size: windows per pass.
       store: finished items, one a batch.
+      inputs: of an item, what else `of_batch` depends on beside model, data and candidates; `item` names it.
       shape: of what a window has for one candidate.
 
     Returns:
@@ -52,15 +66,17 @@ def windows_by_batch(
     windows = np.zeros((len(data.inputs), *keep.shape, *shape))
     starts = range(0, len(data.inputs), batch_size) if keep.any() else ()
     batches = zip(starts, data.batches(batch_size), strict=False)
+    on = measured_on(model, traced, data, batch_size)
+    among = candidates_digest(traced.weights, schemes, candidates)
+
+    def make(start: int, stop: int, batch: Batch) -> list[Any]:
+        values = of_batch(batch, model.task.counted(batch.mask), np.arange(start, start + batch_size))
+        return dense(jax.device_get(values), traced, keep)[: stop - start].tolist()
+
     for start, batch in track(batches, what, len(starts)):
         stop = min(start + batch_size, len(data.inputs))
-        values = None if store is None else store.get(f"{start}:{stop}")
-        if values is None:
-            sums = of_batch(batch, model.task.counted(batch.mask), np.arange(start, start + batch_size))
-            values = dense(jax.device_get(sums), traced, keep)[: stop - start].tolist()
-            if store is not None:
-                store.put(f"{start}:{stop}", values)
-        windows[start:stop] = values
+        item = functools.partial(make, start, stop, batch)
+        windows[start:stop] = kept(store, item, **inputs, **on, windows=[start, stop], candidates=among)
     require_finite_windows(windows, keep, model, data.source)
     return windows
 

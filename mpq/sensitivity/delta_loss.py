@@ -18,6 +18,7 @@ are scored as all other weights are.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -28,8 +29,18 @@ from mpq.inputs import Dataset
 from mpq.models.model import Model
 from mpq.progress import track
 from mpq.sensitivity.anchor import anchored_table
-from mpq.sensitivity.base import CandidateSource, Coupling, Store, check_inputs, squared_errors, substituted_all
+from mpq.sensitivity.base import (
+    CandidateSource,
+    Coupling,
+    Store,
+    candidates_digest,
+    check_inputs,
+    measured_on,
+    squared_errors,
+    substituted_all,
+)
 from mpq.sensitivity.gradients import summed_gradient, unsigned_products
+from mpq.store import kept
 from mpq.trace import Trace
 from mpq.types import MpqError, Scheme, SensitivityTable
 
@@ -75,14 +86,12 @@ class DeltaLoss:
         """
         del key
         check_inputs(model, traced.weights, data)
+        on = measured_on(model, traced, data, batch_size)
         columns = []
         for scheme in track(schemes, "sensitivity delta_loss", len(schemes)):
-            values = None if store is None else store.get(str(scheme))
-            if values is None:
-                values = _column(model, traced, scheme, candidates, data, batch_size)
-                if store is not None:
-                    store.put(str(scheme), values)
-            columns.append(values)
+            make = functools.partial(_column, model, traced, scheme, candidates, data, batch_size)
+            among = candidates_digest(traced.weights, [scheme], candidates)
+            columns.append(kept(store, make, item=self.name, **on, candidates=among))
         scores = np.array(columns, np.float64).T
         return anchored_table(
             self.name, scores, model, traced, schemes, candidates, data, batch_size=batch_size, store=store

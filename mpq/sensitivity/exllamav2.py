@@ -29,7 +29,7 @@ from mpq.inputs import Dataset
 from mpq.models.model import Model
 from mpq.progress import track
 from mpq.sensitivity.anchor import anchored_table
-from mpq.sensitivity.base import CandidateSource, Coupling, Store, check_inputs
+from mpq.sensitivity.base import CandidateSource, Coupling, Store, candidates_digest, check_inputs, measured_on
 from mpq.sensitivity.taps import (
     Errors,
     dense,
@@ -38,6 +38,7 @@ from mpq.sensitivity.taps import (
     require_finite_windows,
     telling_windows,
 )
+from mpq.store import kept
 from mpq.trace import Site, Trace
 from mpq.types import Params, Scheme, SensitivityTable
 
@@ -75,7 +76,7 @@ class ExLlamaV2:
           data: windows that give the inputs, and that the one plan is measured on.
           key: not used; nothing is drawn.
           batch_size: windows per pass.
-          store: keeps the scores and the measurement.
+          store: finished items, the scores and the measurement.
 
         Raises:
           MpqError: no output counts, a weight, a candidate or the outputs of a weight are not finite, or the measured
@@ -83,13 +84,12 @@ class ExLlamaV2:
         """
         del key
         check_inputs(model, traced.weights, data)
-        scores = None if store is None else store.get("scores")
-        if scores is None:
-            scores = _scores(model, traced, schemes, candidates, data, batch_size).tolist()
-            if store is not None:
-                store.put("scores", scores)
+        on = measured_on(model, traced, data, batch_size)
+        among = candidates_digest(traced.weights, schemes, candidates)
+        make = lambda: _scores(model, traced, schemes, candidates, data, batch_size).tolist()
+        scores = np.array(kept(store, make, item=self.name, **on, candidates=among), np.float64)
         return anchored_table(
-            self.name, np.array(scores), model, traced, schemes, candidates, data, batch_size=batch_size, store=store
+            self.name, scores, model, traced, schemes, candidates, data, batch_size=batch_size, store=store
         )
 
 

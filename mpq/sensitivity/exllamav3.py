@@ -35,6 +35,7 @@ from mpq.sensitivity.base import (
     Coupling,
     Store,
     by_size,
+    candidates_digest,
     check_inputs,
     quantization_error,
     substituted,
@@ -112,14 +113,14 @@ class ExLlamaV3:
                 )
             return values
 
-        def measure(spec: WeightSpec, changed: Params, first: int) -> np.ndarray:
-            del first
+        def measure(spec: WeightSpec, changed: Params, first: int, last: int) -> np.ndarray:
+            del first, last
             return in_plan(spec, changed) - of_original(spec)
 
         return score_one_by_one(
             self.name,
             model,
-            traced.weights,
+            traced,
             schemes,
             candidates,
             data,
@@ -127,4 +128,5 @@ class ExLlamaV3:
             measure,
             batch_size=batch_size,
             store=store,
+            beside={"plan": candidates_digest(traced.weights, [low], candidates)},
         )

@@ -19,6 +19,7 @@ Differences from the paper: none of the second order is added, and the term is t
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,10 +28,19 @@ from mpq.evaluate import require_finite
 from mpq.inputs import Dataset
 from mpq.models.model import Model
 from mpq.sensitivity.anchor import anchored_table
-from mpq.sensitivity.base import CandidateSource, Coupling, Store, check_inputs, require_targets
+from mpq.sensitivity.base import (
+    CandidateSource,
+    Coupling,
+    Store,
+    candidates_digest,
+    check_inputs,
+    measured_on,
+    require_targets,
+)
 from mpq.sensitivity.by_batch import table_of_windows
 from mpq.sensitivity.gradients import slopes_of_data, summed_gradient, unsigned_products
 from mpq.sensitivity.taps import BY_GRADIENT
+from mpq.store import kept
 from mpq.trace import Trace
 from mpq.types import Scheme, SensitivityTable
 
@@ -92,7 +102,9 @@ class FirstOrder:
             return anchored_table(
                 label, scores, model, traced, schemes, candidates, data, batch_size=batch_size, store=store
             )
-        keep, windows = slopes_of_data(BY_GRADIENT, model, traced, schemes, candidates, data, batch_size, store)
+        keep, windows = slopes_of_data(
+            BY_GRADIENT, model, traced, schemes, candidates, data, batch_size, store, self.name
+        )
         return table_of_windows(self.name, model, traced, schemes, candidates, data, counts, windows, keep)
 
 
@@ -106,12 +118,13 @@ def _unsigned(
     store: Store | None,
 ) -> np.ndarray:
     """`float64[weights, schemes]`: sum of |gradient * error|."""
-    scores = None if store is None else store.get("scores")
-    if scores is None:
+
+    def make() -> list[Any]:
         gradient = summed_gradient(model, model.params, traced.weights, data, batch_size)
         rows = [unsigned_products(gradient, model.params, spec, schemes, candidates) for spec in traced.weights]
-        scores = np.array(rows).tolist()
-        require_finite(np.array(scores), model.params, f"{data.source}, in a gradient")
-        if store is not None:
-            store.put("scores", scores)
-    return np.array(scores)
+        require_finite(np.array(rows), model.params, f"{data.source}, in a gradient")
+        return np.array(rows).tolist()
+
+    on = measured_on(model, traced, data, batch_size)
+    among = candidates_digest(traced.weights, schemes, candidates)
+    return np.array(kept(store, make, item="first_order(signed=False)", **on, candidates=among))

@@ -79,8 +79,8 @@ class GaussNewton:
         counts = check_inputs(model, traced.weights, data)
         direction = direction_of(model.params)
 
-        def measure(spec: WeightSpec, changed: Params, first: int) -> np.ndarray:
-            del first
+        def measure(spec: WeightSpec, changed: Params, first: int, last: int) -> np.ndarray:
+            del first, last
             along, counted = direction(spec, changed), model.task.counted
             batches = data.batches(batch_size)
             return concatenated(
@@ -90,7 +90,7 @@ class GaussNewton:
         return score_one_by_one(
             self.name,
             model,
-            traced.weights,
+            traced,
             schemes,
             candidates,
             data,

@@ -35,6 +35,7 @@ def slopes_of_data(
     data: Dataset,
     batch_size: int,
     store: Store | None,
+    item: str,
 ) -> tuple[np.ndarray, np.ndarray]:
     """What `form` sums over every window, at the original weights, for all candidates in one pass.
 
@@ -46,7 +47,8 @@ def slopes_of_data(
       candidates: quantized weights.
       data: windows with labels.
       batch_size: windows per pass.
-      store: finished items, one a batch.
+      store: finished items, one a batch with all its candidates, as in `mpq.sensitivity.by_batch`.
+      item: names `form`.
 
     Returns:
       `bool[weights, schemes]`, the candidates that differ from their weight, and `float64[windows, weights, schemes]`.
@@ -62,7 +64,17 @@ def slopes_of_data(
         return window_slopes(shaped, form, model.task, model.params, errors, batch, counted, None)
 
     windows = windows_by_batch(
-        "sensitivity gradients", model, traced, keep, data, slopes, batch_size=batch_size, store=store
+        "sensitivity gradients",
+        model,
+        traced,
+        schemes,
+        candidates,
+        keep,
+        data,
+        slopes,
+        batch_size=batch_size,
+        store=store,
+        inputs={"item": item},
     )
     return keep, windows
 

@@ -82,14 +82,14 @@ class HessianForm:
         require_labels(model, model.params, data)
         direction = direction_of(model.params)
 
-        def measure(spec: WeightSpec, changed: Params, first: int) -> np.ndarray:
-            del first
+        def measure(spec: WeightSpec, changed: Params, first: int, last: int) -> np.ndarray:
+            del first, last
             return rows_along(model, data, batch_size, direction(spec, changed)) / 2
 
         return score_one_by_one(
             self.name,
             model,
-            traced.weights,
+            traced,
             schemes,
             candidates,
             data,

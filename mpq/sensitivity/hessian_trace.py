@@ -38,9 +38,11 @@ from mpq.sensitivity.base import (
     check_inputs,
     half_mean_square,
     make_table,
+    measured_on,
     output_losses,
     substituted,
 )
+from mpq.store import kept
 from mpq.tasks import Task
 from mpq.trace import Trace
 from mpq.types import Params, Scheme, SensitivityTable, WeightSpec
@@ -95,18 +97,19 @@ class HessianTrace:
         weights = {spec.path: spec.to_matrix(model.params[spec.param]) for spec in traced.weights}
         samples = np.zeros((self.num_probes, len(traced.weights)))
         counted = lambda batch: model.task.counted(batch.mask)
+        on, seed = measured_on(model, traced, data, batch_size), jax.random.key_data(key).tolist()
+
+        def make(probe: int) -> list[float]:
+            v = rademacher_like(jax.random.fold_in(key, probe), weights)
+            sums = [
+                _samples(model.apply, model.task, traced.weights, model.params, weights, batch, counted(batch), v)
+                for batch in data.batches(batch_size)
+            ]
+            return (np.sum(np.asarray(sums, np.float64), axis=0) / counts.sum()).tolist()
+
         for probe in track(range(self.num_probes), "sensitivity hessian_trace", self.num_probes):
-            values = None if store is None else store.get(str(probe))
-            if values is None:
-                v = rademacher_like(jax.random.fold_in(key, probe), weights)
-                sums = [
-                    _samples(model.apply, model.task, traced.weights, model.params, weights, batch, counted(batch), v)
-                    for batch in data.batches(batch_size)
-                ]
-                values = (np.sum(np.asarray(sums, np.float64), axis=0) / counts.sum()).tolist()
-                if store is not None:
-                    store.put(str(probe), values)
-            samples[probe] = values
+            one = functools.partial(make, probe)
+            samples[probe] = kept(store, one, item=self.name, **on, key=seed, weights=list(weights), probe=probe)
         require_finite(samples, model.params, f"{data.source}, in a Hessian-vector product")
         half = np.array([half_mean_square(model.params, spec, schemes, candidates) for spec in traced.weights])
         stderr = (

@@ -18,6 +18,7 @@ expectation; one noise level, that of the schemes at hand, where the paper fits 
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -36,12 +37,14 @@ from mpq.sensitivity.base import (
     Store,
     check_inputs,
     make_table,
+    measured_on,
     substituted,
     window_divergences,
 )
 from mpq.sensitivity.snr import noise_to_signal
+from mpq.store import kept
 from mpq.trace import Trace
-from mpq.types import MpqError, Scheme, SensitivityTable
+from mpq.types import MpqError, Scheme, SensitivityTable, WeightSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,20 +94,14 @@ class Higgs:
         counts = check_inputs(model, traced.weights, data)
         t2 = np.array([noise_to_signal(model.params, spec, schemes, candidates) for spec in traced.weights])
         reference = Reference(model, data, batch_size, keep_bytes=self.keep_bytes)
+        on, seed = measured_on(model, traced, data, batch_size), jax.random.key_data(key).tolist()
         alpha = np.zeros((len(data.inputs), len(traced.weights), 1))
         for row, spec in enumerate(track(traced.weights, "sensitivity higgs", len(traced.weights))):
             if not t2[row].any():
                 continue
             size = float(np.exp(np.log(t2[row][t2[row] > 0]).mean()))
-            values = None if store is None else store.get(spec.path)
-            if values is None:
-                weight = spec.to_matrix(model.params[spec.param])
-                noise = noise_of_size(jax.random.fold_in(key, stable_id(spec.path)), weight, size)
-                values = window_divergences(
-                    model, substituted(model.params, spec, weight + noise), reference.batches()
-                )[: len(data.inputs)].tolist()
-                if store is not None:
-                    store.put(spec.path, values)
+            make = functools.partial(_measured, model, reference, spec, size, key)
+            values = kept(store, make, item=self.name, **on, key=seed, weight=spec.path, size=size)
             if not np.isfinite(values).all():
                 raise MpqError(
                     f"noise of the size of its errors on weight {spec.path} makes the model's outputs NaN or infinite: "
@@ -114,6 +111,14 @@ class Higgs:
         mean, stderr = mean_over_documents(sums_over_documents(alpha, data.document), counts)
         stderr = np.where(t2 == 0, 0.0, stderr * t2)  # an exact candidate costs nothing: that is certain
         return make_table(self.name, model, traced.weights, schemes, candidates, data, mean * t2, stderr)
+
+
+def _measured(model: Model, reference: Reference, spec: WeightSpec, size: float, key: jax.Array) -> list[float]:
+    """KL of each window, nats, with noise of `size` on one weight."""
+    weight = spec.to_matrix(model.params[spec.param])
+    noise = noise_of_size(jax.random.fold_in(key, stable_id(spec.path)), weight, size)
+    changed = substituted(model.params, spec, weight + noise)
+    return window_divergences(model, changed, reference.batches())[: len(reference.data.inputs)].tolist()
 
 
 def noise_of_size(key: jax.Array, weight: jax.Array, t2: float) -> jax.Array:

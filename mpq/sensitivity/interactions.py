@@ -197,11 +197,14 @@ class Interactions:
             "interactions",
             model,
             traced,
+            schemes,
+            candidates,
             keep,
             data,
             functools.partial(_sketches, shaped, self.num_probes, model.task, model.params, errors, key),
             batch_size=batch_size,
             store=store,
+            inputs={"item": f"interactions({self.num_probes})", "key": jax.random.key_data(key).tolist()},
             shape=(self.num_probes,),
         )
         sketch = windows / np.sqrt(2 * self.num_probes * counts.sum())

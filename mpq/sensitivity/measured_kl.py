@@ -76,16 +76,16 @@ class MeasuredKL:
         counts = check_inputs(model, traced.weights, data)
         reference = Reference(model, data, batch_size, keep_bytes=0)
         per_part = max(1, self.keep_bytes * -(-len(data.inputs) // batch_size) // reference.nbytes)
-        part = _Part(reference, per_part)
+        part = _Part(reference)
 
-        def measure(spec: WeightSpec, changed: Params, first: int) -> np.ndarray:
+        def measure(spec: WeightSpec, changed: Params, first: int, last: int) -> np.ndarray:
             del spec
-            return window_divergences(model, changed, part.at(first))
+            return window_divergences(model, changed, part.at(first, last))
 
         return score_one_by_one(
             self.name,
             model,
-            traced.weights,
+            traced,
             schemes,
             candidates,
             data,
@@ -100,16 +100,16 @@ class MeasuredKL:
 class _Part:
     """The reference's outputs on one part of the data at a time, computed when first asked for."""
 
-    def __init__(self, reference: Reference, num_batches: int):
-        self._reference, self._num_batches = reference, num_batches
-        self._first: int | None = None
+    def __init__(self, reference: Reference):
+        self._reference = reference
+        self._windows: tuple[int, int] | None = None
         self._pairs: list[tuple[Batch, jax.Array]] = []
 
-    def at(self, first: int) -> list[tuple[Batch, jax.Array]]:
-        """Batches from window `first` on, with the reference's distributions."""
-        if first != self._first:
+    def at(self, first: int, last: int) -> list[tuple[Batch, jax.Array]]:
+        """Batches from window `first` up to `last`, with the reference's distributions."""
+        if (first, last) != self._windows:
             self._pairs = []  # frees the old part before the new one is made
-            start = first // self._reference.batch_size
-            self._pairs = list(self._reference.batches(start, start + self._num_batches))
-            self._first = first
+            size = self._reference.batch_size
+            self._pairs = list(self._reference.batches(first // size, -(-last // size)))
+            self._windows = first, last
         return self._pairs

@@ -87,15 +87,15 @@ class MeasuredLoss:
             require_finite(concatenated(sums), model.params, data.source)
             return values
 
-        def measure(spec: WeightSpec, changed: Params, first: int) -> np.ndarray:
-            del spec, first
+        def measure(spec: WeightSpec, changed: Params, first: int, last: int) -> np.ndarray:
+            del spec, first, last
             pairs = zip(batches, original(), strict=True)
             return concatenated([_row_sums(losses(changed, batch) - v, counted) for (batch, counted), v in pairs])
 
         return score_one_by_one(
             self.name,
             model,
-            traced.weights,
+            traced,
             schemes,
             candidates,
             data,

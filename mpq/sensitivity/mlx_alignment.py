@@ -21,6 +21,7 @@ threshold a gain per bit and is the allocator's work here; a mean over outputs, 
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,12 +34,15 @@ from mpq.sensitivity.base import (
     Coupling,
     Store,
     by_size,
+    candidates_digest,
     check_inputs,
+    measured_on,
     substituted_all,
 )
 from mpq.sensitivity.by_batch import table_of_windows
 from mpq.sensitivity.gradients import divergence_slopes
 from mpq.sensitivity.taps import differing_errors, telling_windows
+from mpq.store import kept
 from mpq.trace import Trace
 from mpq.types import MpqError, Scheme, SensitivityTable
 
@@ -87,17 +91,19 @@ class MLXAlignment:
         low = schemes[by_size(traced.weights, schemes)[0]]
         keep, errors = differing_errors(model.params, traced, schemes, candidates)
         windows = np.zeros((len(data.inputs), *keep.shape))
-        values = None if store is None else store.get("slopes")
-        if values is not None:
-            windows = np.asarray(values, np.float64)
-        elif errors:
+
+        def make() -> list[Any]:
             shaped = telling_windows(traced.on((batch_size, *data.inputs.shape[1:])))
             plan = substituted_all(model.params, traced.weights, low, candidates)
-            windows = divergence_slopes(shaped, plan, errors, Reference(model, data, batch_size, keep_bytes=0), keep)
-            if not np.isfinite(windows[:, keep]).any(axis=1).all():
+            slopes = divergence_slopes(shaped, plan, errors, Reference(model, data, batch_size, keep_bytes=0), keep)
+            if not np.isfinite(slopes[:, keep]).any(axis=1).all():
                 raise MpqError(
                     f"all weights stored as {low} make the gradient of the KL NaN or infinite: leave this scheme out"
                 )
-            if store is not None:
-                store.put("slopes", windows.tolist())
+            return slopes.tolist()
+
+        if errors:
+            on = measured_on(model, traced, data, batch_size)
+            among = candidates_digest(traced.weights, schemes, candidates)
+            windows = np.asarray(kept(store, make, item=self.name, **on, candidates=among), np.float64)
         return table_of_windows(self.name, model, traced, schemes, candidates, data, counts, windows, keep)

@@ -79,7 +79,7 @@ class ModelOptGradient:
         del key
         check_inputs(model, traced.weights, data)
         require_targets(self.name, model, data)
-        _, windows = slopes_of_data(SQUARES, model, traced, schemes, candidates, data, batch_size, store)
+        _, windows = slopes_of_data(SQUARES, model, traced, schemes, candidates, data, batch_size, store, self.name)
         scores = windows.sum(axis=0)
         return anchored_table(
             self.name, scores, model, traced, schemes, candidates, data, batch_size=batch_size, store=store

@@ -36,7 +36,16 @@ from mpq.inputs import Dataset
 from mpq.models.model import Model
 from mpq.quantize import RTN, Candidates
 from mpq.sensitivity.anchor import anchored_columns
-from mpq.sensitivity.base import CandidateSource, Coupling, Store, check_inputs, quantization_error, squared_errors
+from mpq.sensitivity.base import (
+    CandidateSource,
+    Coupling,
+    Store,
+    check_inputs,
+    measured_on,
+    quantization_error,
+    squared_errors,
+)
+from mpq.store import kept
 from mpq.trace import Trace
 from mpq.types import Scheme, SensitivityTable
 
@@ -115,12 +124,12 @@ class NNCF:
 
 def _squared_inputs(model: Model, traced: Trace, data: Dataset, batch_size: int, store: Store | None) -> np.ndarray:
     """`float64[weights]`: E[x_k^2] over positions and channels; of one-hot rows 1 / n, added where there are both."""
-    means = None if store is None else store.get("inputs")
-    if means is None:
+
+    def make() -> list[float]:
         stats = calibrate(traced, model.params, data, batch_size)
         lookups = count_lookups(traced, model.params, data, batch_size)
         of_matmul = lambda path: float(jnp.diagonal(stats[path].gram, axis1=1, axis2=2).mean()) if path in stats else 0
-        means = [of_matmul(s.path) + (1 / s.n if s.path in lookups else 0) for s in traced.weights]
-        if store is not None:
-            store.put("inputs", means)
-    return np.array(means, np.float64)
+        return [of_matmul(s.path) + (1 / s.n if s.path in lookups else 0) for s in traced.weights]
+
+    on, paths = measured_on(model, traced, data, batch_size), [spec.path for spec in traced.weights]
+    return np.array(kept(store, make, item="squared_inputs", **on, weights=paths), np.float64)

@@ -58,7 +58,7 @@ def score_squares(
 
     Args:
       name: of the metric, for the progress bar.
-      label: of the table.
+      label: of the table: the metric with all its options.
       model: gives the original parameters and the task.
       traced: the model's trace.
       schemes: columns.
@@ -79,7 +79,17 @@ def score_squares(
     keep, errors = differing_errors(model.params, traced, schemes, candidates)
     of_batch = functools.partial(_squares, shaped, scores, num_samples, span, model.task, model.params, errors, key)
     squares = windows_by_batch(
-        f"sensitivity {name}", model, traced, keep, data, of_batch, batch_size=batch_size, store=store
+        f"sensitivity {name}",
+        model,
+        traced,
+        schemes,
+        candidates,
+        keep,
+        data,
+        of_batch,
+        batch_size=batch_size,
+        store=store,
+        inputs={"item": label, "key": jax.random.key_data(key).tolist()},
     )
     return table_of_windows(label, model, traced, schemes, candidates, data, counts, squares / 2, keep)
 

@@ -63,22 +63,26 @@ class SNR:
           data: windows that the one plan is measured on.
           key: not used; nothing is drawn.
           batch_size: windows per forward pass.
-          store: keeps the measurement.
+          store: keeps the squared errors, one a candidate, and the measurement.
 
         Raises:
           MpqError: no output counts, a weight or a candidate is not finite, or the measured plan's outputs are not.
         """
         del key
         check_inputs(model, traced.weights, data)
-        scores = np.array([noise_to_signal(model.params, spec, schemes, candidates) for spec in traced.weights])
+        scores = np.array([noise_to_signal(model.params, spec, schemes, candidates, store) for spec in traced.weights])
         return anchored_table(
             self.name, scores, model, traced, schemes, candidates, data, batch_size=batch_size, store=store
         )
 
 
 def noise_to_signal(
-    params: Params, spec: WeightSpec, schemes: Sequence[Scheme], candidates: CandidateSource
+    params: Params,
+    spec: WeightSpec,
+    schemes: Sequence[Scheme],
+    candidates: CandidateSource,
+    store: Store | None = None,
 ) -> np.ndarray:
     """`float64[schemes]`: ||candidate - weight||^2 / ||weight||^2; 0 for an exact candidate of a weight of zeros."""
     signal = np.square(np.asarray(params[spec.param][spec.where]), dtype=np.float64).sum()
-    return squared_errors(params, spec, schemes, candidates) / max(signal, float(np.finfo(np.float32).tiny))
+    return squared_errors(params, spec, schemes, candidates, store) / max(signal, float(np.finfo(np.float32).tiny))

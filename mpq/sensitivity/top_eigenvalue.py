@@ -45,10 +45,12 @@ from mpq.sensitivity.base import (
     check_inputs,
     half_mean_square,
     make_table,
+    measured_on,
     output_losses,
     substituted,
 )
 from mpq.sensitivity.hessian_form import rows_along
+from mpq.store import kept
 from mpq.tasks import Task
 from mpq.trace import Trace
 from mpq.types import Params, Scheme, SensitivityTable, WeightSpec
@@ -103,21 +105,24 @@ class TopEigenvalue:
         require_labels(model, model.params, data)
         quotients = np.zeros((len(data.inputs), len(traced.weights)))
         stacked: Batch = jax.tree.map(lambda *parts: np.stack(parts), *data.batches(batch_size))
+        label = f"{self.name}(num_iterations={self.num_iterations})"
+        on, seed = measured_on(model, traced, data, batch_size), jax.random.key_data(key).tolist()
+
+        paths = [spec.path for spec in traced.weights]  # one function multiplies by all blocks: they decide last bits
+
+        def make(spec: WeightSpec) -> list[float]:
+            direction = self._top_eigenvector(model, traced.weights, spec, stacked, key)
+            return rows_along(model, data, batch_size, direction)[: len(data.inputs)].tolist()
+
         for row, spec in enumerate(track(traced.weights, "sensitivity top_eigenvalue", len(traced.weights))):
-            values = None if store is None else store.get(spec.path)
-            if values is None:
-                direction = self._top_eigenvector(model, traced.weights, spec, stacked, key)
-                values = rows_along(model, data, batch_size, direction)[: len(data.inputs)].tolist()
-                if store is not None:
-                    store.put(spec.path, values)
-            quotients[:, row] = values
+            one = functools.partial(make, spec)
+            quotients[:, row] = kept(store, one, item=label, **on, key=seed, weight=spec.path, among=paths)
         require_finite(quotients, model.params, f"{data.source}, in a Hessian-vector product")
         eigenvalue, error = mean_over_documents(sums_over_documents(quotients, data.document), counts)
         half = np.array(
             [half_mean_square(model.params, spec, schemes, candidates) * spec.size for spec in traced.weights]
         )
         stderr = np.where(half == 0, 0.0, error[:, None] * half)  # an exact candidate costs nothing: that is certain
-        label = f"{self.name}(num_iterations={self.num_iterations})"
         loss = eigenvalue[:, None] * half
         return make_table(label, model, traced.weights, schemes, candidates, data, loss, stderr)
 

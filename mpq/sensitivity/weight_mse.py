@@ -60,14 +60,14 @@ class WeightMSE:
           data: windows that the one plan is measured on.
           key: not used; nothing is drawn.
           batch_size: windows per forward pass.
-          store: keeps the measurement.
+          store: keeps the squared errors, one a candidate, and the measurement.
 
         Raises:
           MpqError: no output counts, a weight or a candidate is not finite, or the measured plan's outputs are not.
         """
         del key
         check_inputs(model, traced.weights, data)
-        scores = np.array([squared_errors(model.params, spec, schemes, candidates) for spec in traced.weights])
+        scores = np.array([squared_errors(model.params, spec, schemes, candidates, store) for spec in traced.weights])
         return anchored_table(
             self.name, scores, model, traced, schemes, candidates, data, batch_size=batch_size, store=store
         )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mpq.data.dataset import new_dataset
 from mpq.formats import parse_scheme
 from mpq.inputs import Dataset, Tokens
 from mpq.models.llama import Llama, LlamaConfig
@@ -93,7 +94,7 @@ def run(metric, model, traced, candidates, data):
         options = {"key": jax.random.key(5), "batch_size": BATCH, "store": None}
         given |= {k: v for k, v in changes.items() if k in given}
         options |= {k: v for k, v in changes.items() if k in options}
-        return metric(*given.values(), **options)
+        return changes.get("metric", metric)(*given.values(), **options)
 
     return call
 
@@ -104,6 +105,14 @@ def table(run, model):
     before = model.apply.traces
     result = run()
     return result, model.apply.traces - before
+
+
+@pytest.fixture(scope="module")
+def items(run):
+    """What the usual run leaves in a store."""
+    store = MemoryStore()
+    run(store=store)
+    return store.values
 
 
 class TestEveryMetric:
@@ -166,17 +175,50 @@ class TestEveryMetric:
         else:
             self.assert_equal_up_to_rounding(other, picked)
 
-    def test_finished_items_are_not_computed_again(self, table, run, metric):
+    def test_finished_items_are_not_computed_again(self, table, run, items):
         class Closed(MemoryStore):
             def put(self, key, value):
                 raise AssertionError(f"{key} was computed again")
 
-        store, closed = MemoryStore(), Closed()
-        run(store=store)
-        closed.values = store.values
+        closed = Closed()
+        closed.values = items
         again = run(store=closed)
         np.testing.assert_array_equal(again.loss_increase, table[0].loss_increase)
         np.testing.assert_array_equal(again.stderr, table[0].stderr)
+
+    @pytest.mark.parametrize("what", ["model", "data", "key", "batch_size", "candidates", "traced", "metric"])
+    def test_what_a_store_holds_is_what_would_be_computed(self, run, items, metric, model, traced, data, what):
+        """With another input, either an item is asked for that the usual run did not leave, or it changes none."""
+
+        class Asked(BaseException):
+            pass
+
+        class Usual:
+            def get(self, key):
+                if key not in items:
+                    raise Asked
+                return items[key]
+
+        name = "layers.0.mlp.up_proj.kernel"
+        options = {field.name: getattr(metric, field.name) for field in dataclasses.fields(metric)}
+        options = {k: not v if isinstance(v, bool) else 2 * v for k, v in options.items()}
+        other = {
+            "model": lambda: dataclasses.replace(model, params=model.params | {name: model.params[name] * 1.5}),
+            "data": lambda: new_dataset(data.inputs[:, ::-1].copy(), data.mask, data.document, "noise"),
+            "key": lambda: jax.random.key(6),
+            "batch_size": lambda: 3,
+            "candidates": lambda: Candidates(model.params, traced.weights, RTN(scale="mse")),
+            "traced": lambda: dataclasses.replace(traced, weights=traced.weights[::-2]),
+            "metric": lambda: dataclasses.replace(metric, **options),
+        }
+        changed = {what: other[what]()}
+        try:
+            found = run(store=Usual(), **changed)
+        except Asked:
+            return
+        made = run(**changed)
+        np.testing.assert_array_equal(found.loss_increase, made.loss_increase)
+        np.testing.assert_array_equal(found.stderr, made.stderr)
 
     def test_a_weight_that_is_not_finite_is_named(self, run, model):
         name = "layers.1.mlp.up_proj.kernel"
