@@ -26,11 +26,11 @@ def options(tmp_path_factory):
         granularity="g16",
         metrics=("kl", "weight_mse", "imatrix:2", "first_order"),
         window=32,
-        calibration_rows=4,
+        calibration_rows=8,
         test_rows=6,
         batch_size=2,
         plans=12,
-        fit_plans=5,
+        fit_plans=9,
     )
 
 
@@ -83,7 +83,7 @@ def test_plans_stay_in_their_band_and_use_all_of_it(options, result):
     run = Bakeoff(options)
     for band in BANDS:
         bits = np.array([scheme.format.bits for scheme in run.schemes])[run.plans(band, 9)]
-        assert bits.shape == (17, 9)
+        assert bits.shape == (21, 9)
         assert (bits.min(), bits.max()) == band
     assert (run.plans(BANDS[0], 9) == Bakeoff(dataclasses.replace(options, plans=12)).plans(BANDS[0], 9)).all()
 
