@@ -5,6 +5,7 @@ import pytest
 from scipy.stats import kendalltau
 
 from mpq.allocate import PowerLaw, Problem, refit
+from mpq.allocate.refit import EXPONENTS
 from mpq.types import MpqError
 from tests.allocate_cases import make_problem
 
@@ -68,9 +69,10 @@ def test_a_true_table_stays_as_it_is(problem: Problem) -> None:
 
 
 def test_an_exact_law_leaves_nothing_to_correct(problem: Problem) -> None:
-    plans, others = draw(40), draw(20, seed=3)
-    found = refit(problem, plans, 3 * total(problem.loss, plans) ** 1.2)
-    np.testing.assert_allclose(found.predict(others), 3 * total(problem.loss, others) ** 1.2, rtol=1e-6)
+    plans, others, exponent = draw(40), draw(20, seed=3), float(EXPONENTS[37])
+    found = refit(problem, plans, 3 * total(problem.loss, plans) ** exponent)
+    np.testing.assert_allclose(found.predict(others), 3 * total(problem.loss, others) ** exponent, rtol=1e-6)
+    assert found.law.exponent == exponent
 
 
 def test_the_spread_is_that_of_plans_that_were_left_out(problem: Problem) -> None:

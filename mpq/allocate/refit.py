@@ -30,7 +30,7 @@ MIN_PLANS = 8
 RATIOS = np.geomspace(1e-3, 1e3, 61)
 """tau^2 over s^2 that are compared, for features of mean square one: from no corrections to no noise."""
 EXPONENTS = np.geomspace(0.5, 2.0, 57)
-"""b over that of a power law without corrections."""
+"""b that are compared."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,12 +67,12 @@ def refit(problem: Problem, plans: np.ndarray, measured: np.ndarray) -> Refit:
         raise MpqError(f"{len(plans)} measured plans: correcting a table takes at least {MIN_PLANS}")
     parts = _parts(problem, plans)
     total = parts.sum(axis=1)
-    first = PowerLaw.fit(total, measured)
+    PowerLaw.fit(total, measured)  # refuses losses that no law is of
     taken = np.arange(len(problem.schemes))[:, None, None] == plans
     features = np.where(taken, parts / total[:, None], 0.0).transpose(1, 2, 0).reshape(len(plans), -1)
     scale = np.sqrt(np.square(features - features.mean(axis=0)).sum(axis=1).mean())
     features /= scale
-    exponent, ratio = _most_likely(features, np.log(measured), np.log(total), first.exponent)
+    exponent, ratio = _most_likely(features, np.log(measured), np.log(total))
     power = np.asarray(measured, np.float64) ** (1 / exponent) / total
     mean, effects, left_out = _best_prediction(features, power, ratio)
     relative = 1 + effects.reshape(problem.loss.shape) / (mean * scale)
@@ -80,29 +80,25 @@ def refit(problem: Problem, plans: np.ndarray, measured: np.ndarray) -> Refit:
     corrected = dataclasses.replace(
         problem, loss=problem.loss * relative, variance=problem.variance * np.square(relative)
     )
-    spread = abs(exponent) * float(np.sqrt(np.square(left_out / power).mean()))
+    spread = exponent * float(np.sqrt(np.square(left_out / power).mean()))
     return Refit(corrected, PowerLaw(mean**exponent, exponent, spread, len(plans)), ratio)
 
 
-def _most_likely(
-    features: np.ndarray, log_loss: np.ndarray, log_total: np.ndarray, exponent: float
-) -> tuple[float, float]:
+def _most_likely(features: np.ndarray, log_loss: np.ndarray, log_total: np.ndarray) -> tuple[float, float]:
     """B and tau^2 / s^2 of the largest restricted likelihood of the logarithm of the losses.
 
     Args:
       features: `[P, F]`.
       log_loss: `[P]`.
       log_total: `[P]`, logarithm of sigma(p).
-      exponent: b without corrections.
     """
     eigenvalues, basis = np.linalg.eigh(features @ features.T)
-    exponents = exponent * EXPONENTS
-    log_power = log_loss / exponents[:, None] - log_total
+    log_power = log_loss / EXPONENTS[:, None] - log_total
     log_power -= log_power.mean(axis=1, keepdims=True)  # A: so that powers of any exponent are of one size
     one, power = basis.sum(axis=0), np.exp(log_power) @ basis
-    jacobian = log_power.sum(axis=1) - len(log_loss) * np.log(np.abs(exponents))
+    jacobian = log_power.sum(axis=1) - len(log_loss) * np.log(EXPONENTS)
     free = len(log_loss) - 1
-    likelihood = np.empty((len(RATIOS), len(exponents)))
+    likelihood = np.empty((len(RATIOS), len(EXPONENTS)))
     for row, ratio in enumerate(RATIOS):
         variance = 1 + ratio * np.maximum(eigenvalues, 0.0)
         information = (np.square(one) / variance).sum()
@@ -110,7 +106,7 @@ def _most_likely(
         squares = np.maximum((np.square(residual) / variance).sum(axis=1) / free, np.finfo(np.float64).tiny)
         likelihood[row] = jacobian - (np.log(variance).sum() + np.log(information) + free * np.log(squares)) / 2
     row, column = np.unravel_index(int(np.argmax(likelihood)), likelihood.shape)
-    return float(exponents[column]), float(RATIOS[row])
+    return float(EXPONENTS[column]), float(RATIOS[row])
 
 
 def _best_prediction(features: np.ndarray, target: np.ndarray, ratio: float) -> tuple[float, np.ndarray, np.ndarray]:
