@@ -37,10 +37,22 @@ def take(data: Dataset, windows: int) -> Dataset:
     """`windows` of the windows, from as many documents as there are: a first one of each, then a second, and so on."""
     if windows >= len(data.inputs):
         return data
+    return _rows(data, np.sort(_by_document(data)[:windows]))
+
+
+def by_document(data: Dataset) -> Dataset:
+    """All windows in another order: a first one of each document, then a second, and so on."""
+    return _rows(data, _by_document(data))
+
+
+def _by_document(data: Dataset) -> np.ndarray:
     order = np.argsort(data.document, kind="stable")
     _, start, count = np.unique(data.document[order], return_index=True, return_counts=True)
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order)) - np.repeat(start, count)
-    keep = np.sort(np.argsort(rank, kind="stable")[:windows])
+    return np.argsort(rank, kind="stable")
+
+
+def _rows(data: Dataset, keep: np.ndarray) -> Dataset:
     labels = None if data.labels is None else data.labels[keep]
     return new_dataset(data.inputs[keep], data.mask[keep], data.document[keep], data.source, labels)
