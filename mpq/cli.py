@@ -82,6 +82,7 @@ def sensitivity(
     max_windows: int = 16,
     batch_size: int = 8,
     seed: int = 0,
+    race: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="BUDGET")] = (),
     json: Json = False,
 ) -> None:
     """Predict the loss increase of every weight under every scheme, with standard errors.
@@ -103,11 +104,15 @@ def sensitivity(
       max_windows: use the first so many.
       batch_size: windows a batch.
       seed: of random numbers.
+      race: of kl, a budget such as 3.5bpw, 4MB or int4_g64: passes are spent where its plan hangs on them, a third of
+        the whole table's at most; may be repeated.
       json: print one JSON object.
     """
     text = commands.Data(data, window, max_windows, batch_size)
     _answer(
-        lambda: commands.sensitivity(model, text, out, metric, method, stats, schemes, seed), json, commands.show_table
+        lambda: commands.sensitivity(model, text, out, metric, method, stats, schemes, seed, race),
+        json,
+        commands.show_table,
     )
 
 

@@ -21,10 +21,11 @@ from mpq.inputs import Dataset, Tokens
 from mpq.inspect import inspect as inspect_model
 from mpq.inspect import parse_bpw
 from mpq.models import Model, load, resolve
-from mpq.pipeline import export_arguments, score_store
+from mpq.pipeline import budget_bits, export_arguments, score_store
 from mpq.quantize import QUANTIZERS, Candidates
 from mpq.request import Request
 from mpq.sensitivity import METRICS
+from mpq.sensitivity.racing import Race
 from mpq.trace import Trace
 from mpq.types import LayerStats, MpqError
 
@@ -85,9 +86,15 @@ def sensitivity(
     stats: Path | None,
     schemes: tuple[str, ...],
     seed: int,
+    race: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """The table of predicted loss increases; finished scores lie by content in `scores` beside it."""
+    """The table of predicted loss increases; finished scores lie by content in `scores` beside it.
+
+    With `race`, budgets as in a config, measured KL is spent where their plans hang on it.
+    """
     measure = known("metric", metric, METRICS)
+    if race and metric != "kl":
+        raise MpqError(f"metric {metric!r} cannot be raced: give --metric kl, or no --race")
     known("method", method, QUANTIZERS)
     parsed = tuple(parse_scheme(s) for s in schemes)
     model = load(model_source)
@@ -95,7 +102,14 @@ def sensitivity(
     traced = text.trace(model)
     candidates = _candidates(model, traced, method, data, stats, text.batch_size)
     options = {"key": jax.random.key(seed), "batch_size": text.batch_size, "store": score_store(out.parent / "scores")}
-    table = measure(model, traced, parsed, candidates, data, **options)
+    if race:
+        uniform = {str(s): artifacts.uniform_plan(s, model, traced.weights) for s in parsed}
+        budgets = tuple(budget_bits(budget, model, traced, uniform) for budget in race)
+        del options["key"]
+        table, raced = Race(budgets)(model, traced, parsed, candidates, data, **options)
+        spent = {"windows_run": raced.windows_run, "windows_of_all": raced.windows_of_all}
+    else:
+        table, spent = measure(model, traced, parsed, candidates, data, **options), {}
     artifacts.save_table(out, table, {"other_bits": artifacts.other_bits(model, traced.weights)})
     return {
         "out": str(out),
@@ -104,6 +118,7 @@ def sensitivity(
         "weights": [w.path for w in table.weights],
         "loss_increase": table.loss_increase.tolist(),
         "stderr": [[None if np.isnan(v) else v for v in row] for row in table.stderr.tolist()],
+        **spent,
     }
 
 

@@ -18,6 +18,9 @@ def table(body: dict[str, Any], console: Console) -> None:
     for path, values, errors in zip(body["weights"], body["loss_increase"], body["stderr"], strict=True):
         rows.add_row(path, *(_with_error(v, e) for v, e in zip(values, errors, strict=True)))
     console.print(rows)
+    if "windows_run" in body:
+        run, of_all = body["windows_run"], body["windows_of_all"]
+        console.print(f"raced: {run:,} windows ran, {100 * run / of_all:.0f} % of the {of_all:,} of the whole table")
     console.print(f"written to {body['out']}")
 
 

@@ -3,18 +3,21 @@
 import dataclasses
 import functools
 import itertools
+import json
 
 import numpy as np
 import pytest
 from scipy import integrate, stats
 
+from mpq import cli
 from mpq.allocate import Problem, solve_frontier
 from mpq.data.dataset import by_document, new_dataset
 from mpq.formats import parse_scheme
 from mpq.sensitivity import MeasuredKL, MemoryStore
-from mpq.sensitivity.racing import Race, expected_regret
+from mpq.sensitivity.race_field import expected_regret
+from mpq.sensitivity.racing import Race
 from mpq.types import MpqError
-from tests import sensitivity_cases
+from tests import sensitivity_cases, tiny
 from tests.allocate_cases import table, weight
 from tests.sensitivity_cases import SHAPES, Shifted, make_model, random_data, traced
 
@@ -202,6 +205,41 @@ def test_a_race_run_again_takes_everything_from_the_store(on_model):
     again, _ = run()
     assert store.values.keys() == before.keys()
     np.testing.assert_array_equal(again.loss_increase, first.loss_increase)
+
+
+@pytest.fixture
+def command(tmp_path, capsys):
+    """`mpq sensitivity` on a tiny model; gives exit code, and what it printed."""
+    tiny.write_folder(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(tiny.text(documents=100))
+    here = [str(tmp_path / "model"), "--data", str(tmp_path / "text.txt"), "-o", str(tmp_path / "table")]
+    size = ["--window", "32", "--batch-size", "4", "--max-windows", "24", "--schemes", "int2_g16", "int4_g16"]
+
+    def call(*options):
+        try:
+            cli.main(["sensitivity", *here, *size, *options])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, capsys.readouterr()
+
+    return call
+
+
+def test_the_command_races_for_the_plans_that_are_asked_for(command):
+    code, printed = command("--metric", "kl", "--race", "4.0bpw", "--race", "int4_g16", "--json")
+    assert code == 0
+    body = json.loads(printed.out)
+    assert body["metric"] == "kl(raced)"
+    assert 0 < body["windows_run"] < body["windows_of_all"]
+    code, printed = command("--metric", "kl", "--race", "4.0bpw", "--race", "int4_g16")
+    assert f"raced: {body['windows_run']:,} windows ran" in printed.out
+
+
+def test_other_metrics_are_not_raced(command):
+    code, printed = command("--metric", "fisher", "--race", "4.0bpw")
+    assert code == 2
+    assert "metric 'fisher' cannot be raced" in printed.err
 
 
 def test_windows_come_first_from_as_many_documents_as_there_are():
