@@ -13,13 +13,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as safetensors_bytes
 
+from mpq.array_file import read_arrays, write_arrays
 from mpq.evaluate import DocumentScores
-from mpq.files import read_json, write_bytes, write_json
+from mpq.files import read_json, write_json
 from mpq.formats import parse_scheme
 from mpq.models import Model
+from mpq.sensitivity.interactions import InteractionTable
 from mpq.tasks import Task
 from mpq.types import Allocation, LayerStats, MpqError, Scheme, SensitivityTable, WeightSpec
 
@@ -189,18 +189,8 @@ def save_stats(path: Path, stats: Mapping[str, LayerStats], model_digest: str, d
             arrays[f"gram/{owner}"] = np.asarray(s.gram, np.float32)
             arrays[f"absmax/{owner}"] = np.asarray(s.absmax, np.float32)
         index[weight_path] = {"owner": owner, "num_tokens": s.num_tokens}
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
-    header = {
-        "kind": "stats",
-        "schema": SCHEMA,
-        "model_digest": model_digest,
-        "data_digest": data_digest,
-        "weights": index,
-        "checksum": digest.hexdigest(),
-    }
-    write_bytes(path, safetensors_bytes(arrays, metadata={"mpq": json.dumps(header, sort_keys=True)}))
+    header = {"model_digest": model_digest, "data_digest": data_digest, "weights": index}
+    write_arrays(path, "statistics", header, arrays)
 
 
 def load_stats(path: Path, model_digest: str) -> dict[str, LayerStats]:
@@ -209,22 +199,37 @@ def load_stats(path: Path, model_digest: str) -> dict[str, LayerStats]:
     Raises:
       MpqError: damaged, no statistics, or made for another model.
     """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            header = json.loads((file.metadata() or {}).get("mpq", "{}"))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not iterable
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise MpqError(f"{path} is truncated or no file of statistics ({error}): run `mpq calibrate` again") from error
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(name.encode() + arrays[name].tobytes())
-    if header.get("kind") != "stats" or header.get("checksum") != digest.hexdigest():
-        raise MpqError(f"{path} is damaged or no file of statistics: run `mpq calibrate` again")
+    header, arrays = read_arrays(path, "statistics", "mpq calibrate")
     require_model(path, header["model_digest"], model_digest)
     return {
         weight: LayerStats(arrays[f"gram/{e['owner']}"], arrays[f"absmax/{e['owner']}"], e["num_tokens"])
         for weight, e in header["weights"].items()
     }
+
+
+def save_interactions(path: Path, table: InteractionTable) -> None:
+    """Write interactions."""
+    header = {
+        "weights": [dataclasses.asdict(w) for w in table.weights],
+        "schemes": [str(s) for s in table.schemes],
+        **{key: getattr(table, key) for key in ("shrinkage", "quantizer", "model_digest", "data_digest")},
+    }
+    write_arrays(path, "interactions", header, {"sketch": table.sketch})
+
+
+def load_interactions(path: Path) -> InteractionTable:
+    """Read interactions.
+
+    Raises:
+      MpqError: damaged, or no interactions.
+    """
+    header, arrays = read_arrays(path, "interactions", "mpq interactions")
+    return InteractionTable(
+        weights=tuple(WeightSpec.from_json(w) for w in header["weights"]),
+        schemes=tuple(parse_scheme(s) for s in header["schemes"]),
+        sketch=arrays["sketch"],
+        **{key: header[key] for key in ("shrinkage", "quantizer", "model_digest", "data_digest")},
+    )
 
 
 def save_scores(path: Path, scores: DocumentScores) -> None:

@@ -116,6 +116,44 @@ def sensitivity(
     )
 
 
+def interactions(
+    model: Source,
+    data: str,
+    out: Out,
+    method: str = "rtn",
+    stats: Path | None = None,
+    schemes: tuple[str, ...] = ("int2_g64", "int3_g64", "int4_g64", "int8_channel", "bf16"),
+    num_probes: int = 16,
+    window: int | None = None,
+    max_windows: int = 16,
+    batch_size: int = 8,
+    seed: int = 0,
+    json: Json = False,
+) -> None:
+    """Estimate what the errors of two weights cost together, for `mpq allocate --interactions`.
+
+    Args:
+      model: checkpoint folder, hub id, or `reference`.
+      data: calibration text, or `reference`; of two documents or more.
+      out: file to write.
+      method: rounding algorithm; gptq needs `stats`, or collects them itself.
+      stats: what `mpq calibrate` wrote.
+      schemes: candidates, those of the sensitivity table.
+      num_probes: backward passes; more of them estimate pairs better.
+      window: tokens a window; default 256, or the model's context if that is shorter.
+      max_windows: use the first so many.
+      batch_size: windows a batch.
+      seed: of random numbers.
+      json: print one JSON object.
+    """
+    text = commands.Data(data, window, max_windows, batch_size)
+    _answer(
+        lambda: commands.interactions(model, text, out, method, stats, schemes, num_probes, seed),
+        json,
+        commands.show_interactions,
+    )
+
+
 def allocate(
     table: Source,
     out: Out,
@@ -129,6 +167,7 @@ def allocate(
     activation_bits: int = 16,
     latency: Path | None = None,
     max_latency_us: float | None = None,
+    interactions: Path | None = None,
     frontier: Path | None = None,
     json: Json = False,
 ) -> None:
@@ -147,10 +186,11 @@ def allocate(
       activation_bits: of what weights multiply, in BOPs.
       latency: table {"kxn": {"scheme": microseconds}} as JSON, measured on the device.
       max_latency_us: most microseconds by that table.
+      interactions: what `mpq interactions` wrote of the same candidates: losses of pairs count too.
       frontier: picture of the whole frontier to write (.png or .svg).
       json: print one JSON object.
     """
-    limits = (max_bops, activation_bits, latency, max_latency_us)
+    limits = (max_bops, activation_bits, latency, max_latency_us, interactions)
     ask = lambda: Request(bpw, size, max_kl, pin, only, rules, *limits)
     _answer(lambda: commands.allocate(Path(table), out, ask(), frontier), json, commands.show_plan)
 
@@ -235,6 +275,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "calibrate": calibrate,
     "sensitivity": sensitivity,
+    "interactions": interactions,
     "allocate": allocate,
     "quantize": quantize,
     "evaluate": evaluate,

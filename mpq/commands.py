@@ -24,12 +24,12 @@ from mpq.models import Model, load, resolve
 from mpq.pipeline import budget_bits, export_arguments, score_store
 from mpq.quantize import QUANTIZERS, Candidates
 from mpq.request import Request
-from mpq.sensitivity import METRICS
+from mpq.sensitivity import METRICS, Interactions
 from mpq.sensitivity.racing import Race
 from mpq.trace import Trace
 from mpq.types import LayerStats, MpqError
 
-show_written, show_table = show.written, show.table
+show_written, show_table, show_interactions = show.written, show.table, show.interactions
 show_plan, show_evaluation, show_run = show.plan, show.evaluation, show.run
 
 
@@ -122,6 +122,42 @@ def sensitivity(
     }
 
 
+def interactions(
+    model_source: str,
+    text: Data,
+    out: Path,
+    method: str,
+    stats: Path | None,
+    schemes: tuple[str, ...],
+    num_probes: int,
+    seed: int,
+) -> dict[str, Any]:
+    """What the errors of two weights cost together; finished batches lie by content in `scores` beside it."""
+    known("method", method, QUANTIZERS)
+    parsed = tuple(parse_scheme(s) for s in schemes)
+    model = load(model_source)
+    data = text.dataset(model, "calibration")
+    traced = text.trace(model)
+    candidates = _candidates(model, traced, method, data, stats, text.batch_size)
+    options = {"key": jax.random.key(seed), "batch_size": text.batch_size, "store": score_store(out.parent / "scores")}
+    table = Interactions(num_probes)(model, traced, parsed, candidates, data, **options)
+    artifacts.save_interactions(out, table)
+    weights, columns = np.triu_indices(len(table.weights), 1)
+    strongest = np.abs(table.correlation()).max(axis=(1, 3))[weights, columns]
+    order = np.argsort(-strongest, kind="stable")[:10]
+    return {
+        "out": str(out),
+        "shrinkage": table.shrinkage,
+        "strongest": [
+            {
+                "weights": [table.weights[weights[i]].path, table.weights[columns[i]].path],
+                "correlation": float(strongest[i]),
+            }
+            for i in order
+        ],
+    }
+
+
 def allocate(table_path: Path, out: Path, request: Request, picture: Path | None) -> dict[str, Any]:
     """One plan: from the exact frontier, or by mixed-integer programming where more than the size is limited."""
     table, body = artifacts.load_table(table_path)
@@ -129,10 +165,10 @@ def allocate(table_path: Path, out: Path, request: Request, picture: Path | None
     matched = request.matched([w.path for w in table.weights])
     problem = request.problem(table, beside)
     limits = request.limits(problem)
-    allocation = request.solve(problem, limits)
+    allocation = request.solve(problem, limits, table)
     sure = (
-        unknown("the plan keeps to limits beside the size, with which resamples are not solved")
-        if limits
+        unknown("the plan keeps to limits or pairs beside the sum, with which resamples are not solved")
+        if limits or request.interactions is not None
         else certainty(problem, allocation.choice, allocation.budget_bits, seed=0)
     )
     plan = artifacts.plan_of_allocation(request.name, allocation, table, beside)

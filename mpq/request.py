@@ -5,7 +5,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mpq.allocate import Constraint, Problem, bops, latency, matching, solve_constrained, solve_frontier
+from mpq.allocate import (
+    Constraint,
+    Problem,
+    bops,
+    latency,
+    matching,
+    solve_constrained,
+    solve_frontier,
+    solve_quadratic,
+)
+from mpq.artifacts import load_interactions
 from mpq.export.rules import RULES
 from mpq.files import read_json
 from mpq.types import Allocation, MpqError, Scheme, SensitivityTable, WeightSpec
@@ -28,6 +38,7 @@ class Request:
       max_bops: most bit operations, with inputs of `activation_bits`.
       latency: JSON file, `{"kxn": {scheme: microseconds}}`.
       max_latency_us: most microseconds by that table.
+      interactions: what `mpq interactions` wrote, of the weights and schemes of the table.
     """
 
     bpw: float | None = None
@@ -40,6 +51,7 @@ class Request:
     activation_bits: int = 16
     latency: Path | None = None
     max_latency_us: float | None = None
+    interactions: Path | None = None
 
     def __post_init__(self) -> None:
         given = {"bpw": self.bpw, "size": self.size, "max-kl": self.max_kl}
@@ -52,6 +64,8 @@ class Request:
             raise MpqError(
                 "--max-kl asks for the smallest size, which other limits do not go with: give --bpw or --size"
             )
+        if self.interactions is not None and (self.max_bops, self.latency, self.max_kl) != (None, None, None):
+            raise MpqError("--interactions goes with a size alone: give --bpw or --size, and no other limit")
 
     @property
     def name(self) -> str:
@@ -117,14 +131,20 @@ class Request:
             limits.append(latency(problem, times, self.max_latency_us))
         return limits
 
-    def solve(self, problem: Problem, limits: Sequence[Constraint]) -> Allocation:
-        """The best allocation: from the exact frontier where the size alone is limited."""
+    def solve(self, problem: Problem, limits: Sequence[Constraint], table: SensitivityTable) -> Allocation:
+        """The best allocation: from the exact frontier where the size alone is limited.
+
+        Raises:
+          MpqError: no plan is within the limits, or the interactions are damaged or of another table.
+        """
         bits = None if self.size is None else parse_size(self.size) - problem.overhead_bits
-        if not limits:
+        if not limits and self.interactions is None:
             return solve_frontier(problem).at(bits=bits, bpw=self.bpw, loss=self.max_kl)
         if bits is None:
             assert self.bpw is not None  # as `__post_init__` sees to
             bits = bpw_to_bits(self.bpw, problem.num_weights)
+        if self.interactions is not None:
+            return solve_quadratic(problem, load_interactions(self.interactions).matrix(table), bits)
         return solve_constrained(problem, bits, limits)
 
 

@@ -24,6 +24,15 @@ def table(body: dict[str, Any], console: Console) -> None:
     console.print(f"written to {body['out']}")
 
 
+def interactions(body: dict[str, Any], console: Console) -> None:
+    """The pairs of weights whose errors go together most."""
+    rows = Table("weight", "weight", "largest |correlation|", title="interactions, shrunk")
+    for pair in body["strongest"]:
+        rows.add_row(*pair["weights"], f"{pair['correlation']:.3f}")
+    console.print(rows)
+    console.print(f"correlations are shrunk by {100 * body['shrinkage']:.0f} %; written to {body['out']}")
+
+
 def plan(body: dict[str, Any], console: Console) -> None:
     """One plan, and the choice of every weight."""
     rows = Table(
