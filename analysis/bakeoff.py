@@ -103,8 +103,9 @@ def _part(entry: Mapping[str, Any], part: str | None) -> Mapping[str, Any]:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
+    """None where one is missing: means over other bands or models do not compare."""
     known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    return sum(known) / len(known) if len(known) == len(values) else None
 
 
 def _cells(entry: Mapping[str, Any]) -> list[str]:

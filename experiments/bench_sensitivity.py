@@ -54,7 +54,7 @@ class Options:
       windows: of the text; `window` tokens each, `batch_size` a pass.
       spans: further spans of the Fisher metric to compare; 0: the whole window.
       repeats: of every timing.
-      seed: of the sampled labels and probes.
+      seed: of signs and probes.
     """
 
     model: str

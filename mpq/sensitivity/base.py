@@ -154,6 +154,20 @@ def output_losses(
     return task.divergence(jax.lax.stop_gradient(q), q) + broken
 
 
+def random_scores(task: Task, outputs: jax.Array, windows: jax.Array, key: jax.Array) -> jax.Array:
+    """Vectors of the outputs' shape whose second moment is the Fisher matrix of every output; by random signs.
+
+    Args:
+      task: gives the root of the Fisher matrix.
+      outputs: `[windows, ...]`.
+      windows: their numbers in the data; the signs of window w use only `fold_in(key, w)`.
+      key: of the draw.
+    """
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, windows)
+    signs = jax.vmap(lambda k: jax.random.rademacher(k, outputs.shape[1:], outputs.dtype))(keys)
+    return task.fisher_root(outputs, signs)
+
+
 def by_size(weights: Sequence[WeightSpec], schemes: Sequence[Scheme]) -> list[int]:
     """Columns of the table, the scheme first whose plan of all weights is smallest; in whatever order they come."""
     return sorted(range(len(schemes)), key=lambda c: (sum(w.size_bits(schemes[c]) for w in weights), str(schemes[c])))

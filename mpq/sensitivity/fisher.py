@@ -5,16 +5,20 @@ For a model with output distribution p the KL divergence of a small change delta
     KL(p_w || p_{w+delta})  ~=  1/2 delta^T F delta,
     F = sum_t E_{y ~ p(. | x_<t)} [ g_t(y) g_t(y)^T ],   g_t(y) = d log p(y | x_<t) / dw
 
-summed over the predicted positions t. Labels are *sampled from the model's own softmax*: this is the Monte Carlo
-estimate of the type-II Fisher, not the empirical Fisher of the data's labels (Kunstner, Balles and Hennig 2019,
-arXiv:1905.12558, say why that differs). With one sampled label a position, e = d(sum of nll)/dy at the weight's output
-and x at its input,
+summed over the predicted positions t. This is the type-II Fisher of the model's own distribution, not the empirical
+Fisher of the data's labels (Kunstner, Balles and Hennig 2019, arXiv:1905.12558, say why that differs). Its factor at
+the outputs of a position, F_t = S_t S_t^T, is known (`Task.fisher_root`), so no label is drawn: with random signs r_t,
+the outputs' scores S_t r_t have second moment F_t. With e their pullback to the weight's output and x its input,
 
     s_t = x_t^T delta e_t,   and over all positions of a window   E[(sum_t s_t)^2] = delta^T F delta   exactly,
 
-because the labels of different positions are independent and every score has mean zero. That square has one degree of
-freedom a window, so it is noisy. `span` trades noise for a small bias: positions are summed in spans of so many, the
-squares of the spans are added, and what is lost is the correlation between positions of *different* spans:
+because the signs of different positions are independent and have mean zero. Labels drawn from the softmax have the same
+second moment, but a confident model almost never draws the ones that matter; a square of signs has at most the kurtosis
+of a normal variable.
+
+That square has one degree of freedom a window, so it is noisy. `span` trades noise for a small bias: positions are
+summed in spans of so many, the squares of the spans are added, and what is lost is the correlation between positions of
+*different* spans:
 
     loss_increase = 1 / (2 N) * sum over spans ( sum_{t in span} s_t )^2          [nats per token, N predicted tokens]
 
@@ -23,8 +27,7 @@ squares of the spans are added, and what is lost is the correlation between posi
 predicted for the value projections, whose errors the attention averages in phase, and whole windows had twice the
 noise of spans of 32 (see `experiments/bench_sensitivity.py`).
 
-Other tasks than language modelling draw from what their outputs stand for (`mpq.tasks`): a class, a normal vector. A
-row with one output, such as an image, has one draw, and all positions of the row belong to its span.
+A row with one output, such as an image, has one draw, and all positions of the row belong to its span.
 
 Several uses of one weight, such as a tied embedding's lookup and head, add up inside s_t.
 
@@ -32,8 +35,8 @@ Cost: one forward pass, and for every sample one backward pass that also makes t
 costs one multiply-add for every element of that gradient. Schemes whose candidate is the weight itself are left out.
 Fails on: large errors, where the KL is no longer quadratic (at 2 bits typically 20 to 50 % low), and interactions.
 
-Differences from the paper: KFAC's factors are not formed; the form is evaluated on the error itself, without an
-assumption that x and e are independent.
+Differences from the papers: signs for sampled labels; KFAC's factors are not formed, the form is evaluated on the error
+itself, without an assumption that x and e are independent.
 """
 
 import dataclasses
@@ -43,7 +46,7 @@ import jax
 
 from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
-from mpq.sensitivity.base import CandidateSource, Coupling, Store, check_inputs
+from mpq.sensitivity.base import CandidateSource, Coupling, Store, check_inputs, random_scores
 from mpq.sensitivity.score_squares import score_squares
 from mpq.tasks import Task
 from mpq.trace import Trace
@@ -55,7 +58,7 @@ class Fisher:
     """Monte Carlo Fisher quadratic form of the quantization error.
 
     Attributes:
-      num_samples: labels drawn for every position; each costs one backward pass.
+      num_samples: draws of the signs of every position; each costs one backward pass.
       span: most positions that are summed before squaring; a window is cut into the fewest spans of equal length. 1:
         independent positions, None: the whole window.
     """
@@ -108,7 +111,7 @@ class Fisher:
             candidates,
             data,
             counts,
-            _sampled_scores,
+            _scores,
             num_samples=self.num_samples,
             span=self.span,
             key=key,
@@ -117,8 +120,6 @@ class Fisher:
         )
 
 
-def _sampled_scores(task: Task, batch: Batch, outputs: jax.Array, windows: jax.Array, key: jax.Array) -> jax.Array:
-    """Scores at labels drawn from the outputs' own distribution, each window by its own key."""
+def _scores(task: Task, batch: Batch, outputs: jax.Array, windows: jax.Array, key: jax.Array) -> jax.Array:
     del batch
-    fold = jax.vmap(jax.random.fold_in, (None, 0))
-    return jax.vmap(task.score)(fold(key, windows), outputs)
+    return random_scores(task, outputs, windows, key)

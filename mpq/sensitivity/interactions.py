@@ -49,7 +49,7 @@ import numpy as np
 
 from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
-from mpq.sensitivity.base import CandidateSource, Store, check_inputs, require_finite_entries
+from mpq.sensitivity.base import CandidateSource, Store, check_inputs, random_scores, require_finite_entries
 from mpq.sensitivity.by_batch import windows_by_batch
 from mpq.sensitivity.taps import (
     BY_GRADIENT,
@@ -238,10 +238,8 @@ def _sketches(
         outputs, pullback = tapped_vjp(traced, BY_GRADIENT, 1, params, errors, batch.inputs)
 
         def one_probe(probe: jax.Array) -> dict[str, jax.Array]:
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, probe), windows)
-            signs = jax.vmap(lambda k: jax.random.rademacher(k, outputs.shape[1:], outputs.dtype))(keys)
-            coloured = task.fisher_root(outputs, signs)
-            return pullback(jnp.where(counted[..., None], coloured, 0.0))
+            scores = random_scores(task, outputs, windows, jax.random.fold_in(key, probe))
+            return pullback(jnp.where(counted[..., None], scores, 0.0))
 
         probes = jax.lax.map(one_probe, jnp.arange(num_probes))
         return {path: s[..., 0].transpose(2, 1, 0) for path, s in probes.items()}

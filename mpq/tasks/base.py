@@ -66,18 +66,11 @@ class Task(Protocol):
         """How far two models decide alike, `[batch, ...]`, 1 where they fully do."""
         ...
 
-    def score(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
-        """Gradient in the outputs of the loss at targets drawn from the outputs' own distribution; same shape.
-
-        Its second moment over draws is the Fisher matrix of every output, and draws of different outputs are
-        independent.
-        """
-        ...
-
     def fisher_root(self, outputs: jax.Array, noise: jax.Array) -> jax.Array:
         """S_t noise_t for every output t, where S_t S_t^T is its Fisher matrix; linear in `noise`, and of its shape.
 
-        Noise of second moment I gives scores of `score`'s second moment: signs, with less variance than targets drawn.
+        Noise of second moment I gives scores, gradients of the loss at targets drawn from the outputs' own
+        distribution, in all that a quadratic form sees of them; signs with less variance than drawn targets.
         """
         ...
 

@@ -32,12 +32,6 @@ def agreement(p: jax.Array, q: jax.Array) -> jax.Array:
     return (p.argmax(axis=-1) == q.argmax(axis=-1)).astype(jnp.float32)
 
 
-def score(key: jax.Array, outputs: jax.Array) -> jax.Array:
-    """softmax(outputs) - onehot(y), y drawn from the softmax."""
-    labels = jax.random.categorical(key, outputs)
-    return jax.nn.softmax(outputs, axis=-1) - jax.nn.one_hot(labels, outputs.shape[-1], dtype=outputs.dtype)
-
-
 def fisher_root(outputs: jax.Array, noise: jax.Array) -> jax.Array:
     """S noise with S = diag(sqrt p) - p sqrt(p)^T, for which S S^T = diag(p) - p p^T."""
     p = jax.nn.softmax(outputs, axis=-1)
@@ -61,7 +55,6 @@ class CausalLM:
     loss = staticmethod(loss)
     divergence = staticmethod(divergence)
     agreement = staticmethod(agreement)
-    score = staticmethod(score)
     fisher_root = staticmethod(fisher_root)
 
     def counted(self, mask: Any) -> Any:
@@ -100,7 +93,6 @@ class Classification:
     loss = staticmethod(loss)
     divergence = staticmethod(divergence)
     agreement = staticmethod(agreement)
-    score = staticmethod(score)
     fisher_root = staticmethod(fisher_root)
 
     def counted(self, mask: Any) -> Any:

@@ -21,7 +21,7 @@ class Custom:
     """A task given by what a change of the outputs costs.
 
     Everything else follows: the loss is that cost from the label, and the Fisher matrix is the Hessian of the cost at
-    equal outputs, whose square root colours normal noise to give scores of that second moment.
+    equal outputs, whose square root colours noise to give scores of that second moment.
 
     Attributes:
       cost: `(reference[d], outputs[d]) -> scalar` in nats: smooth, 0 and smallest at `outputs == reference`. It is
@@ -65,10 +65,6 @@ class Custom:
     def agreement(self, p: jax.Array, q: jax.Array) -> jax.Array:
         """exp(-cost)."""
         return jnp.exp(-self.divergence(p, q))
-
-    def score(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
-        """Normal noise coloured by `fisher_root`. Raises as it does."""
-        return self.fisher_root(outputs, jax.random.normal(key, outputs.shape))
 
     def fisher_root(self, outputs: jax.Array, noise: jax.Array) -> jax.Array:
         """H^(1/2) noise, H the Hessian of the cost at equal outputs; directions of negative curvature are left out.

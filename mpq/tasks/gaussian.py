@@ -2,7 +2,7 @@
 
 With outputs z and variance s, the likelihood of y is N(y; z, s I), so that
 
-    KL(z || z') = ||z - z'||^2 / (2 s)        score = (z - y) / s,  y ~ N(z, s I)        Fisher = I / s
+    KL(z || z') = ||z - z'||^2 / (2 s)        Fisher = I / s
 """
 
 import dataclasses
@@ -59,10 +59,6 @@ class Regression:
     def agreement(self, p: jax.Array, q: jax.Array) -> jax.Array:
         """exp(-KL): 1 for equal outputs, falling with their distance in units of the noise."""
         return jnp.exp(-self.divergence(p, q))
-
-    def score(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
-        """Standard normal noise over the standard deviation."""
-        return self.fisher_root(outputs, jax.random.normal(key, outputs.shape, outputs.dtype))
 
     def fisher_root(self, outputs: jax.Array, noise: jax.Array) -> jax.Array:
         """The noise over the standard deviation."""
@@ -124,10 +120,6 @@ class Embedding:
     def agreement(self, p: jax.Array, q: jax.Array) -> jax.Array:
         """Cosine."""
         return jnp.sum(p * q, axis=-1)
-
-    def score(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
-        """Normal noise on the vector at length one, pulled back to the outputs."""
-        return self.fisher_root(outputs, jax.random.normal(key, outputs.shape))
 
     def fisher_root(self, outputs: jax.Array, noise: jax.Array) -> jax.Array:
         """Noise on the vector at length one, over the standard deviation, pulled back to the outputs."""
