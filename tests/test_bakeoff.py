@@ -60,7 +60,8 @@ def test_the_marginal_losses_of_a_plan_add_up_to_what_is_measured(options, resul
     assert cost == 1 + len(problem.names) * (len(allowed) - 1)
     plan = np.full(len(problem.names), allowed[len(allowed) // 2])
     plan[3] = allowed[0]
-    measured, _ = run.measure("calibration", [problem.by_path(plan)], "one")
+    other = np.full(len(plan), allowed[0])
+    measured, _ = run.measure("calibration", [problem.by_path(plan), problem.by_path(other)], "two")
     assert around.loss[np.arange(len(plan)), plan].sum() == pytest.approx(measured[0])
 
 
