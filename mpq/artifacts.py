@@ -119,7 +119,7 @@ def make_plan(
 
 def save_plan(path: Path, plan: Plan) -> None:
     """Write `plan.json`."""
-    _write(path, "plan", plan.to_json())
+    write_stage(path, "plan", plan.to_json())
 
 
 def load_plan(path: Path, model: Model, weights: tuple[WeightSpec, ...]) -> Plan:
@@ -128,7 +128,7 @@ def load_plan(path: Path, model: Model, weights: tuple[WeightSpec, ...]) -> Plan
     Raises:
       MpqError: damaged, not a plan, or made for another model (says which weights differ).
     """
-    body = _read(path, "plan")
+    body = read_stage(path, "plan")
     choices = {p: parse_scheme(s) for p, s in body["choices"].items()}
     ours = {w.path for w in weights}
     if differing := sorted(ours ^ set(choices)):
@@ -145,7 +145,7 @@ def load_plan(path: Path, model: Model, weights: tuple[WeightSpec, ...]) -> Plan
 
 def save_table(path: Path, table: SensitivityTable, extra: Mapping[str, Any]) -> None:
     """Write a sensitivity table. `extra` (such as `other_bits`) is kept for the next stage."""
-    _write(
+    write_stage(
         path,
         "sensitivity",
         {
@@ -164,7 +164,7 @@ def save_table(path: Path, table: SensitivityTable, extra: Mapping[str, Any]) ->
 
 def load_table(path: Path) -> tuple[SensitivityTable, dict[str, Any]]:
     """Read a sensitivity table, and the whole file's content."""
-    body = _read(path, "sensitivity")
+    body = read_stage(path, "sensitivity")
     table = SensitivityTable(
         weights=tuple(WeightSpec.from_json(w) for w in body["weights"]),
         schemes=tuple(parse_scheme(s) for s in body["schemes"]),
@@ -235,12 +235,12 @@ def load_interactions(path: Path) -> InteractionTable:
 def save_scores(path: Path, scores: DocumentScores) -> None:
     """Write one evaluation, document by document."""
     arrays = {f.name: getattr(scores, f.name) for f in dataclasses.fields(scores) if f.name != "task"}
-    _write(path, "scores", {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in arrays.items()})
+    write_stage(path, "scores", {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in arrays.items()})
 
 
 def load_scores(path: Path, task: Task) -> DocumentScores:
     """Read one evaluation of a model with this task."""
-    body = _read(path, "scores")
+    body = read_stage(path, "scores")
     array = lambda key: np.asarray(body[key], np.float64)
     column = lambda key: None if body[key] is None else array(key)
     return DocumentScores(
@@ -269,12 +269,22 @@ def require_model(what: Path, digest: str, model_digest: str) -> None:
         )
 
 
-def _write(path: Path, kind: str, body: Mapping[str, Any]) -> None:
+def write_stage(path: Path, kind: str, body: Mapping[str, Any]) -> None:
+    """Write a stage file of a kind, with the checksum of its content.
+
+    Raises:
+      MpqError: a number is not finite, the disk is full, or the operating system refuses.
+    """
     body = {"kind": kind, "schema": SCHEMA, **body}
     write_json(path, {**body, "checksum": _checksum(body)})
 
 
-def _read(path: Path, kind: str) -> dict[str, Any]:
+def read_stage(path: Path, kind: str) -> dict[str, Any]:
+    """The content of a stage file of a kind, without its checksum.
+
+    Raises:
+      MpqError: missing, of another kind or schema, or changed after it was written.
+    """
     body = read_json(path, f"a {kind} file")
     if body.get("kind") != kind:
         raise MpqError(

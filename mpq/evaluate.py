@@ -156,7 +156,7 @@ class Reference:
         for batch in itertools.islice(self.data.batches(self.batch_size), start, stop):
             p = distributions(self.model.apply, self.model.task, self._params, batch.inputs)
             counted = self.model.task.counted(batch.mask)
-            require_finite(np.asarray(_nan_if_any(p, counted)), self._params, self.data.source)
+            require_finite(np.asarray(nan_if_any(p, counted)), self._params, self.data.source)
             yield batch, p
 
     @functools.cached_property
@@ -327,7 +327,7 @@ def _row_sums(apply: Apply, task: Task, params: Params, batch: Batch, counted: j
 
 
 @jax.jit
-def _nan_if_any(p: jax.Array, counted: jax.Array) -> jax.Array:
+def nan_if_any(p: jax.Array, counted: jax.Array) -> jax.Array:
     """NaN if the distribution of an output that counts holds one, else 0."""
     return jnp.where(jnp.any(jnp.isnan(p).any(axis=-1) & counted), jnp.nan, 0.0)
 

@@ -19,12 +19,12 @@ from mpq.tracing import found
 from mpq.tracing.digest import jaxpr_digest
 from mpq.tracing.found import Skipped
 from mpq.tracing.interpret import Interpreter
-from mpq.tracing.layout import identity
-from mpq.tracing.reads import Read, Slot, Source
+from mpq.tracing.layout import MatrixView, features_last, identity
+from mpq.tracing.reads import Patches, Read, Slot, Source
 from mpq.tracing.walk import Plan, Walk
 from mpq.types import MpqError, Params, Use, WeightSpec
 
-__all__ = ["Site", "Skipped", "Trace", "trace"]
+__all__ = ["Default", "Replace", "Site", "Skipped", "Trace", "trace"]
 
 Default = Callable[[jax.Array, jax.Array], jax.Array]
 Replace = Callable[["Site", jax.Array, jax.Array, Default], jax.Array]
@@ -65,6 +65,17 @@ class Site:
         if self._read.inputs is None:
             raise MpqError(f"`{self.spec.path}` is looked up by integer indices here; they have no matrix view.")
         return self._read.inputs(x)
+
+    def value_view(self, shape: Sequence[int]) -> MatrixView:
+        """The view of the operation's input, of this shape, as `[batch, positions, features]`, every value once.
+
+        For a matmul it is that of `inputs_matrix`; a convolution's positions are those of its input, before windows are
+        made of them. `invert` of the view is the way back. An embedding, which has indices instead, raises `MpqError`.
+        """
+        inputs = self._read.inputs
+        if inputs is None:
+            raise MpqError(f"`{self.spec.path}` is looked up by integer indices here; they are no values to view.")
+        return features_last(shape, inputs.dimensions.lhs_spec[1]) if isinstance(inputs, Patches) else inputs
 
     def weights_matrix(self, w: jax.Array) -> jax.Array:
         """The weight, laid out as this operation gets it, as `[batch, k, n]`."""

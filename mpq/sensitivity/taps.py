@@ -224,11 +224,11 @@ def _tap_backward(
     site: Site, form: Form, saved: tuple[jax.Array, jax.Array, jax.Array], e: jax.Array
 ) -> tuple[jax.Array, Any, jax.Array, jax.Array]:
     x, error, tap = saved
-    out = _in_spans(site.outputs_matrix(e).astype(error.dtype), tap)
+    out = in_spans(site.outputs_matrix(e).astype(error.dtype), tap)
     if site.use.kind == "embedding":
-        s = form.of_lookup(_in_spans(x.reshape(1, -1, 1), tap)[0, ..., 0], error, out[0])
+        s = form.of_lookup(in_spans(x.reshape(1, -1, 1), tap)[0, ..., 0], error, out[0])
     else:
-        rows = _in_spans(site.inputs_matrix(x).astype(error.dtype), tap)
+        rows = in_spans(site.inputs_matrix(x).astype(error.dtype), tap)
         s = form.of_matmul(rows, error, out)
     no_tangent = jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact) else np.zeros(x.shape, jax.dtypes.float0)
     return e, no_tangent, jnp.zeros_like(error), s
@@ -270,7 +270,7 @@ def _of_gradients(x: jax.Array, error: jax.Array, out: jax.Array) -> jax.Array:
     return s.transpose(2, 0, 1)
 
 
-def _in_spans(matrix: jax.Array, tap: jax.Array) -> jax.Array:
+def in_spans(matrix: jax.Array, tap: jax.Array) -> jax.Array:
     """`[batch, windows * time, columns]` to `[batch, windows, spans, time, columns]`, filled up with zeros."""
     num_windows, spans = tap.shape[1:]
     windows = matrix.reshape(len(matrix), num_windows, -1, matrix.shape[-1])

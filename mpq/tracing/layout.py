@@ -63,6 +63,12 @@ def matrix_view(shape: Sequence[int], parts: Sequence[Part]) -> MatrixView:
     return MatrixView(tuple(shape), tuple(p.size for p in parts), tuple(order), (batch, rows, columns))
 
 
+def features_last(shape: Sequence[int], axis: int) -> MatrixView:
+    """The view `[1, positions, features]` of an array whose features lie along `axis`."""
+    roles = [COLUMN if d == axis else ROW for d in range(len(shape))]
+    return matrix_view(shape, [Part(role, (d,), shape[d]) for d, role in enumerate(roles)])
+
+
 def parts(role: int, factors: Iterable[Factor]) -> list[Part]:
     """Factors of a weight as parts of a role, ranked in the weight's own memory order."""
     return [Part(role, (f.axis, -f.stride), f.size) for f in factors]

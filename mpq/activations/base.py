@@ -1,0 +1,80 @@
+"""What the activation metrics share: their interface, and the table of what windows sum up."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from mpq.activations.rows import ActivationSpec
+from mpq.activations.scheme import ActivationScheme
+from mpq.activations.table import ActivationTable
+from mpq.estimate import mean_over_documents, sums_over_documents
+from mpq.inputs import Dataset
+from mpq.models.model import Model
+from mpq.store import Store
+from mpq.trace import Trace
+from mpq.types import MpqError
+
+
+class ActivationMetric(Protocol):
+    """A frozen dataclass of options that predicts the loss increase of every (row, scheme) pair.
+
+    Laws: nats per output; 0 with stderr 0 where rounding changes nothing; the same key gives the same table;
+    independent of the batch size up to rounding; padding never counts.
+    """
+
+    @property
+    def name(self) -> str:
+        """Key in `ACTIVATION_METRICS`."""
+        ...
+
+    def __call__(
+        self,
+        model: Model,
+        traced: Trace,
+        rows: Sequence[ActivationSpec],
+        schemes: Sequence[ActivationScheme],
+        data: Dataset,
+        *,
+        key: jax.Array,
+        batch_size: int,
+        store: Store | None = None,
+    ) -> ActivationTable:
+        """Score every row at every scheme."""
+        ...
+
+
+def make_activation_table(
+    metric: str,
+    model: Model,
+    rows: Sequence[ActivationSpec],
+    schemes: Sequence[ActivationScheme],
+    data: Dataset,
+    counts: np.ndarray,
+    windows: np.ndarray,
+) -> ActivationTable:
+    """Means over outputs with standard errors over documents.
+
+    Args:
+      metric: name and options, for the table.
+      model: gives the digest.
+      rows: of the table.
+      schemes: columns.
+      data: what was scored on.
+      counts: `[D]`, outputs that count in every document.
+      windows: `float64[windows, rows, schemes]`, nats, summed over the outputs of each window that count.
+
+    Raises:
+      MpqError: an entry is NaN or infinite; names the row and the scheme.
+    """
+    mean, stderr = mean_over_documents(sums_over_documents(windows, data.document), counts)
+    if len(bad := np.argwhere(~np.isfinite(mean))):
+        row, column = bad[0]
+        raise MpqError(
+            f"the loss increase of activation {rows[row].path} at {schemes[column]} is {mean[row, column]}: rounded so "
+            "coarsely it makes the model's outputs NaN or infinite; leave this scheme out"
+        )
+    stderr = np.where((windows == 0).all(axis=0), 0.0, stderr)  # what changes nothing costs nothing: that is certain
+    digests = (model.digest, data.digest)
+    return ActivationTable(tuple(rows), tuple(schemes), mean, stderr, metric, "dynamic", *digests)

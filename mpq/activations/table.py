@@ -1,0 +1,76 @@
+"""Predicted loss increase when one activation, or one projection's part of the KV cache, is rounded; and its file.
+
+The fields are those of `SensitivityTable`. It is a type of its own because its rows are no weights: they have no
+parameter and no stored size, but values a token, and their schemes have no group size.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from mpq.activations.rows import ActivationSpec
+from mpq.activations.scheme import ActivationScheme, parse_activation_scheme
+from mpq.artifacts import read_stage, write_stage
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ActivationTable:
+    """Sensitivities of activations.
+
+    Attributes:
+      activations, schemes: rows and columns.
+      loss_increase: `float64[rows, schemes]`, nats per output.
+      stderr: `float64[rows, schemes]`, standard error over documents; 0 where nothing changed, NaN where a single
+        document leaves it unknown.
+      metric: name of the metric and its options.
+      quantizer: how ranges are found: `dynamic`.
+      model_digest, data_digest: what it was made from.
+    """
+
+    activations: tuple[ActivationSpec, ...]
+    schemes: tuple[ActivationScheme, ...]
+    loss_increase: np.ndarray
+    stderr: np.ndarray
+    metric: str
+    quantizer: str
+    model_digest: str
+    data_digest: str
+
+
+def save_activation_table(path: Path, table: ActivationTable) -> None:
+    """Write a table, canonical JSON: equal tables give equal bytes.
+
+    Raises:
+      MpqError: the disk is full, or the operating system refuses.
+    """
+    body = {
+        "metric": table.metric,
+        "quantizer": table.quantizer,
+        "model_digest": table.model_digest,
+        "data_digest": table.data_digest,
+        "schemes": [str(s) for s in table.schemes],
+        "activations": [dataclasses.asdict(row) for row in table.activations],
+        "loss_increase": table.loss_increase.tolist(),
+        "stderr": [[None if np.isnan(v) else v for v in row] for row in table.stderr.tolist()],
+    }
+    write_stage(path, "activations", body)
+
+
+def load_activation_table(path: Path) -> ActivationTable:
+    """Read a table.
+
+    Raises:
+      MpqError: missing, damaged, or not a table of activations.
+    """
+    body = read_stage(path, "activations")
+    return ActivationTable(
+        activations=tuple(map(ActivationSpec.from_json, body["activations"])),
+        schemes=tuple(map(parse_activation_scheme, body["schemes"])),
+        loss_increase=np.asarray(body["loss_increase"], np.float64),
+        stderr=np.asarray([[np.nan if v is None else v for v in row] for row in body["stderr"]], np.float64),
+        metric=body["metric"],
+        quantizer=body["quantizer"],
+        model_digest=body["model_digest"],
+        data_digest=body["data_digest"],
+    )
