@@ -15,6 +15,7 @@ import tyro
 from rich.console import Console
 
 from mpq import commands, show_inspection
+from mpq.activations import KEYS_AND_VALUES
 from mpq.progress import shown
 from mpq.request import Request
 from mpq.types import MpqError
@@ -74,10 +75,13 @@ def sensitivity(
     model: Source,
     data: str,
     out: Out,
+    of: str = "weights",
     metric: str = "fisher",
     method: str = "rtn",
     stats: Path | None = None,
-    schemes: tuple[str, ...] = ("int2_g64", "int3_g64", "int4_g64", "int8_channel", "bf16"),
+    schemes: tuple[str, ...] = (),
+    keys_values: str = KEYS_AND_VALUES,
+    head_dim: int | None = None,
     window: int | None = None,
     max_windows: int = 16,
     batch_size: int = 8,
@@ -85,7 +89,7 @@ def sensitivity(
     race: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="BUDGET")] = (),
     json: Json = False,
 ) -> None:
-    """Predict the loss increase of every weight under every scheme, with standard errors.
+    """Predict the loss increase of every weight, activation or part of the KV cache under every scheme, with errors.
 
     What is finished lies in the folder `scores` beside the table: interrupted, it continues when typed again, and with
     further schemes it computes those.
@@ -94,12 +98,15 @@ def sensitivity(
       model: checkpoint folder, hub id, or `reference`.
       data: calibration text, or `reference`.
       out: sensitivity table to write.
-      metric: kl, loss, fisher, empirical_fisher, gauss_newton, hessian, hessian_trace, top_eigenvalue, aumann_shapley,
-        higgs, first_order, delta_loss, modelopt_gradient, nncf, mlx_alignment, exllamav2, exllamav3, layer_error,
-        imatrix, snr or weight_mse.
+      of: weights; activations, the inputs that weights multiply; or kv, cached keys and values.
+      metric: of weights kl, loss, fisher, empirical_fisher, gauss_newton, hessian, hessian_trace, top_eigenvalue,
+        aumann_shapley, higgs, first_order, delta_loss, modelopt_gradient, nncf, mlx_alignment, exllamav2, exllamav3,
+        layer_error, imatrix, snr or weight_mse; of activations and kv kl or fisher.
       method: rounding algorithm whose error is scored; gptq needs `stats`, or collects them itself.
       stats: what `mpq calibrate` wrote.
-      schemes: candidates.
+      schemes: candidates; of activations such as int8_token, of kv int4_head_asym. Default: a few usual ones.
+      keys_values: regular expression for the weights that make keys and values.
+      head_dim: features of an attention head, where the model does not show it.
       window: tokens a window; default 256, or the model's context if that is shorter.
       max_windows: use the first so many.
       batch_size: windows a batch.
@@ -109,11 +116,14 @@ def sensitivity(
       json: print one JSON object.
     """
     text = commands.Data(data, window, max_windows, batch_size)
-    _answer(
-        lambda: commands.sensitivity(model, text, out, metric, method, stats, schemes, seed, race),
-        json,
-        commands.show_table,
-    )
+    if of == "weights":
+        compute = lambda: commands.sensitivity(model, text, out, metric, method, stats, schemes, seed, race)
+        _answer(compute, json, commands.show_table)
+        return
+    if method != "rtn" or stats is not None or race:
+        raise MpqError(f"--method, --stats and --race are of weights: leave them out with --of {of}")
+    compute = lambda: commands.activations(model, text, out, of, metric, schemes, seed, keys_values, head_dim)
+    _answer(compute, json, commands.show_activations)
 
 
 def interactions(

@@ -8,6 +8,13 @@ import jax
 import numpy as np
 
 from mpq import artifacts, show
+from mpq.activations import (
+    ACTIVATION_METRICS,
+    activation_rows,
+    kv_rows,
+    parse_activation_scheme,
+    save_activation_table,
+)
 from mpq.allocate import solve_frontier
 from mpq.calibrate import calibrate as run_calibration
 from mpq.certainty import certainty, unknown
@@ -31,6 +38,14 @@ from mpq.types import LayerStats, MpqError
 
 show_written, show_table, show_interactions = show.written, show.table, show.interactions
 show_plan, show_evaluation, show_run = show.plan, show.evaluation, show.run
+show_activations = show.activations
+
+SCHEMES = {
+    "weights": ("int2_g64", "int3_g64", "int4_g64", "int8_channel", "bf16"),
+    "activations": ("int4_token", "int6_token", "int8_token", "int8_token_asym"),
+    "kv": ("int2_head_asym", "int4_head", "int4_head_asym", "int8_head"),
+}
+"""What is scored, and by which schemes unless others are asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +111,7 @@ def sensitivity(
     if race and metric != "kl":
         raise MpqError(f"metric {metric!r} cannot be raced: give --metric kl, or no --race")
     known("method", method, QUANTIZERS)
-    parsed = tuple(parse_scheme(s) for s in schemes)
+    parsed = tuple(parse_scheme(s) for s in schemes or SCHEMES["weights"])
     model = load(model_source)
     data = text.dataset(model, "calibration")
     traced = text.trace(model)
@@ -155,6 +170,41 @@ def interactions(
             }
             for i in order
         ],
+    }
+
+
+def activations(
+    model_source: str,
+    text: Data,
+    out: Path,
+    of: str,
+    metric: str,
+    schemes: tuple[str, ...],
+    seed: int,
+    keys_values: str,
+    head_dim: int | None,
+) -> dict[str, Any]:
+    """The table of activations (`of` is `activations`) or of the KV cache (`kv`); scores are kept as for weights."""
+    known("kind of row", of, SCHEMES)
+    measure = known("metric of activations", metric, ACTIVATION_METRICS)
+    parsed = tuple(parse_activation_scheme(s) for s in schemes or SCHEMES[of])
+    model = load(model_source)
+    data = text.dataset(model, "calibration")
+    traced = text.trace(model)
+    rows = activation_rows(traced) if of == "activations" else kv_rows(traced, keys_values, head_dim)
+    options = {"key": jax.random.key(seed), "batch_size": text.batch_size, "store": score_store(out.parent / "scores")}
+    table = measure(model, traced, rows, parsed, data, **options)
+    save_activation_table(out, table)
+    return {
+        "out": str(out),
+        "of": of,
+        "metric": table.metric,
+        "schemes": [str(s) for s in parsed],
+        "activations": [row.path for row in rows],
+        "values_per_token": [row.values for row in rows],
+        "bytes_per_token": [[row.size_bits(s) / 8 for s in parsed] for row in rows],
+        "loss_increase": table.loss_increase.tolist(),
+        "stderr": [[None if np.isnan(v) else v for v in row] for row in table.stderr.tolist()],
     }
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 
 def written(body: dict[str, Any], console: Console) -> None:
@@ -31,6 +31,26 @@ def interactions(body: dict[str, Any], console: Console) -> None:
         rows.add_row(*pair["weights"], f"{pair['correlation']:.3f}")
     console.print(rows)
     console.print(f"correlations are shrunk by {100 * body['shrinkage']:.0f} %; written to {body['out']}")
+
+
+def activations(body: dict[str, Any], console: Console) -> None:
+    """Predicted loss increase, one row an activation; below it the bytes of all rows under each scheme."""
+    schemes = body["schemes"]
+    rows = Table(
+        Column("activation", overflow="fold"),
+        "values per token",
+        *schemes,
+        title=f"predicted loss increase, nats per output ({body['metric']})",
+    )
+    for path, size, values, errors in zip(
+        body["activations"], body["values_per_token"], body["loss_increase"], body["stderr"], strict=True
+    ):
+        rows.add_row(path, f"{size:,}", *(_with_error(v, e) for v, e in zip(values, errors, strict=True)))
+    rows.add_section()
+    total = [sum(column) for column in zip(*body["bytes_per_token"], strict=True)]
+    rows.add_row("bytes per token", "", *(f"{size:,.6g}" for size in total))
+    console.print(rows)
+    console.print(f"written to {body['out']}")
 
 
 def plan(body: dict[str, Any], console: Console) -> None:
