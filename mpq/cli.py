@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from mpq import commands, show_inspection
+from mpq import commands, commands_scores, show, show_inspection
 from mpq.activations import KEYS_AND_VALUES
 from mpq.progress import shown
 from mpq.request import Request
@@ -117,13 +117,13 @@ def sensitivity(
     """
     text = commands.Data(data, window, max_windows, batch_size)
     if of == "weights":
-        compute = lambda: commands.sensitivity(model, text, out, metric, method, stats, schemes, seed, race)
-        _answer(compute, json, commands.show_table)
+        compute = lambda: commands_scores.sensitivity(model, text, out, metric, method, stats, schemes, seed, race)
+        _answer(compute, json, show.table)
         return
     if method != "rtn" or stats is not None or race:
         raise MpqError(f"--method, --stats and --race are of weights: leave them out with --of {of}")
-    compute = lambda: commands.activations(model, text, out, of, metric, schemes, seed, keys_values, head_dim)
-    _answer(compute, json, commands.show_activations)
+    compute = lambda: commands_scores.activations(model, text, out, of, metric, schemes, seed, keys_values, head_dim)
+    _answer(compute, json, show.activations)
 
 
 def interactions(
@@ -158,9 +158,9 @@ def interactions(
     """
     text = commands.Data(data, window, max_windows, batch_size)
     _answer(
-        lambda: commands.interactions(model, text, out, method, stats, schemes, num_probes, seed),
+        lambda: commands_scores.interactions(model, text, out, method, stats, schemes, num_probes, seed),
         json,
-        commands.show_interactions,
+        show.interactions,
     )
 
 

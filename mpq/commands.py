@@ -4,17 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from mpq import artifacts, show
-from mpq.activations import (
-    ACTIVATION_METRICS,
-    activation_rows,
-    kv_rows,
-    parse_activation_scheme,
-    save_activation_table,
-)
 from mpq.allocate import solve_frontier
 from mpq.calibrate import calibrate as run_calibration
 from mpq.certainty import certainty, unknown
@@ -28,24 +18,14 @@ from mpq.inputs import Dataset, Tokens
 from mpq.inspect import inspect as inspect_model
 from mpq.inspect import parse_bpw
 from mpq.models import Model, load, resolve
-from mpq.pipeline import budget_bits, export_arguments, score_store
+from mpq.pipeline import export_arguments
 from mpq.quantize import QUANTIZERS, Candidates
 from mpq.request import Request
-from mpq.sensitivity import METRICS, Interactions
-from mpq.sensitivity.racing import Race
 from mpq.trace import Trace
 from mpq.types import LayerStats, MpqError
 
-show_written, show_table, show_interactions = show.written, show.table, show.interactions
+show_written = show.written
 show_plan, show_evaluation, show_run = show.plan, show.evaluation, show.run
-show_activations = show.activations
-
-SCHEMES = {
-    "weights": ("int2_g64", "int3_g64", "int4_g64", "int8_channel", "bf16"),
-    "activations": ("int4_token", "int6_token", "int8_token", "int8_token_asym"),
-    "kv": ("int2_head_asym", "int4_head", "int4_head_asym", "int8_head"),
-}
-"""What is scored, and by which schemes unless others are asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,122 +70,6 @@ def calibrate(model_source: str, text: Data, out: Path) -> dict[str, Any]:
     stats = run_calibration(text.trace(model), model.params, data, text.batch_size)
     artifacts.save_stats(out, stats, model.digest, data.digest)
     return {"out": str(out), "weights": len(stats), "num_rows": len(data.inputs), "size_bytes": out.stat().st_size}
-
-
-def sensitivity(
-    model_source: str,
-    text: Data,
-    out: Path,
-    metric: str,
-    method: str,
-    stats: Path | None,
-    schemes: tuple[str, ...],
-    seed: int,
-    race: tuple[str, ...] = (),
-) -> dict[str, Any]:
-    """The table of predicted loss increases; finished scores lie by content in `scores` beside it.
-
-    With `race`, budgets as in a config, measured KL is spent where their plans hang on it.
-    """
-    measure = known("metric", metric, METRICS)
-    if race and metric != "kl":
-        raise MpqError(f"metric {metric!r} cannot be raced: give --metric kl, or no --race")
-    known("method", method, QUANTIZERS)
-    parsed = tuple(parse_scheme(s) for s in schemes or SCHEMES["weights"])
-    model = load(model_source)
-    data = text.dataset(model, "calibration")
-    traced = text.trace(model)
-    candidates = _candidates(model, traced, method, data, stats, text.batch_size)
-    options = {"key": jax.random.key(seed), "batch_size": text.batch_size, "store": score_store(out.parent / "scores")}
-    if race:
-        uniform = {str(s): artifacts.uniform_plan(s, model, traced.weights) for s in parsed}
-        budgets = tuple(budget_bits(budget, model, traced, uniform) for budget in race)
-        del options["key"]
-        table, raced = Race(budgets)(model, traced, parsed, candidates, data, **options)
-        spent = {"windows_run": raced.windows_run, "windows_of_all": raced.windows_of_all}
-    else:
-        table, spent = measure(model, traced, parsed, candidates, data, **options), {}
-    artifacts.save_table(out, table, {"other_bits": artifacts.other_bits(model, traced.weights)})
-    return {
-        "out": str(out),
-        "metric": table.metric,
-        "schemes": [str(s) for s in table.schemes],
-        "weights": [w.path for w in table.weights],
-        "loss_increase": table.loss_increase.tolist(),
-        "stderr": [[None if np.isnan(v) else v for v in row] for row in table.stderr.tolist()],
-        **spent,
-    }
-
-
-def interactions(
-    model_source: str,
-    text: Data,
-    out: Path,
-    method: str,
-    stats: Path | None,
-    schemes: tuple[str, ...],
-    num_probes: int,
-    seed: int,
-) -> dict[str, Any]:
-    """What the errors of two weights cost together; finished batches lie by content in `scores` beside it."""
-    known("method", method, QUANTIZERS)
-    parsed = tuple(parse_scheme(s) for s in schemes)
-    model = load(model_source)
-    data = text.dataset(model, "calibration")
-    traced = text.trace(model)
-    candidates = _candidates(model, traced, method, data, stats, text.batch_size)
-    options = {"key": jax.random.key(seed), "batch_size": text.batch_size, "store": score_store(out.parent / "scores")}
-    table = Interactions(num_probes)(model, traced, parsed, candidates, data, **options)
-    artifacts.save_interactions(out, table)
-    weights, columns = np.triu_indices(len(table.weights), 1)
-    strongest = np.abs(table.correlation()).max(axis=(1, 3))[weights, columns]
-    order = np.argsort(-strongest, kind="stable")[:10]
-    return {
-        "out": str(out),
-        "shrinkage": table.shrinkage,
-        "strongest": [
-            {
-                "weights": [table.weights[weights[i]].path, table.weights[columns[i]].path],
-                "correlation": float(strongest[i]),
-            }
-            for i in order
-        ],
-    }
-
-
-def activations(
-    model_source: str,
-    text: Data,
-    out: Path,
-    of: str,
-    metric: str,
-    schemes: tuple[str, ...],
-    seed: int,
-    keys_values: str,
-    head_dim: int | None,
-) -> dict[str, Any]:
-    """The table of activations (`of` is `activations`) or of the KV cache (`kv`); scores are kept as for weights."""
-    known("kind of row", of, SCHEMES)
-    measure = known("metric of activations", metric, ACTIVATION_METRICS)
-    parsed = tuple(parse_activation_scheme(s) for s in schemes or SCHEMES[of])
-    model = load(model_source)
-    data = text.dataset(model, "calibration")
-    traced = text.trace(model)
-    rows = activation_rows(traced) if of == "activations" else kv_rows(traced, keys_values, head_dim)
-    options = {"key": jax.random.key(seed), "batch_size": text.batch_size, "store": score_store(out.parent / "scores")}
-    table = measure(model, traced, rows, parsed, data, **options)
-    save_activation_table(out, table)
-    return {
-        "out": str(out),
-        "of": of,
-        "metric": table.metric,
-        "schemes": [str(s) for s in parsed],
-        "activations": [row.path for row in rows],
-        "values_per_token": [row.values for row in rows],
-        "bytes_per_token": [[row.size_bits(s) / 8 for s in parsed] for row in rows],
-        "loss_increase": table.loss_increase.tolist(),
-        "stderr": [[None if np.isnan(v) else v for v in row] for row in table.stderr.tolist()],
-    }
 
 
 def allocate(table_path: Path, out: Path, request: Request, picture: Path | None) -> dict[str, Any]:
@@ -254,7 +118,7 @@ def quantize(
     if out.exists():
         raise MpqError(f"{out} exists already: choose another folder or remove it")
     data = text.dataset(model, "calibration") if text else None
-    candidates = _candidates(model, traced, method, data, stats, text.batch_size if text else 1)
+    candidates = make_candidates(model, traced, method, data, stats, text.batch_size if text else 1)
     written = orbax.save(out, **export_arguments(model, traced.weights, candidates.choose(plan.choices), plan))
     return {
         "out": str(out),
@@ -300,7 +164,7 @@ def run(config_path: str, overrides: list[str], root: Path) -> dict[str, Any]:
     return {"run": str(this.folder), "plans": rows.pop("mixed"), **rows, "results": body}
 
 
-def _candidates(
+def make_candidates(
     model: Model, traced: Trace, method: str, data: Dataset | None, stats: Path | None, batch_size: int
 ) -> Candidates:
     """Quantized weights; statistics come from the file, else from the text, and RTN needs none."""
