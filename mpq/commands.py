@@ -80,11 +80,11 @@ def allocate(table_path: Path, out: Path, request: Request, picture: Path | None
     problem = request.problem(table, beside)
     limits = request.limits(problem)
     allocation = request.solve(problem, limits, table)
-    sure = (
-        unknown("the plan keeps to limits or pairs beside the sum, with which resamples are not solved")
-        if limits or request.interactions is not None
-        else certainty(problem, allocation.choice, allocation.budget_bits, seed=0)
-    )
+    if limits or request.interactions is not None:
+        beside_it = "keeps to limits beside the size" if limits else "counts losses of pairs"
+        sure = unknown(f"the plan {beside_it}, with which resamples are not solved")
+    else:
+        sure = certainty(problem, allocation.choice, allocation.budget_bits, seed=0)
     plan = artifacts.plan_of_allocation(request.name, allocation, table, beside)
     files = request.rules_for(plan.choices, table.weights)
     artifacts.save_plan(out, plan)
