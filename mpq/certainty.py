@@ -36,7 +36,7 @@ def certainty(problem: Problem, choices: Mapping[str, Scheme], budget_bits: int,
     found = stability(problem, budget_bits, np.random.default_rng(seed), exact=False)
     taken = found.share[np.arange(len(found.names)), problem.by_group(choices)].tolist()
     by_path = {spec.path: part for group, part in zip(problem.members, taken, strict=True) for spec in group}
-    share = {path: by_path[path] for path in choices}
+    share = {path: by_path[path] for path in problem.paths or by_path}  # a plan from a file has another order
     unsure = [path for path, part in share.items() if part < SURE]
     statement = (
         f"{len(unsure)} of {len(share)} choices are not distinguishable from others: in more than 1 of 20 of "
