@@ -235,7 +235,7 @@ def main(options: Options) -> None:
 def judge(problem: Problem, plans: np.ndarray, fit: np.ndarray, measured: np.ndarray) -> dict[str, Any]:
     """What `compare` says of a table's sums, and the agreement of the table corrected by the further plans."""
     count = len(plans) - len(fit)
-    judged = compare(problem.loss[np.arange(len(problem.names)), plans].sum(axis=1), fit, measured, count)
+    judged = compare(problem.parts(plans).sum(axis=1), fit, measured, count)
     if "calibrated" in judged:
         corrected = refit(problem, plans[count:], fit).predict(plans[:count])
         judged["refitted"] = agreement(corrected, measured[:count])

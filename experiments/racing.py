@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import tyro
 
 from mpq.allocate import Problem, solve_frontier
@@ -93,7 +92,7 @@ def compare(options: Options) -> list[dict[str, Any]]:
 def _regret(full: Problem, table: SensitivityTable, bits: int) -> float:
     """Loss of a table's plan by the whole table, over that of the whole table's own plan, minus 1."""
     choice = solve_frontier(Problem.from_table(table)).choice_within(bits)
-    return float(full.loss[np.arange(len(choice)), choice].sum() / solve_frontier(full).lower_bound(bits)) - 1
+    return float(full.parts(choice).sum() / solve_frontier(full).lower_bound(bits)) - 1
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Stage files of arrays: safetensors with a header that says what they are, and a checksum over both."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from mpq.files import write_bytes
+from mpq.files import digest_arrays, digest_json, write_bytes
 from mpq.types import MpqError
 
 SCHEMA = 1
@@ -55,7 +54,4 @@ def read_arrays(path: Path, kind: str, again: str) -> tuple[dict[str, Any], dict
 
 
 def _checksum(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(arrays):
-        digest.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
-    return digest.hexdigest()
+    return digest_json([header, digest_arrays(arrays)])

@@ -24,6 +24,7 @@ from mpq.tasks import Task
 from mpq.types import Allocation, LayerStats, MpqError, Scheme, SensitivityTable, WeightSpec
 
 SCHEMA = 1
+ORIGIN_KEYS = ("metric", "quantizer", "model_digest", "data_digest")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -149,14 +150,8 @@ def save_table(path: Path, table: SensitivityTable, extra: Mapping[str, Any]) ->
         path,
         "sensitivity",
         {
-            "metric": table.metric,
-            "quantizer": table.quantizer,
-            "model_digest": table.model_digest,
-            "data_digest": table.data_digest,
-            "schemes": [str(s) for s in table.schemes],
+            **table_body(table),
             "weights": [dataclasses.asdict(w) for w in table.weights],
-            "loss_increase": table.loss_increase.tolist(),
-            "stderr": [[None if np.isnan(v) else v for v in row] for row in table.stderr.tolist()],
             **extra,
         },
     )
@@ -168,14 +163,28 @@ def load_table(path: Path) -> tuple[SensitivityTable, dict[str, Any]]:
     table = SensitivityTable(
         weights=tuple(WeightSpec.from_json(w) for w in body["weights"]),
         schemes=tuple(parse_scheme(s) for s in body["schemes"]),
-        loss_increase=np.asarray(body["loss_increase"], np.float64),
-        stderr=np.asarray([[np.nan if v is None else v for v in row] for row in body["stderr"]], np.float64),
-        metric=body["metric"],
-        quantizer=body["quantizer"],
-        model_digest=body["model_digest"],
-        data_digest=body["data_digest"],
+        **table_fields(body),
     )
     return table, body
+
+
+def table_body(table: Any) -> dict[str, Any]:
+    """Columns and numbers of a `SensitivityTable`, or of one with its fields but other rows, as plain data."""
+    return {
+        **{key: getattr(table, key) for key in ORIGIN_KEYS},
+        "schemes": [str(s) for s in table.schemes],
+        "loss_increase": table.loss_increase.tolist(),
+        "stderr": [[None if np.isnan(v) else v for v in row] for row in table.stderr.tolist()],
+    }
+
+
+def table_fields(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of `table_body`, but for the schemes: fields of the table."""
+    return {
+        **{key: body[key] for key in ORIGIN_KEYS},
+        "loss_increase": np.asarray(body["loss_increase"], np.float64),
+        "stderr": np.asarray([[np.nan if v is None else v for v in row] for row in body["stderr"]], np.float64),
+    }
 
 
 def save_stats(path: Path, stats: Mapping[str, LayerStats], model_digest: str, data_digest: str) -> None:

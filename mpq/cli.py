@@ -132,7 +132,7 @@ def interactions(
     out: Out,
     method: str = "rtn",
     stats: Path | None = None,
-    schemes: tuple[str, ...] = ("int2_g64", "int3_g64", "int4_g64", "int8_channel", "bf16"),
+    schemes: tuple[str, ...] = (),
     num_probes: int = 16,
     window: int | None = None,
     max_windows: int = 16,
@@ -148,7 +148,7 @@ def interactions(
       out: file to write.
       method: rounding algorithm; gptq needs `stats`, or collects them itself.
       stats: what `mpq calibrate` wrote.
-      schemes: candidates, those of the sensitivity table.
+      schemes: candidates, those of the sensitivity table; default as there.
       num_probes: backward passes; more of them estimate pairs better.
       window: tokens a window; default 256, or the model's context if that is shorter.
       max_windows: use the first so many.

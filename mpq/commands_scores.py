@@ -56,7 +56,7 @@ def sensitivity(
     data = text.dataset(model, "calibration")
     traced = text.trace(model)
     candidates = make_candidates(model, traced, method, data, stats, text.batch_size)
-    options = {"key": jax.random.key(seed), "batch_size": text.batch_size, "store": score_store(out.parent / "scores")}
+    options = _options(text, out, seed)
     if race:
         uniform = {str(s): artifacts.uniform_plan(s, model, traced.weights) for s in parsed}
         budgets = tuple(budget_bits(budget, model, traced, uniform) for budget in race)
@@ -68,11 +68,8 @@ def sensitivity(
     artifacts.save_table(out, table, {"other_bits": artifacts.other_bits(model, traced.weights)})
     return {
         "out": str(out),
-        "metric": table.metric,
-        "schemes": [str(s) for s in table.schemes],
         "weights": [w.path for w in table.weights],
-        "loss_increase": table.loss_increase.tolist(),
-        "stderr": [[None if np.isnan(v) else v for v in row] for row in table.stderr.tolist()],
+        **_numbers(table),
         **spent,
     }
 
@@ -89,12 +86,12 @@ def interactions(
 ) -> dict[str, Any]:
     """What the errors of two weights cost together; finished batches lie by content in `scores` beside it."""
     known("method", method, QUANTIZERS)
-    parsed = tuple(parse_scheme(s) for s in schemes)
+    parsed = tuple(parse_scheme(s) for s in schemes or SCHEMES["weights"])
     model = load(model_source)
     data = text.dataset(model, "calibration")
     traced = text.trace(model)
     candidates = make_candidates(model, traced, method, data, stats, text.batch_size)
-    options = {"key": jax.random.key(seed), "batch_size": text.batch_size, "store": score_store(out.parent / "scores")}
+    options = _options(text, out, seed)
     table = Interactions(num_probes)(model, traced, parsed, candidates, data, **options)
     artifacts.save_interactions(out, table)
     weights, columns = np.triu_indices(len(table.weights), 1)
@@ -132,17 +129,24 @@ def activations(
     data = text.dataset(model, "calibration")
     traced = text.trace(model)
     rows = activation_rows(traced) if of == "activations" else kv_rows(traced, keys_values, head_dim)
-    options = {"key": jax.random.key(seed), "batch_size": text.batch_size, "store": score_store(out.parent / "scores")}
+    options = _options(text, out, seed)
     table = measure(model, traced, rows, parsed, data, **options)
     save_activation_table(out, table)
     return {
         "out": str(out),
         "of": of,
-        "metric": table.metric,
-        "schemes": [str(s) for s in parsed],
         "activations": [row.path for row in rows],
         "values_per_token": [row.values for row in rows],
         "bytes_per_token": [[row.size_bits(s) / 8 for s in parsed] for row in rows],
-        "loss_increase": table.loss_increase.tolist(),
-        "stderr": [[None if np.isnan(v) else v for v in row] for row in table.stderr.tolist()],
+        **_numbers(table),
     }
+
+
+def _options(text: Data, out: Path, seed: int) -> dict[str, Any]:
+    """Of everything that scores; finished items lie by content in `scores` beside what is written."""
+    return {"key": jax.random.key(seed), "batch_size": text.batch_size, "store": score_store(out.parent / "scores")}
+
+
+def _numbers(table: Any) -> dict[str, Any]:
+    body = artifacts.table_body(table)
+    return {key: body[key] for key in ("metric", "schemes", "loss_increase", "stderr")}

@@ -9,6 +9,7 @@ import pytest
 from mpq import cli
 from mpq.activations import load_activation_table
 from tests import tiny
+from tests.command import exit_code
 
 SMALL = ["--data", "text.txt", "--window", "16", "--batch-size", "4", "--max-windows", "8"]
 
@@ -28,11 +29,7 @@ def sensitivity(place, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
 
     def call(*arguments):
-        try:
-            cli.main(["sensitivity", "model", *SMALL, *arguments])
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
+        code = exit_code("sensitivity", "model", *SMALL, *arguments)
         out, err = capsys.readouterr()
         return code, out, err
 

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from mpq import artifacts, cli, show
 from mpq.models import load
 from tests import tiny
+from tests.command import exit_code
 
 WINDOW = ["--window", "32", "--batch-size", "4"]
 
@@ -34,11 +35,7 @@ def mpq(capsys, place, monkeypatch):
     monkeypatch.chdir(place)
 
     def call(*arguments):
-        try:
-            cli.main([str(a) for a in arguments])
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
+        code = exit_code(*arguments)
         out, err = capsys.readouterr()
         return code, json.loads(out) if code == 0 and "--json" in arguments else None, err
 

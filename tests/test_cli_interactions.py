@@ -9,6 +9,7 @@ from mpq import artifacts, cli
 from mpq.allocate import Problem
 from mpq.types import MpqError
 from tests import tiny
+from tests.command import exit_code
 
 SCHEMES = ["--schemes", "int2_g16", "int4_g16", "int8_channel"]
 
@@ -30,12 +31,7 @@ def mpq(capsys, place, monkeypatch):
     monkeypatch.chdir(place)
 
     def call(*arguments):
-        try:
-            cli.main([str(a) for a in arguments])
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, capsys.readouterr()
+        return exit_code(*arguments), capsys.readouterr()
 
     return call
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from mpq import cli
 from mpq.allocate import Problem, solve_frontier
 from mpq.data.dataset import by_document, new_dataset
 from mpq.formats import parse_scheme
@@ -19,6 +18,7 @@ from mpq.sensitivity.racing import Race
 from mpq.types import MpqError
 from tests import sensitivity_cases, tiny
 from tests.allocate_cases import table, weight
+from tests.command import exit_code
 from tests.sensitivity_cases import SHAPES, Shifted, make_model, random_data, traced
 
 SCHEMES = tuple(map(parse_scheme, ("int2_g64", "int3_g64", "int4_g64", "int6_g64", "int8_channel")))
@@ -216,12 +216,7 @@ def command(tmp_path, capsys):
     size = ["--window", "32", "--batch-size", "4", "--max-windows", "24", "--schemes", "int2_g16", "int4_g16"]
 
     def call(*options):
-        try:
-            cli.main(["sensitivity", *here, *size, *options])
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, capsys.readouterr()
+        return exit_code("sensitivity", *here, *size, *options), capsys.readouterr()
 
     return call
 

@@ -16,8 +16,8 @@ independent: little is lost by `span=1`, the default, and whole windows are nois
 
 Cost: one forward pass, and for every sample one backward pass, in which every row's value is rounded by every scheme.
 Values that are read are kept from the forward pass, as any backward pass does.
-Fails on: large errors, where the KL is no longer quadratic (2 bits); outputs
-that jump, as where a router chooses another expert, which no gradient sees; and interactions.
+Fails on: large errors, where the KL is no longer quadratic (2 bits); outputs that jump, as where a router chooses
+another expert, which no gradient sees; and interactions.
 """
 
 import dataclasses
@@ -35,10 +35,10 @@ from mpq.activations.table import ActivationTable
 from mpq.files import digest_json
 from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
-from mpq.progress import track
 from mpq.sensitivity.base import check_inputs, measured_on, random_scores
+from mpq.sensitivity.by_batch import kept_by_batch
 from mpq.sensitivity.taps import in_spans, in_windows, require_finite_windows, telling_windows
-from mpq.store import Store, kept
+from mpq.store import Store
 from mpq.tasks import Task
 from mpq.trace import Trace
 from mpq.types import Params
@@ -98,19 +98,14 @@ class ActivationFisher:
         static = (shaped, tuple(rows), tuple(schemes), self.num_samples, self.span, model.task)
         inputs = measured_on(model, traced, data, batch_size) | {"item": f"activation_{label}"}
         inputs |= {"rows": digest_json(rows), "schemes": [*map(str, schemes)], "key": jax.random.key_data(key).tolist()}
-        windows = np.zeros((len(data.inputs), len(rows), len(schemes)))
 
-        def make(start: int, stop: int, batch: Batch) -> list[list[list[float]]]:
-            numbers = np.arange(start, start + batch_size)
-            squares = _squares(*static, model.params, key, batch, model.task.counted(batch.mask), numbers)
-            return (np.stack([squares[row.path] for row in rows], axis=1) / 2)[: stop - start].tolist()
+        def halves(batch: Batch, counted: jax.Array, numbers: np.ndarray) -> np.ndarray:
+            squares = _squares(*static, model.params, key, batch, counted, numbers)
+            return np.stack([squares[row.path] for row in rows], axis=1) / 2
 
-        starts = range(0, len(data.inputs), batch_size)
-        batches = zip(starts, data.batches(batch_size), strict=True)
-        for start, batch in track(batches, f"activations {self.name}", len(starts)):
-            stop = min(start + batch_size, len(data.inputs))
-            item = functools.partial(make, start, stop, batch)
-            windows[start:stop] = kept(store, item, **inputs, windows=[start, stop])
+        windows = kept_by_batch(
+            f"activations {self.name}", model, data, halves, batch_size=batch_size, store=store, inputs=inputs
+        )
         require_finite_windows(windows, np.ones(windows.shape[1:], bool), model, data.source)
         return make_activation_table(label, model, rows, schemes, data, counts, windows)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from mpq.activations.rows import ActivationSpec
 from mpq.activations.scheme import ActivationScheme, parse_activation_scheme
-from mpq.artifacts import read_stage, write_stage
+from mpq.artifacts import read_stage, table_body, table_fields, write_stage
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,17 +44,8 @@ def save_activation_table(path: Path, table: ActivationTable) -> None:
     Raises:
       MpqError: the disk is full, or the operating system refuses.
     """
-    body = {
-        "metric": table.metric,
-        "quantizer": table.quantizer,
-        "model_digest": table.model_digest,
-        "data_digest": table.data_digest,
-        "schemes": [str(s) for s in table.schemes],
-        "activations": [dataclasses.asdict(row) for row in table.activations],
-        "loss_increase": table.loss_increase.tolist(),
-        "stderr": [[None if np.isnan(v) else v for v in row] for row in table.stderr.tolist()],
-    }
-    write_stage(path, "activations", body)
+    rows = [dataclasses.asdict(row) for row in table.activations]
+    write_stage(path, "activations", {**table_body(table), "activations": rows})
 
 
 def load_activation_table(path: Path) -> ActivationTable:
@@ -67,10 +58,5 @@ def load_activation_table(path: Path) -> ActivationTable:
     return ActivationTable(
         activations=tuple(map(ActivationSpec.from_json, body["activations"])),
         schemes=tuple(map(parse_activation_scheme, body["schemes"])),
-        loss_increase=np.asarray(body["loss_increase"], np.float64),
-        stderr=np.asarray([[np.nan if v is None else v for v in row] for row in body["stderr"]], np.float64),
-        metric=body["metric"],
-        quantizer=body["quantizer"],
-        model_digest=body["model_digest"],
-        data_digest=body["data_digest"],
+        **table_fields(body),
     )

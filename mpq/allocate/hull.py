@@ -31,9 +31,13 @@ class Segments:
 
     def cut(self, room: int) -> int | None:
         """The segment that the relaxation cuts, with `room` left above the smallest options; None: all of them fit."""
-        order = np.argsort(-self.slope, kind="stable")
-        fits = int(np.searchsorted(np.cumsum(self.width[order]), room, side="right"))
+        order, fits = self.taken(room)
         return int(order[fits]) if fits < len(order) else None
+
+    def taken(self, room: int) -> tuple[np.ndarray, int]:
+        """Segments in the order in which the relaxation takes them, and how many of the first fit into `room`."""
+        order = np.argsort(-self.slope, kind="stable")
+        return order, int(np.searchsorted(np.cumsum(self.width[order]), room, side="right"))
 
 
 def group_hulls(size: np.ndarray, loss: np.ndarray, allowed: np.ndarray) -> Segments:

@@ -44,19 +44,9 @@ class PowerLaw:
           measured: `[P]`, losses of the same plans, nats per output.
 
         Raises:
-          MpqError: fewer than 4 plans, a loss that is not positive, or sums that are all equal.
+          MpqError: as `logarithms`.
         """
-        predicted, measured = np.asarray(predicted, np.float64), np.asarray(measured, np.float64)
-        if len(predicted) < MIN_PLANS or len(predicted) != len(measured):
-            raise MpqError(
-                f"{len(measured)} measured for {len(predicted)} predicted losses: a power law takes at least "
-                f"{MIN_PLANS} plans, each with both"
-            )
-        if not (np.isfinite(predicted) & (predicted > 0) & np.isfinite(measured) & (measured > 0)).all():
-            raise MpqError("a power law takes losses above zero: leave plans out that change nothing")
-        x, y = np.log(predicted), np.log(measured)
-        if np.ptp(x) == 0:
-            raise MpqError("all plans have the same predicted loss: measure plans that differ")
+        x, y = logarithms(predicted, measured)
         exponent, offset = np.polyfit(x, y, 1)
         residual = y - offset - exponent * x
         spread = float(np.sqrt(np.square(residual).sum() / (len(x) - 2)))
@@ -65,3 +55,23 @@ class PowerLaw:
     def __call__(self, predicted: np.ndarray | float) -> np.ndarray:
         """Predicted loss of plans, nats per output; 0 for a sum that is not positive."""
         return self.factor * np.maximum(np.asarray(predicted, np.float64), 0.0) ** self.exponent
+
+
+def logarithms(predicted: np.ndarray, measured: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Those of losses that a law can be fitted to. Arguments as of `PowerLaw.fit`.
+
+    Raises:
+      MpqError: fewer than 4 plans, a loss that is not positive, or sums that are all equal.
+    """
+    predicted, measured = np.asarray(predicted, np.float64), np.asarray(measured, np.float64)
+    if len(predicted) < MIN_PLANS or len(predicted) != len(measured):
+        raise MpqError(
+            f"{len(measured)} measured for {len(predicted)} predicted losses: a power law takes at least "
+            f"{MIN_PLANS} plans, each with both"
+        )
+    if not (np.isfinite(predicted) & (predicted > 0) & np.isfinite(measured) & (measured > 0)).all():
+        raise MpqError("a power law takes losses above zero: leave plans out that change nothing")
+    x, y = np.log(predicted), np.log(measured)
+    if np.ptp(x) == 0:
+        raise MpqError("all plans have the same predicted loss: measure plans that differ")
+    return x, y

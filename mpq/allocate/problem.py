@@ -204,6 +204,10 @@ class Problem:
         fixed = int(self.fixed_point[0][rows, index].sum())
         return int(self.size_bits[rows, index].sum()), fixed, math.sqrt(math.fsum(self.variance[rows, index]))
 
+    def parts(self, choices: np.ndarray) -> np.ndarray:
+        """Losses of the groups' choices: `int[..., G]` indices of schemes to `float64[..., G]`."""
+        return self.loss[np.arange(len(self.names)), choices]
+
     def by_path(self, choice: Sequence[int] | np.ndarray) -> dict[str, Scheme]:
         """Path -> scheme, of one scheme index per group."""
         schemes = {

@@ -22,7 +22,7 @@ import dataclasses
 
 import numpy as np
 
-from mpq.allocate.power_law import PowerLaw
+from mpq.allocate.power_law import PowerLaw, logarithms
 from mpq.allocate.problem import Problem
 from mpq.types import MpqError
 
@@ -49,7 +49,7 @@ class Refit:
 
     def predict(self, plans: np.ndarray) -> np.ndarray:
         """Loss of plans `int[P, G]` of scheme indices: `float64[P]` nats per output."""
-        return self.law(_parts(self.problem, plans).sum(axis=1))
+        return self.law(self.problem.parts(plans).sum(axis=1))
 
 
 def refit(problem: Problem, plans: np.ndarray, measured: np.ndarray) -> Refit:
@@ -61,18 +61,18 @@ def refit(problem: Problem, plans: np.ndarray, measured: np.ndarray) -> Refit:
       measured: `[P]`, losses of these plans, nats per output.
 
     Raises:
-      MpqError: fewer than 8 plans, or `PowerLaw.fit` refuses their losses.
+      MpqError: fewer than 8 plans, or `logarithms` refuses their losses.
     """
     if len(plans) < MIN_PLANS:
         raise MpqError(f"{len(plans)} measured plans: correcting a table takes at least {MIN_PLANS}")
-    parts = _parts(problem, plans)
+    parts = problem.parts(plans)
     total = parts.sum(axis=1)
-    PowerLaw.fit(total, measured)  # refuses losses that no law is of
+    log_total, log_loss = logarithms(total, measured)
     taken = np.arange(len(problem.schemes))[:, None, None] == plans
     features = np.where(taken, parts / total[:, None], 0.0).transpose(1, 2, 0).reshape(len(plans), -1)
     scale = np.sqrt(np.square(features - features.mean(axis=0)).sum(axis=1).mean())
     features /= scale
-    exponent, ratio = _most_likely(features, np.log(measured), np.log(total))
+    exponent, ratio = _most_likely(features, log_loss, log_total)
     power = np.asarray(measured, np.float64) ** (1 / exponent) / total
     mean, effects, left_out = _best_prediction(features, power, ratio)
     relative = 1 + effects.reshape(problem.loss.shape) / (mean * scale)
@@ -85,7 +85,7 @@ def refit(problem: Problem, plans: np.ndarray, measured: np.ndarray) -> Refit:
 
 
 def _most_likely(features: np.ndarray, log_loss: np.ndarray, log_total: np.ndarray) -> tuple[float, float]:
-    """B and tau^2 / s^2 of the largest restricted likelihood of the logarithm of the losses.
+    """The b and tau^2 / s^2 of largest restricted likelihood of the logarithm of the losses.
 
     Args:
       features: `[P, F]`.
@@ -110,7 +110,7 @@ def _most_likely(features: np.ndarray, log_loss: np.ndarray, log_total: np.ndarr
 
 
 def _best_prediction(features: np.ndarray, target: np.ndarray, ratio: float) -> tuple[float, np.ndarray, np.ndarray]:
-    """Target = mean + features @ effects + residual, the effects shrunk by `ratio`.
+    """The model target = mean + features @ effects + residual, its effects shrunk by `ratio`.
 
     Returns:
       The mean, the effects `[F]`, and `[P]` how far every target is from its prediction by all others.
@@ -122,8 +122,3 @@ def _best_prediction(features: np.ndarray, target: np.ndarray, ratio: float) -> 
     smoother = weights + kernel @ projected
     left_out = (target - smoother @ target) / (1 - np.diag(smoother))
     return float(weights @ target), ratio * features.T @ (projected @ target), left_out
-
-
-def _parts(problem: Problem, plans: np.ndarray) -> np.ndarray:
-    """`float64[P, G]`, the loss of every group's choice."""
-    return problem.loss[np.arange(len(problem.names)), plans]

@@ -64,21 +64,49 @@ def windows_by_batch(
       MpqError: a number is not finite; names the candidate, or says that the model itself is at fault.
     """
     windows = np.zeros((len(data.inputs), *keep.shape, *shape))
-    starts = range(0, len(data.inputs), batch_size) if keep.any() else ()
-    batches = zip(starts, data.batches(batch_size), strict=False)
-    on = measured_on(model, traced, data, batch_size)
-    among = candidates_digest(traced.weights, schemes, candidates)
+    if keep.any():
+        key = {**inputs, **measured_on(model, traced, data, batch_size)}
+        key["candidates"] = candidates_digest(traced.weights, schemes, candidates)
 
-    def make(start: int, stop: int, batch: Batch) -> list[Any]:
-        values = of_batch(batch, model.task.counted(batch.mask), np.arange(start, start + batch_size))
-        return dense(jax.device_get(values), traced, keep)[: stop - start].tolist()
+        def rows(batch: Batch, counted: jax.Array, numbers: np.ndarray) -> np.ndarray:
+            return dense(jax.device_get(of_batch(batch, counted, numbers)), traced, keep)
 
-    for start, batch in track(batches, what, len(starts)):
-        stop = min(start + batch_size, len(data.inputs))
-        item = functools.partial(make, start, stop, batch)
-        windows[start:stop] = kept(store, item, **inputs, **on, windows=[start, stop], candidates=among)
+        windows = kept_by_batch(what, model, data, rows, batch_size=batch_size, store=store, inputs=key)
     require_finite_windows(windows, keep, model, data.source)
     return windows
+
+
+def kept_by_batch(
+    what: str,
+    model: Model,
+    data: Dataset,
+    rows: Callable[[Batch, jax.Array, np.ndarray], np.ndarray],
+    *,
+    batch_size: int,
+    store: Store | None,
+    inputs: Mapping[str, Any],
+) -> np.ndarray:
+    """`float64[windows, ...]`: what `rows` gives for every batch, each an item; rows that fill up the last one are cut.
+
+    Args:
+      what: for the progress bar.
+      model: gives the task.
+      data: windows.
+      rows: `(batch, counted, numbers of its windows in the data) -> [windows, ...]`.
+      batch_size: windows per pass.
+      store: finished items.
+      inputs: all that `rows` depends on beside its arguments; `item` names it.
+    """
+
+    def make(start: int, stop: int, batch: Batch) -> list[Any]:
+        values = rows(batch, model.task.counted(batch.mask), np.arange(start, start + batch_size))
+        return values[: stop - start].tolist()
+
+    starts, parts = range(0, len(data.inputs), batch_size), []
+    for start, batch in track(zip(starts, data.batches(batch_size), strict=True), what, len(starts)):
+        stop = min(start + batch_size, len(data.inputs))
+        parts += kept(store, functools.partial(make, start, stop, batch), **inputs, windows=[start, stop])
+    return np.asarray(parts, np.float64)
 
 
 def table_of_windows(

@@ -184,7 +184,6 @@ def expected_regret(behind: np.ndarray, error: np.ndarray, documents: np.ndarray
 def _prices(problem: Problem, bits: int) -> list[float]:
     """Nats per bit of the hull segment that a budget cuts, and of its neighbours; 0 where nothing is left to buy."""
     hulls = group_hulls(problem.size_bits, problem.fixed_point[0], problem.allowed)
-    order = np.argsort(-hulls.slope, kind="stable")
-    cut = int(np.searchsorted(np.cumsum(hulls.width[order]), bits - problem.min_bits, side="right"))
+    order, cut = hulls.taken(bits - problem.min_bits)
     slopes = [*hulls.slope[order], 0.0]
     return [problem.to_loss(1) * slope for slope in slopes[max(cut - 1, 0) : cut + 2]]
