@@ -61,7 +61,7 @@ def export(
     corpus: Corpus,
     config: LlamaConfig,
     training: Any,
-    history: Sequence[Mapping[str, float]],
+    history: Sequence[Mapping[str, Any]],
 ) -> None:
     """Write the folder `out`, whole or not at all; what was there before is replaced.
 
@@ -73,7 +73,7 @@ def export(
       corpus: the training text and the held-out splits.
       config: shape of the model.
       training: dataclass of hyperparameters with the fields `steps`, `batch` and `window`.
-      history: rows of `step`, `train_loss` and `held_out_nll` (nats per token).
+      history: rows of `step`, `train_loss` and `held_out_nll` (nats per token), and the `device` that made the step.
     """
     del graph
     tensors = checkpoint_tensors(params)

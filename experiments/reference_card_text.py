@@ -27,7 +27,7 @@ def card(record: Mapping[str, Any]) -> str:
         "## Data",
         _data(record),
         "## Training",
-        _training(record["training"]),
+        _training(record["training"], sorted({row["device"] for row in record["history"]})),
         _history(record["history"]),
         "## Samples",
         "Greedy continuations of the first line (or lines), computed in float32 from the stored weights.",
@@ -108,11 +108,11 @@ def _data(record: Mapping[str, Any]) -> str:
     return "\n\n".join([what, table(("split", "documents", "bytes", "tokens"), rows), shipped])
 
 
-def _training(training: Mapping[str, Any]) -> str:
+def _training(training: Mapping[str, Any], devices: Sequence[str]) -> str:
     return (
         "Muon for the matrices of the blocks, Adam for embedding and norms; linear warmup, constant, linear decay to "
         "zero, again after each restart (`experiments/train_reference.py`). "
-        f"{training['tokens_seen']:,} tokens seen.\n\n"
+        f"{training['tokens_seen']:,} tokens seen, on {', then '.join(devices)}.\n\n"
         + table(("hyperparameter", "value"), [(name, value) for name, value in training.items()])
     )
 

@@ -26,7 +26,7 @@ CONFIG = LlamaConfig(
     tie_word_embeddings=True,
 )
 TRAINING = dataclasses.replace(train_reference.Training(), steps=7, batch=2, window=32, peak_lr=0.25)
-HISTORY = [{"step": s, "train_loss": 5.0 / s, "held_out_nll": 6.0 / s} for s in range(1, 8)]
+HISTORY = [{"step": s, "train_loss": 5.0 / s, "held_out_nll": 6.0 / s, "device": "a chip"} for s in range(1, 8)]
 
 
 @pytest.fixture(scope="module")
