@@ -159,9 +159,14 @@ def agreement(table: SensitivityTable, truth: SensitivityTable, schemes: Sequenc
                 "tau": _tau(p, m),
                 "ratio": round(float(np.exp(log.mean())), 3),
                 "spread": round(float(log.std()), 3),
-                "relative_stderr": round(float(np.median(table.stderr[used[:, i], i] / np.abs(p))), 3),
+                "relative_stderr": _finite(np.median(table.stderr[used[:, i], i] / np.abs(p))),
             }
     return {"tau": _tau(predicted[used], measured[used]), "schemes": columns}
+
+
+def _finite(value: Any) -> float | None:
+    """Three digits; None where a single document gives no standard error."""
+    return round(float(value), 3) if np.isfinite(value) else None
 
 
 def _tau(a: np.ndarray, b: np.ndarray) -> float:

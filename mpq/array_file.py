@@ -26,7 +26,7 @@ def write_arrays(path: Path, kind: str, header: Mapping[str, Any], arrays: Mappi
     """
     named = {"kind": kind, "schema": SCHEMA, **header}
     named["checksum"] = _checksum(named, arrays)
-    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     write_bytes(path, save(whole, metadata={"mpq": json.dumps(named, sort_keys=True)}))
 
 

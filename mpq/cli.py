@@ -212,6 +212,7 @@ def quantize(
     data: str | None = None,
     stats: Path | None = None,
     method: str = "gptq",
+    distill: int = 0,
     window: int | None = None,
     max_windows: int = 64,
     batch_size: int = 8,
@@ -226,13 +227,15 @@ def quantize(
       data: calibration text, or `reference`; gptq needs it or `stats`.
       stats: what `mpq calibrate` wrote.
       method: gptq or rtn.
+      distill: steps of training codes, scales and zero points to the outputs of the original on the text; interrupted,
+        it continues when typed again.
       window: tokens a window; default 256, or the model's context if that is shorter.
       max_windows: use the first so many.
       batch_size: windows a batch.
       json: print one JSON object.
     """
     text = None if data is None else commands.Data(data, window, max_windows, batch_size)
-    _answer(lambda: commands.quantize(model, plan, out, text, stats, method), json, commands.show_written)
+    _answer(lambda: commands.quantize(model, plan, out, text, stats, method, distill), json, commands.show_written)
 
 
 def evaluate(

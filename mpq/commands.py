@@ -4,12 +4,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from mpq import artifacts, show
 from mpq.allocate import solve_frontier
 from mpq.calibrate import calibrate as run_calibration
 from mpq.certainty import certainty, unknown
 from mpq.config import known, load_config
 from mpq.data.sources import read_set
+from mpq.distill import Distill
 from mpq.evaluate import Reference, score
 from mpq.export import orbax, rules
 from mpq.files import read_json
@@ -105,10 +108,14 @@ def allocate(table_path: Path, out: Path, request: Request, picture: Path | None
 
 
 def quantize(
-    model_source: str, plan_source: str, out: Path, text: Data | None, stats: Path | None, method: str
+    model_source: str, plan_source: str, out: Path, text: Data | None, stats: Path | None, method: str, distill: int
 ) -> dict[str, Any]:
-    """The quantized model as an Orbax folder."""
+    """The quantized model as an Orbax folder, after so many steps of distillation."""
     known("method", method, QUANTIZERS)
+    if distill < 0:
+        raise MpqError(f"distill is {distill}: it must be a number of steps, at least 0")
+    if distill and text is None:
+        raise MpqError("distillation needs text: give --data TEXT")
     model = load(model_source)
     traced = text.trace(model) if text else model.trace()
     if Path(plan_source).exists():
@@ -119,11 +126,19 @@ def quantize(
         raise MpqError(f"{out} exists already: choose another folder or remove it")
     data = text.dataset(model, "calibration") if text else None
     candidates = make_candidates(model, traced, method, data, stats, text.batch_size if text else 1)
-    written = orbax.save(out, **export_arguments(model, traced.weights, candidates.choose(plan.choices), plan))
+    qtensors, told = candidates.choose(plan.choices), {}
+    state = out.with_name(f"{out.name}.distill")  # an interrupted distillation goes on from here
+    if distill and data is not None:
+        options = Distill(steps=distill, batch_size=min(text.batch_size, len(data.inputs)) if text else 1)
+        qtensors, losses = options(model, traced, qtensors, data, key=jax.random.key(0), state=state)
+        told = {"distill": distill, "first_loss": float(losses[0]), "last_loss": float(losses[-1])}
+    written = orbax.save(out, **export_arguments(model, traced.weights, qtensors, plan))
+    state.unlink(missing_ok=True)
     return {
         "out": str(out),
         "plan": plan.name,
         "method": method,
+        **told,
         "size_bytes": plan.size_bytes,
         "payload_bytes": written,
         "bits_per_weight": plan.bits_per_weight,

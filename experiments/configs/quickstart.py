@@ -18,4 +18,7 @@ CONFIG = RunConfig(
     compare_methods=("rtn",),
     budgets=("3.0bpw", "int3_g64", "3.5bpw", "int4_g64"),
     hand_out="3.5bpw",
+    sensitivity_windows=(("kl", 6), ("fisher", 8), ("hessian_trace", 1)),
+    selection_windows=24,
+    test_windows=48,
 )

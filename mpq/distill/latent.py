@@ -1,0 +1,117 @@
+"""What gradient descent sees of a `QTensor`: real numbers behind its codes, scales and zero points.
+
+Forward, every one of them is rounded as it will be stored, so the loss that is trained is that of the stored weight,
+bit for bit. Backward, the rounding is taken for the identity (straight-through estimator; Bengio et al. 2013,
+arXiv:1308.3432), and what the grid clips gets no gradient. Scales move by factors (their logarithm is learned), so they
+keep their sign and never reach zero.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mpq.quantize.scales import round_scale
+from mpq.types import QTensor, Scheme
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Latent:
+    """The trained numbers of one weight; None where a part is kept as it is.
+
+    Attributes:
+      value: `float32[batch, k, n]`, the weight over its scale, in mean steps of the format's grid; a code is that,
+        shifted by the zero point and rounded.
+      log_scale: `float32[batch, groups, n]`, logarithm of what the first scale is multiplied by.
+      zero_point: `float32[batch, groups, n]`, in codes.
+    """
+
+    value: jax.Array | None
+    log_scale: jax.Array | None
+    zero_point: jax.Array | None
+
+
+def start(w: jax.Array, qtensor: QTensor, *, rounding: bool = True, scale: bool = True) -> Latent:
+    """The latent numbers from which `freeze` gives `qtensor` back.
+
+    A code that is the nearest one starts at the weight itself, any other (GPTQ's) in the middle of its step.
+
+    Args:
+      w: `float32[batch, k, n]`, the original weight.
+      qtensor: of a scheme with a scale.
+      rounding: learn the codes.
+      scale: learn scales and zero points.
+    """
+    assert qtensor.scale is not None
+    scheme, decode = qtensor.scheme, qtensor.scheme.format.decode
+    shift = 0.0 if qtensor.zero_point is None else _spread(decode(qtensor.zero_point), qtensor)
+    exact = w / _spread(qtensor.scale.astype(jnp.float32), qtensor)
+    nearest = scheme.format.encode(exact + shift) == qtensor.qvalue
+    value = jnp.where(nearest, exact, decode(qtensor.qvalue) - shift) / _step(scheme)
+    zero_point = None if qtensor.zero_point is None or not scale else decode(qtensor.zero_point)
+    log_scale = jnp.zeros(qtensor.scale.shape) if scale else None
+    return Latent(value if rounding else None, log_scale, zero_point)
+
+
+def reconstruct(latent: Latent, qtensor: QTensor) -> jax.Array:
+    """`float32[batch, k, n]`: what `freeze(latent, qtensor).dequantize()` is, with gradients to `latent`."""
+    stored = freeze(jax.lax.stop_gradient(latent), qtensor)
+    decode = qtensor.scheme.format.decode
+    shift = 0.0
+    if stored.zero_point is not None:
+        zero_point = decode(stored.zero_point)
+        if latent.zero_point is not None:
+            zero_point = _straight_through(zero_point, _within(latent.zero_point, qtensor.scheme))
+        shift = _spread(zero_point, qtensor)
+    value = decode(stored.qvalue)
+    if latent.value is not None:
+        value = _straight_through(value, _within(latent.value * _step(qtensor.scheme) + shift, qtensor.scheme))
+    assert stored.scale is not None
+    scale = stored.scale.astype(jnp.float32)
+    if latent.log_scale is not None:
+        scale = scale * _straight_through(jnp.ones(()), latent.log_scale)
+    return (value - shift) * _spread(scale, qtensor)
+
+
+def freeze(latent: Latent, qtensor: QTensor) -> QTensor:
+    """The stored weight: latent numbers rounded; parts that are not learned are those of `qtensor`."""
+    scheme, number_format = qtensor.scheme, qtensor.scheme.format
+    scale, zero_point, qvalue = qtensor.scale, qtensor.zero_point, qtensor.qvalue
+    assert scale is not None
+    if latent.log_scale is not None:
+        first = scale.astype(jnp.float32)
+        magnitude = round_scale(jnp.abs(first) * jnp.exp(latent.log_scale), scheme.scale_dtype)
+        scale = jnp.where(first < 0, -magnitude, magnitude).astype(scheme.scale_dtype)
+    if latent.zero_point is not None:
+        zero_point = jnp.round(_within(latent.zero_point, scheme)).astype(jnp.int8)
+    if latent.value is not None:
+        shift = 0.0 if zero_point is None else _spread(number_format.decode(zero_point), qtensor)
+        qvalue = number_format.encode(latent.value * _step(scheme) + shift)
+    return dataclasses.replace(qtensor, qvalue=qvalue, scale=scale, zero_point=zero_point)
+
+
+def _step(scheme: Scheme) -> float:
+    """Mean distance of neighbouring levels: 1 for integers. It gives all formats the same learning rate."""
+    number_format = scheme.format
+    if number_format.uniform or number_format.max_magnitude is None:
+        return 1.0
+    return 2 * number_format.max_magnitude / (number_format.max_qvalue - number_format.min_qvalue)
+
+
+def _within(value: jax.Array, scheme: Scheme) -> jax.Array:
+    """`value` clipped to the range of the grid; what lies beyond has no gradient."""
+    ends = jnp.asarray([scheme.format.min_qvalue, scheme.format.max_qvalue], jnp.int8)
+    low, high = scheme.format.decode(ends)
+    return jnp.clip(value, low, high)
+
+
+def _straight_through(exact: jax.Array, smooth: jax.Array) -> jax.Array:
+    """`exact`, bit for bit, with the gradient of `smooth`."""
+    return exact + (smooth - jax.lax.stop_gradient(smooth))
+
+
+def _spread(per_group: jax.Array, qtensor: QTensor) -> jax.Array:
+    """One number a group to one a row: `[batch, groups, n]` to `[batch, k, n]`."""
+    k = qtensor.qvalue.shape[-2]
+    return jnp.repeat(per_group, qtensor.scheme.group_size or k, axis=-2)[..., :k, :]

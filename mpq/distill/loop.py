@@ -1,0 +1,247 @@
+"""Distillation: a quantized model is trained to the outputs of the original, in the numbers that its file holds.
+
+    minimize over codes, scales, zero points   1/N sum KL(original || quantized)      [nats per output, N that count]
+
+All weights at once, end to end, so errors that a layer-by-layer method leaves can make up for each other. The format,
+and so the size, stays what it was. With `rounding` the codes move too, as in AutoRound (Cheng et al. 2023,
+arXiv:2309.05516), which learns them block by block from the block's output and by signs of gradients; without, it is
+the scale distillation of MLX's DWQ.
+
+A little text is soon learned by heart. The labels are never read, so any input that the original can judge will do, and
+text is varied (`mpq.distill.vary`). Judge the result on other text, and by its KL: a lower loss can be the calibration
+text's own words.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mpq.array_file import read_arrays, write_arrays
+from mpq.distill.latent import Latent, freeze, reconstruct, start
+from mpq.distill.vary import varied
+from mpq.files import digest_arrays, digest_json
+from mpq.inputs import Dataset, Tokens
+from mpq.models.model import Model
+from mpq.progress import track
+from mpq.quantize import apply_plan
+from mpq.trace import Trace
+from mpq.types import MpqError, Params, QTensor, WeightSpec
+
+State = dict[str, Latent]
+KIND = "distillation"
+
+
+class Distilled(NamedTuple):
+    """A distilled plan.
+
+    Attributes:
+      qtensors: path -> weight, of the schemes that came in.
+      losses: `float32[steps]`, nats per output on the batch of each step, before the step.
+    """
+
+    qtensors: dict[str, QTensor]
+    losses: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Distill:
+    """Adam on the KL to the original model, with warmup and cosine decay.
+
+    Memory: beside both models' activations, five numbers for every quantized one (the latent value, its gradient, two
+    moments, and the weight made of it).
+
+    Attributes:
+      steps: batches; each takes two forward passes and a backward one.
+      batch_size: windows a batch; the windows of an epoch come in a random order.
+      rounding: peak learning rate of codes, in steps of their grid; 0: codes stay.
+      scale: of the logarithm of scales; 0: scales and zero points stay.
+      zero_point: of zero points, in codes.
+      warmup: share of the steps over which the rates rise.
+      noise: share of the tokens of a text that are exchanged for others.
+      splice: let a window of text go on as another window does.
+      save_every: steps between two states written to disk, where a file is given.
+    """
+
+    steps: int = 300
+    batch_size: int = 8
+    rounding: float = 0.02
+    scale: float = 0.003
+    zero_point: float = 0.02
+    warmup: float = 0.05
+    noise: float = 0.1
+    splice: bool = True
+    save_every: int = 50
+
+    def __post_init__(self) -> None:
+        rates = (self.rounding, self.scale, self.zero_point)
+        if min(self.steps, self.batch_size, self.save_every) < 1:
+            raise MpqError("steps, batch_size and save_every of a distillation must be at least 1")
+        if not all(0 <= rate < float("inf") for rate in rates):
+            raise MpqError(f"learning rates {rates} must be at least 0 and finite")
+        if not (0 <= self.warmup <= 1 and 0 <= self.noise <= 1):
+            raise MpqError(f"warmup {self.warmup} and noise {self.noise} must be in 0 .. 1")
+        if not self.rounding and not self.scale:
+            raise MpqError("with rates 0 for rounding and scale nothing is learned: give one of them, such as 0.003")
+
+    def __call__(
+        self,
+        model: Model,
+        traced: Trace,
+        qtensors: Mapping[str, QTensor],
+        data: Dataset,
+        *,
+        key: jax.Array,
+        state: Path | None = None,
+    ) -> Distilled:
+        """Train.
+
+        Args:
+          model: the original.
+          traced: its weights.
+          qtensors: quantized weights by path, to start from; those without a scale stay as they are.
+          data: windows; labels are not read.
+          key: of the order of the windows.
+          state: file that an interrupted training continues from, to the same bytes; the caller removes it.
+
+        Raises:
+          MpqError: no weight has a scale, fewer windows than a batch, the loss is not finite, or `state` is damaged or
+            of another training.
+        """
+        specs = {spec.path: spec for spec in traced.weights}
+        scaled = {path: qtensor for path, qtensor in qtensors.items() if qtensor.scale is not None}
+        if not scaled:
+            raise MpqError("no weight of the plan has a scale: there is nothing to distill")
+        if len(data.inputs) < self.batch_size:
+            raise MpqError(
+                f"{len(data.inputs)} windows are fewer than a batch of {self.batch_size}: give more text or a smaller "
+                "batch"
+            )
+        rest = {path: qtensor for path, qtensor in qtensors.items() if path not in scaled}
+        params = apply_plan(model.params, traced.weights, rest)
+        latents = {
+            path: start(_matrix(model.params, specs[path]), q, rounding=self.rounding > 0, scale=self.scale > 0)
+            for path, q in scaled.items()
+        }
+        loss = functools.partial(_loss, model, {path: specs[path] for path in scaled})
+        latents, losses = self._train(loss, latents, (model.params, params, scaled), data, model, key, state)
+        return Distilled({**rest, **{path: _freeze(latents[path], q) for path, q in scaled.items()}}, losses)
+
+    def _train(
+        self,
+        loss: Callable[..., jax.Array],
+        latents: Any,
+        fixed: tuple[Params, Params, Mapping[str, QTensor]],
+        data: Dataset,
+        model: Model,
+        key: jax.Array,
+        state: Path | None,
+    ) -> tuple[State, np.ndarray]:
+        optimizer = self._optimizer(latents)
+        whole = (latents, optimizer.init(latents))
+        told = {"of": self._digest(model, fixed[2], data, key)}
+        begin, losses = 0, []
+        if state is not None and state.exists():
+            whole, losses = _load(state, whole, told)
+            begin = len(losses)
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def step(whole: Any, fixed: Any, inputs: jax.Array, counted: jax.Array) -> tuple[Any, jax.Array]:
+            latents, moments = whole
+            value, gradient = jax.value_and_grad(loss)(latents, *fixed, inputs, counted)
+            with jax.numpy_dtype_promotion("standard"):  # Optax mixes its counts with floats
+                updates, moments = optimizer.update(gradient, moments, latents)
+            return (optax.apply_updates(latents, updates), moments), value
+
+        counted = np.asarray(model.task.counted(data.mask))
+        for number in track(range(begin, self.steps), "distill", self.steps - begin):
+            rows = self._rows(key, number, len(data.inputs))
+            inputs = data.inputs[rows]
+            if isinstance(model.inputs, Tokens):
+                drawn = np.asarray(jax.random.key_data(jax.random.fold_in(key, number)))
+                inputs = varied(data, rows, np.random.default_rng(drawn), noise=self.noise, splice=self.splice)
+            whole, value = step(whole, fixed, inputs, counted[rows])
+            losses.append(value)
+            done = number + 1
+            if done % self.save_every == 0 or done == self.steps:
+                losses = [float(x) for x in jax.device_get(losses)]
+                if not np.isfinite(losses).all():
+                    raise MpqError(
+                        f"the distillation's loss is {losses[-1]} after {done} steps: give smaller learning rates"
+                    )
+                if state is not None:
+                    _save(state, whole, losses, told)
+        return whole[0], np.asarray(losses, np.float32)
+
+    def _rows(self, key: jax.Array, number: int, windows: int) -> np.ndarray:
+        """Windows of one batch; every epoch has an order of its own, and leaves out what fills no batch."""
+        epoch, place = divmod(number, windows // self.batch_size)
+        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), windows))
+        return order[place * self.batch_size : (place + 1) * self.batch_size]
+
+    def _optimizer(self, latents: State) -> optax.GradientTransformation:
+        """Adam, with a rate of its own for each kind of number."""
+        rates = {"value": self.rounding, "log_scale": self.scale, "zero_point": self.zero_point}
+        warmup = min(round(self.warmup * self.steps), self.steps - 1)
+        adam = lambda peak: optax.adam(
+            optax.warmup_cosine_decay_schedule(0.0, peak, warmup, self.steps), b2=0.99, eps=1e-12
+        )
+        kinds = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].name, latents)
+        return optax.multi_transform({kind: adam(peak) for kind, peak in rates.items()}, kinds)
+
+    def _digest(self, model: Model, qtensors: Mapping[str, QTensor], data: Dataset, key: jax.Array) -> str:
+        arrays = {
+            f"{path} {i}": np.asarray(leaf)
+            for path, qtensor in qtensors.items()
+            for i, leaf in enumerate(jax.tree.leaves(qtensor))
+        }
+        schemes = {path: str(qtensor.scheme) for path, qtensor in qtensors.items()}
+        seed = np.asarray(jax.random.key_data(key)).tolist()
+        return digest_json([repr(self), model.digest, data.digest, seed, schemes, digest_arrays(arrays)])
+
+
+def _loss(
+    model: Model,
+    specs: Mapping[str, WeightSpec],
+    latents: State,
+    original: Params,
+    params: Params,
+    qtensors: Mapping[str, QTensor],
+    inputs: jax.Array,
+    counted: jax.Array,
+) -> jax.Array:
+    """Mean KL(original || quantized) of the outputs that count, nats."""
+    quantized = dict(params)
+    for path, spec in specs.items():
+        quantized[spec.param] = spec.from_matrix(reconstruct(latents[path], qtensors[path]), quantized[spec.param])
+    p, q = (model.task.distribution(model.apply(each, inputs)) for each in (original, quantized))
+    return jnp.sum(model.task.divergence(p, q), where=counted) / jnp.maximum(jnp.sum(counted, dtype=jnp.float32), 1.0)
+
+
+def _matrix(params: Params, spec: WeightSpec) -> jax.Array:
+    return spec.to_matrix(jnp.asarray(params[spec.param], jnp.float32))
+
+
+def _save(path: Path, whole: Any, losses: list[float], told: Mapping[str, str]) -> None:
+    arrays = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(whole))}
+    write_arrays(path, KIND, {**told, "losses": losses}, arrays)
+
+
+def _load(path: Path, like: Any, told: Mapping[str, str]) -> tuple[Any, list[float]]:
+    """The state in `path`, in the form of `like`, and the losses of the steps that it has behind it."""
+    header, arrays = read_arrays(path, KIND, "mpq quantize")
+    if header["of"] != told["of"]:
+        raise MpqError(
+            f"{path} belongs to a distillation of another model, plan, text or options: remove it to start anew"
+        )
+    leaves, form = jax.tree.flatten(like)
+    return form.unflatten([jnp.asarray(arrays[str(i)]) for i in range(len(leaves))]), header["losses"]
+
+
+_freeze = jax.jit(freeze)
