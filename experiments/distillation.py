@@ -1,0 +1,193 @@
+r"""What each ingredient buys at a size: allocation, finer scales, distilled scales, distilled codes, varied text.
+
+Run:     python -m experiments.distillation --model DIR --data TEXT --test TEXT --out FILE
+Expect:  every ingredient lowers the KL on held-out text; the order of the rows is the order in which they are added
+Resume:  type the same command again: rows that the file holds are not computed again
+Writes:  one JSON object: by budget and ingredient, bits per weight, KL to the original and excess loss, nats per token
+
+Weights whose path does not match `--only` stay as they are and are not counted, as where linear weights of the blocks
+alone are quantized. A text is one stream of tokens behind BOS, cut into windows; the first token of each is BOS. Sizes
+count codes, scales and zero points. The excess is the rise of the loss; `*_stderr` are over windows.
+"""
+
+import dataclasses
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+
+from mpq.allocate import Problem, solve_frontier
+from mpq.calibrate import calibrate
+from mpq.data import new_dataset, take
+from mpq.data.text import plain_tokenizer
+from mpq.distill import Distill
+from mpq.evaluate import DocumentScores, Reference, score
+from mpq.files import canonical_json, read_json, write_json
+from mpq.formats import parse_scheme
+from mpq.inputs import Dataset, Tokens
+from mpq.models import Model, load
+from mpq.quantize import GPTQ, Candidates, apply_plan
+from mpq.sensitivity import METRICS
+from mpq.types import MpqError, QTensor, Scheme
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is compared.
+
+    Attributes:
+      model: a folder, or `reference`.
+      data, test: calibration and held-out text.
+      out: JSON file.
+      only: regular expression of the weights that are quantized.
+      budgets: bits per quantized weight.
+      uniform: schemes of the first ingredient, the largest that fits, and of the second, all weights to choose from.
+      fine: schemes added by the third.
+      ingredients: how many of the six.
+      steps: of a distillation.
+      windows: of either text, `window` tokens each, `batch_size` a pass.
+      sensitivity_windows: of the calibration text, for the table that plans are solved from.
+    """
+
+    model: str
+    data: Path
+    test: Path
+    out: Path
+    only: str = "layers"
+    budgets: tuple[float, ...] = (2.5, 2.9, 3.5, 3.9, 4.5)
+    uniform: tuple[str, ...] = ("int2_g32", "int3_g32", "int4_g32", "int5_g32", "int6_g32")
+    fine: tuple[str, ...] = ()
+    ingredients: tuple[str, ...] = ("uniform", "allocated", "fine", "scales", "codes", "varied")
+    steps: int = 600
+    windows: int = 64
+    window: int = 256
+    batch_size: int = 8
+    sensitivity_windows: int = 16
+
+
+class Comparison:
+    """The model, its text and its candidates."""
+
+    def __init__(self, options: Options) -> None:
+        self.options, self.model = options, load(options.model)
+        self.traced = self.model.trace(options.batch_size, options.window)
+        self.calibration, test = (windows_of(self.model, path, options) for path in (options.data, options.test))
+        self.reference = Reference(self.model, test, options.batch_size)
+        stats = calibrate(self.traced, self.model.params, self.calibration, options.batch_size)
+        self.candidates = Candidates(self.model.params, self.traced.weights, GPTQ(), stats)
+        self.weights = tuple(w for w in self.traced.weights if re.search(options.only, w.path))
+        if not self.weights:
+            raise MpqError(f"no weight matches {options.only!r}: name some of {self.traced.weights[0].path} ...")
+        self.original = self.scores({})
+
+    def scores(self, qtensors: dict[str, QTensor]) -> DocumentScores:
+        """On the held-out text."""
+        params = apply_plan(self.model.params, self.traced.weights, qtensors)
+        return score(self.model, params, self.reference.data, reference=self.reference, batch_size=0)
+
+    def problem(self, texts: tuple[str, ...]) -> Problem:
+        """Of the quantized weights alone, by Monte Carlo Fisher of GPTQ's errors."""
+        table = METRICS["fisher"](
+            self.model,
+            self.traced,
+            tuple(map(parse_scheme, texts)),
+            self.candidates,
+            take(self.calibration, self.options.sensitivity_windows),
+            key=jax.random.key(0),
+            batch_size=self.options.batch_size,
+        )
+        rows = [i for i, w in enumerate(table.weights) if w in self.weights]
+        part = {"loss_increase": table.loss_increase[rows], "stderr": table.stderr[rows]}
+        return Problem.from_table(dataclasses.replace(table, weights=self.weights, **part))
+
+    def uniform(self, bits: int) -> dict[str, Scheme]:
+        """The largest uniform scheme that fits."""
+        size = lambda scheme: sum(w.size_bits(scheme) for w in self.weights)
+        fitting = [s for s in map(parse_scheme, self.options.uniform) if size(s) <= bits]
+        if not fitting:
+            raise MpqError(f"no scheme of {', '.join(self.options.uniform)} fits {bits} bits: give a larger budget")
+        return dict.fromkeys((w.path for w in self.weights), max(fitting, key=size))
+
+    def distilled(self, choice: dict[str, Scheme], **options: Any) -> dict[str, QTensor]:
+        """Its plan after distillation."""
+        training = Distill(steps=self.options.steps, batch_size=self.options.batch_size, **options)
+        qtensors = self.candidates.choose(choice)
+        return training(self.model, self.traced, qtensors, self.calibration, key=jax.random.key(0)).qtensors
+
+    def rows(self, done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """One a budget and ingredient, those in `done` left out."""
+        options = self.options
+        coarse = solve_frontier(self.problem(options.uniform))
+        fine = solve_frontier(self.problem((*options.uniform, *options.fine))) if options.fine else coarse
+        values = sum(w.size for w in self.weights)
+        for bpw in options.budgets:
+            bits = int(bpw * values)
+            last = lambda bits=bits: fine.at(bits=bits).choice
+            make = {
+                "uniform": lambda bits=bits: self.candidates.choose(self.uniform(bits)),
+                "allocated": lambda bits=bits: self.candidates.choose(coarse.at(bits=bits).choice),
+                "fine": lambda last=last: self.candidates.choose(last()),
+                "scales": lambda last=last: self.distilled(last(), rounding=0.0, noise=0.0, splice=False),
+                "codes": lambda last=last: self.distilled(last(), noise=0.0, splice=False),
+                "varied": lambda last=last: self.distilled(last()),
+            }
+            for ingredient in options.ingredients:
+                if not any(row["budget"] == bpw and row["ingredient"] == ingredient for row in done):
+                    start = time.perf_counter()
+                    qtensors = make[ingredient]()
+                    seconds = time.perf_counter() - start
+                    yield {"budget": bpw, "ingredient": ingredient, "seconds": round(seconds, 1), **self.row(qtensors)}
+
+    def row(self, qtensors: dict[str, QTensor]) -> dict[str, Any]:
+        """Size and quality of a plan."""
+        scores = self.scores(qtensors)
+        excess, stderr = scores.difference(self.original, "nll")
+        result = scores.summary()
+        schemes = [str(q.scheme) for q in qtensors.values()]
+        size = sum(w.size_bits(qtensors[w.path].scheme) for w in self.weights)
+        return {
+            "bits_per_weight": size / sum(w.size for w in self.weights),
+            "excess": excess,
+            "excess_stderr": stderr,
+            "kl": result.kl,
+            "kl_stderr": result.kl_stderr,
+            "perplexity": result.quality,
+            "schemes": {scheme: schemes.count(scheme) for scheme in sorted(set(schemes))},
+        }
+
+
+def windows_of(model: Model, path: Path, options: Options) -> Dataset:
+    """The first windows of a text as one stream, each a document of its own."""
+    if not isinstance(model.inputs, Tokens) or model.inputs.bos is None:
+        raise MpqError(f"model {model.name!r} reads no text behind BOS: give a language model")
+    tokenizer = plain_tokenizer(model.tokenizer)
+    ids = [model.inputs.bos, *tokenizer.encode(path.read_text(), add_special_tokens=False).ids]
+    count = min(len(ids) // options.window, options.windows)
+    tokens = np.asarray(ids[: count * options.window], np.int32).reshape(count, options.window)
+    tokens[:, 0] = model.inputs.bos
+    return new_dataset(tokens, np.ones(tokens.shape, bool), np.arange(count, dtype=np.int32), path.name)
+
+
+def main(options: Options) -> None:
+    """Compare, print, write after every row."""
+    done = read_json(options.out, "results of a distillation")["rows"] if options.out.exists() else []
+    comparison = Comparison(options)
+    named = dataclasses.asdict(options) | {key: getattr(options, key).name for key in ("data", "test", "out")}
+    head = {
+        "options": named | {"model": comparison.model.name},
+        "distill": dataclasses.asdict(Distill(steps=options.steps, batch_size=options.batch_size)),
+        "perplexity": comparison.original.summary().quality,
+    }
+    for row in comparison.rows(done):
+        print(canonical_json(row), end="", flush=True)
+        done.append(row)
+        write_json(options.out, head | {"rows": done})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
