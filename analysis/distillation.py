@@ -1,0 +1,87 @@
+"""`python -m analysis.distillation`: the tables of `experiments/distillation.py`, from its committed results."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from analysis.text import with_error
+from mpq.files import read_json, write_text
+
+FOLDER = Path("experiments/results/distillation")
+Result = Mapping[str, Any]
+
+INGREDIENTS = {
+    "uniform": "largest uniform scheme that fits, GPTQ",
+    "allocated": "schemes allocated instead, by Fisher",
+    "fine": "more schemes to choose from",
+    "scales": "its scales distilled",
+    "codes": "codes and scales distilled",
+    "varied": "the same, on varied text",
+}
+
+
+def table(result: Result, quantity: str) -> str:
+    """`kl` or `excess` on the held-out text, nats per token: a row an ingredient, a column a budget."""
+    budgets = sorted({row["budget"] for row in result["rows"]})
+    lines = ["| | " + " | ".join(f"{budget:g} bpw" for budget in budgets) + " |", "|---|" + "---:|" * len(budgets)]
+    for name, what in INGREDIENTS.items():
+        rows = [_row(result, name, budget) for budget in budgets]
+        if any(rows):
+            cells = [with_error(row.get(quantity), row.get(f"{quantity}_stderr")) for row in rows]
+            lines.append("| " + " | ".join([what, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def plans(result: Result) -> str:
+    """Size and schemes of the plan that is distilled, a row a budget, and the seconds that the last ingredient took."""
+    lines = ["| budget | bits per weight | schemes | s |", "|---:|---:|---|---:|"]
+    for row in result["rows"]:
+        if row["ingredient"] == list(INGREDIENTS)[-1]:
+            schemes = ", ".join(f"{count} {scheme}" for scheme, count in row["schemes"].items())
+            lines.append(f"| {row['budget']:g} | {row['bits_per_weight']:.3f} | {schemes} | {row['seconds']:.0f} |")
+    return "\n".join(lines)
+
+
+def page(results: Sequence[Result]) -> str:
+    """Every model."""
+    return "\n\n".join(_parts(results)) + "\n"
+
+
+def _parts(results: Sequence[Result]) -> Iterator[str]:
+    yield "# What each ingredient buys"
+    yield (
+        "Written by `python -m analysis.distillation` from the files beside it; `experiments/distillation.py` says how "
+        "they are made. Each row adds to the one above it, except that scales alone and codes with scales both start "
+        "from the plan above them. Text that no stage saw; standard errors over windows."
+    )
+    for result in results:
+        options = result["options"]
+        yield f"## {options['model']}"
+        yield (
+            f"Perplexity of the original {result['perplexity']:.4f}; {options['windows']} windows of "
+            f"{options['window']} tokens to calibrate on and as many to judge by; {options['steps']} steps. Weights "
+            f"whose path holds `{options['only']}`; the others stay in floating point and are not counted."
+        )
+        yield "KL to the original, nats per token:"
+        yield table(result, "kl")
+        yield "Rise of the loss, nats per token:"
+        yield table(result, "excess")
+        yield "What was distilled:"
+        yield plans(result)
+
+
+def _row(result: Result, ingredient: str, budget: float) -> Mapping[str, Any]:
+    wanted = (row for row in result["rows"] if (row["ingredient"], row["budget"]) == (ingredient, budget))
+    return next(wanted, {})
+
+
+def main() -> int:
+    """Write the page."""
+    results = [read_json(path, "results of a distillation") for path in sorted(FOLDER.glob("*.json"))]
+    write_text(FOLDER / "README.md", page(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""`experiments.distillation` on a tiny model, and the page that `analysis.distillation` makes of it."""
+
+import dataclasses
+
+import pytest
+
+from analysis.distillation import INGREDIENTS, page
+from experiments.distillation import Comparison, Options, main, windows_of
+from mpq.files import read_json
+from mpq.inputs import Images
+from mpq.models import load
+from mpq.types import MpqError
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    root = tmp_path_factory.mktemp("distillation")
+    tiny.write_folder(root / "model")
+    for name in ("calibration", "test"):
+        (root / f"{name}.txt").write_text(tiny.text(documents=30))
+    return Options(
+        model=str(root / "model"),
+        data=root / "calibration.txt",
+        test=root / "test.txt",
+        out=root / "tiny.json",
+        budgets=(3.5, 4.4),
+        uniform=("int2_g16", "int3_g16", "int4_g16"),
+        fine=("int3_g8",),
+        ingredients=("uniform", "allocated", "fine", "scales"),
+        steps=5,
+        windows=8,
+        window=16,
+        batch_size=4,
+        sensitivity_windows=4,
+    )
+
+
+@pytest.fixture(scope="module")
+def result(options):
+    main(dataclasses.replace(options, ingredients=("uniform", "fine")))
+    first = read_json(options.out, "results")
+    main(options)
+    result = read_json(options.out, "results")
+    assert result["rows"][: len(first["rows"])] == first["rows"]  # not computed again
+    return result
+
+
+def test_there_is_a_row_for_each_budget_and_ingredient_and_none_is_too_large(options, result):
+    rows = {(row["budget"], row["ingredient"]): row for row in result["rows"]}
+    assert len(rows) == len(result["rows"]) == 8
+    assert all(row["bits_per_weight"] <= budget for (budget, _), row in rows.items())
+    assert rows[3.5, "uniform"]["schemes"] == {"int2_g16": 14}
+    assert rows[4.4, "uniform"]["schemes"] == {"int3_g16": 14}
+    assert all("int3_g8" not in rows[budget, "allocated"]["schemes"] for budget in options.budgets)
+    assert rows[3.5, "scales"]["schemes"] == rows[3.5, "fine"]["schemes"]
+    assert rows[3.5, "scales"]["kl"] != rows[3.5, "fine"]["kl"]
+
+
+def test_the_page_has_every_number(result):
+    text = page([result])
+    assert text.count("int3_g8") == 0  # only distilled plans of the last ingredient are listed
+    for name in ("uniform", "allocated", "fine", "scales"):
+        assert text.count(f"| {INGREDIENTS[name]} |") == 2
+    assert INGREDIENTS["varied"] not in text
+    assert f"{result['perplexity']:.4f}" in text
+
+
+def test_what_cannot_be_compared(options):
+    with pytest.raises(MpqError, match="no weight matches 'nothing'"):
+        Comparison(dataclasses.replace(options, only="nothing"))
+    with pytest.raises(MpqError, match="fits 1 bits: give a larger budget"):
+        Comparison(options).uniform(1)
+    images = dataclasses.replace(load(options.model), inputs=Images(4, 4))
+    with pytest.raises(MpqError, match="reads no text behind BOS"):
+        windows_of(images, options.data, options)
