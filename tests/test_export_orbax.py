@@ -21,7 +21,7 @@ from mpq.types import MpqError, Use, WeightSpec
 
 # Odd shapes; k is no multiple of most groups, and no stream of codes ends on a byte by luck alone.
 SCHEMES = ("int2_g16", "int3_g16_zp", "int4_g64", "int5_channel_zp", "int6_g7", "int7_channel", "int8_g32_zp_sfloat32")
-SCHEMES += ("nf4_g16", "bf16", "fp16", "fp32")
+SCHEMES += ("nf3_g16", "fp4_g16", "fp8_e4m3_channel", "fp8_e5m2_g5", "nf4_g16", "bf16", "fp16", "fp32")
 K, N = 37, 11
 PLAN = {"name": "mixed", "choices": {"layers.0": "int4_g64"}, "bits_per_weight": 4.25}
 CONFIG = {"model_type": "llama", "hidden_size": 37}

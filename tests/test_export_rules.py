@@ -53,12 +53,14 @@ def test_llama_cpp_gives_the_plan_back(seed):
 @pytest.mark.parametrize("seed", range(5))
 def test_qwix_gives_the_plan_back(seed):
     texts = ("int2_g64", "int3_channel", "int4_g32", "int4_g32_zp", "int8_channel", "nf4_g64", "bf16")
+    texts += ("fp4_g64", "fp8_e4m3_channel", "fp8_e5m2_g64")
+    dtypes = {"fp4": "float4_e2m1fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2", "bf16": None}
     choices = plan(texts, seed)
     written = json.loads(json.dumps(rules.qwix(choices, LLAMA)))
     for spec in LLAMA:
         module, scheme = "/".join(spec.path.split(".")[:-1]), choices[spec.path]
         (rule,) = [rule for rule in written if re.fullmatch(rule["module_path"], module)]
-        assert rule["weight_qtype"] == (None if str(scheme) == "bf16" else str(scheme).split("_")[0])
+        assert rule["weight_qtype"] == dtypes.get(scheme.format.name, str(scheme).split("_")[0])
         assert rule.get("tile_size") == scheme.group_size
         assert rule.get("weight_calibration_method", "absmax") == ("minmax" if scheme.zero_point else "absmax")
     assert len(written) < len(LLAMA)
@@ -124,10 +126,12 @@ def one(path="layers.0.mlp.up_proj.kernel", text="int4_g32", **fields):
         (rules.llama_cpp, one("layer1.0.conv.kernel"), r"layer1\.0\.conv\.kernel has no GGUF name that is known here"),
         (rules.llama_cpp, one("layers.0.mlp.router.kernel"), "has no GGUF name"),
         (rules.qwix, one(text="int3_g32_zp"), "qwix has a zero point with int4 and int8 only"),
+        (rules.qwix, one(text="nf3_g64"), "at nf3_g64 has no type in qwix, which takes int2, "),
         (rules.qwix, one(text="int4_g48"), "has rows of 64, no multiple of the groups of int4_g48"),
         (rules.qwix, one(index=(0,)), "has no module of its own"),
         (rules.qwix, one("kernel"), "has no module of its own"),
         (rules.compressed_tensors, one(text="nf4_g64"), "nf4_g64 has no form in compressed-tensors"),
+        (rules.compressed_tensors, one(text="fp4_g32"), "fp4_g32 has no form in compressed-tensors"),
         (rules.compressed_tensors, one(batch=4), "has no form in compressed-tensors: it takes single matrices"),
     ],
 )

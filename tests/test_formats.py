@@ -3,11 +3,13 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from mpq.formats import FORMATS, parse_scheme
 from mpq.types import MpqError, Scheme
 
 TEXTS = ("int2_g16", "int3_g64_zp", "int4_g128", "int8_channel", "int5_channel_zp", "nf4_g64", "bf16", "fp16", "fp32")
+TEXTS += ("nf3_g64", "fp4_g32", "fp8_e4m3_channel", "fp8_e5m2_g128")
 
 
 @pytest.mark.parametrize("text", [*TEXTS, "int4_g64_sfloat32", "int4_g64_zp_sfloat32", "nf4_channel_sfloat32"])
@@ -35,6 +37,9 @@ def test_the_text_form_says_every_part():
         ("bf16_g64", "bf16 has no scale; write 'bf16'"),
         ("fp16_sfloat32", "fp16 has no scale"),
         ("int4", "lacks a granularity: write int4_g64 or int4_channel"),
+        ("fp8_g64", "unknown scheme"),
+        ("fp8_e3m4_g64", "unknown scheme"),
+        ("fp4_g64_zp", "a zero point goes with integer formats only, not fp4"),
         ("nf4_g64_zp", "a zero point goes with integer formats only, not nf4"),
     ],
 )
@@ -66,3 +71,44 @@ def test_nf4_levels_are_those_of_the_paper():
     np.testing.assert_allclose(
         FORMATS["nf4"].decode(jnp.arange(16)), expected, atol=1.1e-7
     )  # half a unit of the last digit, and a float32 ulp
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), [(4, 1e-6), (3, 1e-12)])
+def test_normal_float_levels_are_those_of_the_recipe(bits, tolerance):
+    """Dettmers et al. 2023, App. E, as bitsandbytes computes it; the published NF4 was rounded on the way."""
+    end = 1 - (1 / 2 ** (bits + 1) + 1 / (2 ** (bits + 1) - 2)) / 2
+    half = lambda steps: norm.ppf(np.linspace(end, 0.5, steps + 1)[:-1])
+    levels = np.sort([*half(2 ** (bits - 1)), 0.0, *-half(2 ** (bits - 1) - 1)]) / norm.ppf(end)
+    np.testing.assert_allclose(FORMATS[f"nf{bits}"].levels, levels, rtol=0, atol=tolerance)
+
+
+def test_fp4_levels_are_those_of_the_specification():
+    levels = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])  # OCP Microscaling Formats 1.0, table 5
+    np.testing.assert_array_equal(FORMATS["fp4"].decode(jnp.arange(8)), levels)
+    np.testing.assert_array_equal(FORMATS["fp4"].decode(-jnp.arange(8)), -levels)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp4", "float4_e2m1fn"), ("fp8_e4m3", "float8_e4m3fn"), ("fp8_e5m2", "float8_e5m2")]
+)
+class TestMinifloat:
+    def test_values_are_those_of_the_dtype(self, name, dtype):
+        grid = FORMATS[name]
+        codes = np.arange(grid.max_qvalue + 1, dtype=np.uint8)  # exponent and mantissa bits of the dtype itself
+        np.testing.assert_array_equal(grid.decode(jnp.asarray(codes)), codes.view(jnp.dtype(dtype)).astype(np.float32))
+        assert grid.max_magnitude == float(jnp.finfo(dtype).max)
+
+    def test_rounding_is_that_of_the_dtype_ties_and_subnormals_included(self, name, dtype):
+        grid = FORMATS[name]
+        levels = np.asarray(grid.decode(jnp.arange(grid.max_qvalue + 1)))
+        ties = (levels[1:] + levels[:-1]) / 2
+        beside = [np.nextafter(ties, np.float32(side)) for side in (-np.inf, np.inf)]
+        x = np.concatenate([levels, ties, *beside, np.geomspace(1e-9, grid.max_magnitude, 5000)]).astype(np.float32)
+        x = np.concatenate([x, -x])
+        np.testing.assert_array_equal(grid.decode(grid.encode(jnp.asarray(x))), x.astype(dtype).astype(np.float32))
+
+    def test_what_is_beyond_the_range_saturates(self, name, dtype):
+        x = jnp.array([1e9, -1e9, 3.4e38, jnp.inf, -jnp.inf, 1e-40])
+        largest = float(jnp.finfo(dtype).max)
+        expected = [largest, -largest, largest, largest, -largest, 0]
+        np.testing.assert_array_equal(FORMATS[name].decode(FORMATS[name].encode(x)), expected)

@@ -9,6 +9,7 @@ Facts about the formats, read from the sources named:
 - qwix (qwix/_src/qconfig.py at 04d2536): `QuantizationRule(module_path, weight_qtype, tile_size,
   weight_calibration_method)`. `module_path` matches the whole path, names joined by `/`; the first rule that matches
   counts, and one without `weight_qtype` leaves weights as they are. Asymmetric (`minmax`) are int4 and int8 alone.
+  A `weight_qtype` is int2 to int8, nf4 or the name of a dtype (qwix/_src/core/numerics.py at 06ab217).
 - compressed-tensors (quantization/quant_args.py at 016da27, utils/match.py): `config_groups` of `targets` and
   `weights`, and `ignore`. `re:` targets are matched from the start of a module's name, hence `$`.
 
@@ -43,6 +44,17 @@ GGML_TYPES: Mapping[str, str] = MappingProxyType(
 """Scheme -> the ggml type with these bits, blocks and float16 scales. Types with an offset (q4_1, q5_1) store it as
 float16 where a zero point takes 4 or 5 bits, so they are a little larger than planned."""
 
+QWIX_TYPES: Mapping[str, str] = MappingProxyType(
+    {
+        **{f"int{bits}": f"int{bits}" for bits in range(2, 9)},
+        "nf4": "nf4",
+        "fp4": "float4_e2m1fn",
+        "fp8_e4m3": "float8_e4m3fn",
+        "fp8_e5m2": "float8_e5m2",
+    }
+)
+"""Number format -> `weight_qtype` of qwix."""
+
 GGUF_NAMES: Mapping[str, str] = MappingProxyType(
     {
         "self_attn.q_proj": "attn_q",
@@ -72,7 +84,7 @@ def llama_cpp(choices: Choices, weights: Weights) -> str:
     """
     named: dict[str, str] = {}
     for spec in weights:
-        kind = _known(spec, choices, GGML_TYPES, "llama.cpp")
+        kind = _known(str(choices[spec.path]), spec, choices, GGML_TYPES, "llama.cpp")
         if spec.k % 32:
             raise MpqError(f"{spec.path} has rows of {spec.k}, and blocks of llama.cpp hold 32: pin it to bf16")
         _set(named, _gguf_name(spec.path), kind, spec)
@@ -83,8 +95,8 @@ def qwix(choices: Choices, weights: Weights) -> list[dict[str, Any]]:
     """Keyword arguments of one `qwix.QuantizationRule` each, as plain data.
 
     Raises:
-      MpqError: an affine scheme that is neither int4 nor int8, groups that do not fill `k`, a slice of a parameter, or
-        one module that would need two rules.
+      MpqError: a format that qwix has not, an affine scheme that is neither int4 nor int8, groups that do not fill `k`,
+        a slice of a parameter, or one module that would need two rules.
     """
     named: dict[str, tuple[tuple[str, Any], ...]] = {}
     for spec in weights:
@@ -94,7 +106,8 @@ def qwix(choices: Choices, weights: Weights) -> list[dict[str, Any]]:
             raise MpqError(
                 f"{spec.path} at {scheme}: qwix has a zero point with int4 and int8 only; allow another scheme"
             )
-        rule: dict[str, Any] = {"weight_qtype": scheme.format.name if scheme.has_scale else None}
+        kind = _known(scheme.format.name, spec, choices, QWIX_TYPES, "qwix") if scheme.has_scale else None
+        rule: dict[str, Any] = {"weight_qtype": kind}
         rule |= {"tile_size": scheme.group_size} if scheme.group_size else {}
         rule |= {"weight_calibration_method": "minmax"} if scheme.zero_point else {}
         _set(named, _module(spec).replace(".", "/"), tuple(rule.items()), spec)
@@ -176,13 +189,13 @@ def _alternatives(parts: Iterable[str]) -> str:
     return escaped[0] if len(escaped) == 1 else f"({'|'.join(escaped)})"
 
 
-def _known(spec: WeightSpec, choices: Choices, types: Mapping[str, str], tool: str) -> str:
-    text = str(choices[spec.path])
-    if text not in types:
+def _known(key: str, spec: WeightSpec, choices: Choices, types: Mapping[str, str], tool: str) -> str:
+    if key not in types:
         raise MpqError(
-            f"{spec.path} at {text} has no type in {tool}, which takes {', '.join(types)}: allocate among these"
+            f"{spec.path} at {choices[spec.path]} has no type in {tool}, which takes {', '.join(types)}: allocate "
+            "among these"
         )
-    return types[text]
+    return types[key]
 
 
 def _gguf_name(path: str) -> str:

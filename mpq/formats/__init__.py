@@ -8,9 +8,10 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from mpq.formats.codebook import NF4_LEVELS, Codebook
+from mpq.formats.codebook import NF3_LEVELS, NF4_LEVELS, Codebook
 from mpq.formats.floating import Float
 from mpq.formats.integer import Integer
+from mpq.formats.minifloat import Minifloat
 from mpq.types import MpqError, NumberFormat, Scheme
 
 FORMATS: Mapping[str, NumberFormat] = MappingProxyType(
@@ -22,7 +23,11 @@ FORMATS: Mapping[str, NumberFormat] = MappingProxyType(
         "int6": Integer(6),
         "int7": Integer(7),
         "int8": Integer(8),
+        "nf3": Codebook("nf3", NF3_LEVELS),
         "nf4": Codebook("nf4", NF4_LEVELS),
+        "fp4": Minifloat("fp4", 2, 1, max_qvalue=7),
+        "fp8_e4m3": Minifloat("fp8_e4m3", 4, 3, max_qvalue=126),
+        "fp8_e5m2": Minifloat("fp8_e5m2", 5, 2, max_qvalue=123),
         "bf16": Float("bf16", "bfloat16"),
         "fp16": Float("fp16", "float16"),
         "fp32": Float("fp32", "float32"),
@@ -30,7 +35,7 @@ FORMATS: Mapping[str, NumberFormat] = MappingProxyType(
 )
 
 _TEXT = re.compile(
-    r"(?P<format>[a-z]+\d+)(_(?P<granularity>channel|g[1-9]\d*))?(?P<zp>_zp)?(_s(?P<scale>float16|float32))?"
+    r"(?P<format>[a-z]+\d+(_e\dm\d)?)(_(?P<granularity>channel|g[1-9]\d*))?(?P<zp>_zp)?(_s(?P<scale>float16|float32))?"
 )
 
 

@@ -15,7 +15,8 @@ from mpq.types import QTensor, Scheme
 
 BATCH, K, N = 2, 40, 6
 # k is no multiple of 16 or 24: the last group is shorter. One shape throughout, so each pair is compiled once.
-SCHEMES = {text: parse_scheme(text) for text in ("int2_g16", "int3_g24_zp", "int4_channel", "nf4_g16", "bf16")}
+TEXTS = ("int2_g16", "int3_g24_zp", "int4_channel", "nf4_g16", "fp4_g16", "fp8_e4m3_channel", "bf16")
+SCHEMES = {text: parse_scheme(text) for text in TEXTS}
 PAIRS = [(q, s) for q in QUANTIZERS for s in SCHEMES]
 GRAMS = pytest.mark.parametrize("with_gram", [True, False], ids=["gram", "no gram"])
 EVERY = pytest.mark.parametrize(("quantizer", "text"), PAIRS, ids=[f"{q}-{s}" for q, s in PAIRS])
