@@ -7,6 +7,7 @@ from collections.abc import Sequence
 MINUS = "\N{MINUS SIGN}"
 _CODE_WIDTH = re.compile(r"[a-z]+(?P<bits>\d+)|q(?P<kbits>\d)_")
 _GROUP = re.compile(r"_g(?P<size>\d+)")
+_SCALE_WIDTHS = {"_sfp8": 8, "_se8m0": 8, "_sfloat32": 32}  # of stored scales; float16 is not named
 _PART, _NUMBER = re.compile(r"[^./]+"), re.compile(r"\d+")
 
 
@@ -48,12 +49,13 @@ def code_width(scheme: str) -> int:
 
 
 def effective_bits(scheme: str) -> float:
-    """Bits per weight of a scheme, by its name, to order them: code width, 16-bit scales, zero points of groups."""
+    """Bits per weight of a scheme, by its name, to order them: code width, scales and zero points of groups."""
     bits, group = code_width(scheme), _GROUP.search(scheme)
     if group is None:
         return float(bits)
     zero_point = bits if "_zp" in scheme else 0
-    return bits + (16 + zero_point) / int(group["size"])
+    scale = next((width for suffix, width in _SCALE_WIDTHS.items() if scheme.endswith(suffix)), 16)
+    return bits + (scale + zero_point) / int(group["size"])
 
 
 def layers_and_roles(paths: Sequence[str]) -> dict[str, tuple[str | None, str]]:

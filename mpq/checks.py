@@ -209,11 +209,11 @@ def require_schemes(plan: Plan, qtensors: Mapping[str, QTensor], weights: Sequen
                 f"plan {plan.name} gives {spec.path} of {spec.k} rows {wanted}, and it is stored as {q.scheme}: choose "
                 "a scheme that fits it"
             )
-        stored = {"qvalue": q.qvalue, "scale": q.scale, "zero_point": q.zero_point}
+        stored = {"qvalue": q.qvalue, "scale": q.scale, "zero_point": q.zero_point, "tensor_scale": q.tensor_scale}
         shapes = {name: array.shape for name, array in stored.items() if array is not None}
-        groups = (spec.batch, wanted.num_groups(spec.k), spec.n)
-        whole = (spec.batch, spec.k, spec.n)
-        expected = {name: whole if name == "qvalue" else groups for name in wanted.part_bits(spec.k, spec.n)}
+        shape = {"qvalue": (spec.k, spec.n), "tensor_scale": (1, 1)}
+        groups = wanted.scale_shape(spec.k, spec.n)
+        expected = {name: (spec.batch, *shape.get(name, groups)) for name in wanted.part_bits(spec.k, spec.n)}
         low, high = float(q.qvalue.min()), float(q.qvalue.max())
         inside = not wanted.has_scale or wanted.format.min_qvalue <= low <= high <= wanted.format.max_qvalue
         if shapes != expected or not inside:

@@ -7,7 +7,9 @@ Sizes are Python ints in bits. Arrays that enter a table are NumPy float64. Ever
 
 import dataclasses
 import enum
+import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Protocol, Self
 
 import jax
@@ -15,6 +17,18 @@ import numpy as np
 
 Params = Mapping[str, jax.Array]
 """A model's parameters by path; paths join the module's attribute names with dots: `layers.0.mlp.up_proj.kernel`."""
+
+
+SCALE_SUFFIXES: Mapping[str, str] = MappingProxyType(
+    {
+        "float16": "",
+        "float32": "_sfloat32",
+        "bfloat16": "_sbfloat16",
+        "float8_e4m3fn": "_sfp8",
+        "float8_e8m0fnu": "_se8m0",
+    }
+)
+"""Dtype name of stored scales -> what it adds to the text of a scheme."""
 
 
 class MpqError(Exception):
@@ -52,25 +66,34 @@ class Scheme:
       format: the element grid.
       group_size: rows of `k` that share a scale; None: one scale per output channel (the whole column).
       zero_point: affine (asymmetric) if True; only for integer formats.
-      scale_dtype: dtype name of the stored scale. `float16` is what llama.cpp and GPTQ store.
+      scale_dtype: dtype name of the stored scale, a key of `SCALE_SUFFIXES`. `float16` is what llama.cpp and GPTQ
+        store. `float8_e4m3fn` are factors of one float32 scale of the whole matrix, as in NVFP4. `float8_e8m0fnu` are
+        powers of two, as in the OCP Microscaling formats.
+      per_tensor: one scale for the whole matrix; then `group_size` is None.
     """
 
     format: NumberFormat
     group_size: int | None = None
     zero_point: bool = False
     scale_dtype: str = "float16"
+    per_tensor: bool = False
 
     def __str__(self) -> str:
         if not self.has_scale:
             return self.format.name
-        granularity = "channel" if self.group_size is None else f"g{self.group_size}"
-        suffix = "" if self.scale_dtype == "float16" else f"_s{self.scale_dtype}"
-        return f"{self.format.name}_{granularity}{'_zp' if self.zero_point else ''}{suffix}"
+        whole = "tensor" if self.per_tensor else "channel"
+        granularity = whole if self.group_size is None else f"g{self.group_size}"
+        return f"{self.format.name}_{granularity}{'_zp' if self.zero_point else ''}{SCALE_SUFFIXES[self.scale_dtype]}"
 
     @property
     def has_scale(self) -> bool:
         """False for plain float storage."""
         return self.format.max_magnitude is not None
+
+    @property
+    def has_tensor_scale(self) -> bool:
+        """True if scales are factors of one float32 scale of the whole matrix."""
+        return self.has_scale and self.scale_dtype == "float8_e4m3fn"
 
     def num_groups(self, k: int) -> int:
         """Scales per column of `k` rows; the last group may be shorter."""
@@ -78,14 +101,20 @@ class Scheme:
             return 0
         return 1 if self.group_size is None else -(-k // self.group_size)
 
+    def scale_shape(self, k: int, n: int) -> tuple[int, int]:
+        """Shape of the scales of one `w[k, n]`, and of its zero points."""
+        return self.num_groups(k), 1 if self.per_tensor else n
+
     def part_bits(self, k: int, n: int) -> dict[str, int]:
         """Bits of each stored array of one `w[k, n]`; sub-byte arrays are bit streams padded to whole bytes."""
-        scales = self.num_groups(k) * n
+        scales = math.prod(self.scale_shape(k, n))
         parts = {"qvalue": _whole_bytes(k * n * self.format.bits)}
         if self.has_scale:
             parts["scale"] = scales * 8 * np.dtype(self.scale_dtype).itemsize
         if self.zero_point:
             parts["zero_point"] = _whole_bytes(scales * self.format.bits)
+        if self.has_tensor_scale:
+            parts["tensor_scale"] = 32
         return parts
 
     def size_bits(self, k: int, n: int, batch: int = 1) -> int:
@@ -261,30 +290,42 @@ class Allocation:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class QTensor:
-    """A quantized weight: `w ~= (decode(qvalue) - decode(zero_point)) * scale`, the last two repeated along `k`.
+    """A quantized weight: `w ~= (decode(qvalue) - decode(zero_point)) * scale * tensor_scale`.
+
+    Scales and zero points are repeated along `k`; where the whole matrix has one, `[batch, 1, 1]`, along `n` too.
 
     Attributes:
       qvalue: `int8[batch, k, n]` logical codes, or the values themselves for a format without scale.
       scale: `[batch, groups, n]` in the scheme's scale dtype; None without scale. May be negative.
       zero_point: `int8[batch, groups, n]` or None.
       scheme: static.
+      tensor_scale: `float32[batch, 1, 1]`, positive, under scales of 8 bits (`Scheme.has_tensor_scale`); else None.
     """
 
     qvalue: jax.Array
     scale: jax.Array | None
     zero_point: jax.Array | None
     scheme: Scheme = dataclasses.field(metadata={"static": True})
+    tensor_scale: jax.Array | None = None
+
+    @property
+    def effective_scale(self) -> jax.Array | None:
+        """`float32[batch, groups, n]`, `scale * tensor_scale`: what a step of the grid is worth."""
+        if self.scale is None or self.tensor_scale is None:
+            return None if self.scale is None else self.scale.astype(np.float32)
+        return self.scale.astype(np.float32) * self.tensor_scale
 
     def dequantize(self) -> jax.Array:
         """`float32[batch, k, n]`."""
         value = self.scheme.format.decode(self.qvalue).astype(np.float32)
-        if self.scale is None:
+        scale = self.effective_scale
+        if scale is None:
             return value
         k = self.qvalue.shape[-2]
         spread = lambda a: jax.numpy.repeat(a, self.scheme.group_size or k, axis=-2)[..., :k, :]
         if self.zero_point is not None:
             value = value - spread(self.scheme.format.decode(self.zero_point).astype(np.float32))
-        return value * spread(self.scale.astype(np.float32))
+        return value * spread(scale)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -200,6 +200,19 @@ def test_codes_and_scales_of_another_scheme_are_caught(setup):
             checks.require_schemes(plan, sound | {path: broken}, weights)
 
 
+@pytest.mark.parametrize("text", ["int4_g16_sfp8", "int4_tensor", "fp4_g16_se8m0"])
+def test_what_a_whole_matrix_shares_is_part_of_a_scheme(setup, text):
+    model, weights, _ = setup
+    plan = make_plan("mixed", {spec.path: parse_scheme(text) for spec in weights}, None, weights, 0, "model")
+    sound = Candidates(model.params, weights, RTN()).choose(plan.choices)
+    checks.require_schemes(plan, sound, weights)
+    path = weights[3].path
+    ones = np.ones((1, 1, 1), np.float32)
+    broken = dataclasses.replace(sound[path], tensor_scale=None if sound[path].tensor_scale is not None else ones)
+    with pytest.raises(MpqError, match=f"gives {path} {text}, and what is stored is another scheme's"):
+        checks.require_schemes(plan, sound | {path: broken}, weights)
+
+
 def test_a_plan_whose_prediction_is_not_the_table_s_is_stale(setup):
     _, weights, _ = setup
     table = table_of(weights)

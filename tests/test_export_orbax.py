@@ -22,6 +22,7 @@ from mpq.types import MpqError, Use, WeightSpec
 # Odd shapes; k is no multiple of most groups, and no stream of codes ends on a byte by luck alone.
 SCHEMES = ("int2_g16", "int3_g16_zp", "int4_g64", "int5_channel_zp", "int6_g7", "int7_channel", "int8_g32_zp_sfloat32")
 SCHEMES += ("nf3_g16", "fp4_g16", "fp8_e4m3_channel", "fp8_e5m2_g5", "nf4_g16", "bf16", "fp16", "fp32")
+SCHEMES += ("fp4_g16_sfp8", "int3_g16_zp_sfp8", "fp4_g32_se8m0", "int4_g16_sbfloat16", "int5_tensor_zp")
 K, N = 37, 11
 PLAN = {"name": "mixed", "choices": {"layers.0": "int4_g64"}, "bits_per_weight": 4.25}
 CONFIG = {"model_type": "llama", "hidden_size": 37}
@@ -49,6 +50,10 @@ def model():
     ]
     choice |= {"embed": "int4_g16", "experts": "int3_g16_zp", "stack[0]": "int2_g16", "stack[1]": "bf16"}
     choice |= {"half[1]": "int8_channel"}
+    params |= {"experts_nvfp4": draw(3, K, N), "experts_tensor": draw(3, K, N)}
+    for path, text in (("experts_nvfp4", "nvfp4"), ("experts_tensor", "int3_tensor_zp")):
+        weights.append(spec(path, path, shape=(3, K, N), permutation=(0, 1, 2), batch=3))
+        choice[path] = text
     params |= {
         "norm": draw(K).astype(jnp.bfloat16).astype(jnp.float32),
         "bias": draw(5),

@@ -68,7 +68,7 @@ def test_qwix_gives_the_plan_back(seed):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_compressed_tensors_gives_the_plan_back(seed):
-    choices = plan(("int2_g64", "int4_g32", "int4_g32_zp", "int8_channel", "bf16", "fp32"), seed)
+    choices = plan(("int2_g64", "int4_g32", "int4_g32_zp", "int8_channel", "int8_tensor", "bf16", "fp32"), seed)
     written = json.loads(json.dumps(rules.compressed_tensors(choices, LLAMA)))
     targets = [(t, group["weights"]) for group in written["config_groups"].values() for t in group["targets"]]
     targets += [(target, None) for target in written["ignore"]]
@@ -81,7 +81,8 @@ def test_compressed_tensors_gives_the_plan_back(seed):
             continue
         assert (found["num_bits"], found["type"]) == (scheme.format.bits, "int")
         assert found["symmetric"] is not scheme.zero_point
-        assert found["strategy"] == ("channel" if scheme.group_size is None else "group")
+        whole = "tensor" if scheme.per_tensor else "channel"
+        assert found["strategy"] == (whole if scheme.group_size is None else "group")
         assert found.get("group_size") == scheme.group_size
     assert len(targets) < len(LLAMA)
     assert len(written["config_groups"]) == len({str(s) for s in choices.values() if s.has_scale})
@@ -131,6 +132,9 @@ def one(path="layers.0.mlp.up_proj.kernel", text="int4_g32", **fields):
         (rules.qwix, one(index=(0,)), "has no module of its own"),
         (rules.qwix, one("kernel"), "has no module of its own"),
         (rules.compressed_tensors, one(text="nf4_g64"), "nf4_g64 has no form in compressed-tensors"),
+        (rules.qwix, one(text="nvfp4"), "at fp4_g16_sfp8: rules for qwix say nothing of scales of 8 bits"),
+        (rules.qwix, one(text="int8_tensor"), "at int8_tensor: qwix has no single scale of a weight"),
+        (rules.compressed_tensors, one(text="int4_g32_se8m0"), "rules for compressed-tensors say nothing of scales of"),
         (rules.compressed_tensors, one(text="fp4_g32"), "fp4_g32 has no form in compressed-tensors"),
         (rules.compressed_tensors, one(batch=4), "has no form in compressed-tensors: it takes single matrices"),
     ],

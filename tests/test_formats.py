@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from mpq.formats import FORMATS, parse_scheme
+from mpq.formats import ALIASES, FORMATS, parse_scheme
 from mpq.types import MpqError, Scheme
 
 TEXTS = ("int2_g16", "int3_g64_zp", "int4_g128", "int8_channel", "int5_channel_zp", "nf4_g64", "bf16", "fp16", "fp32")
-TEXTS += ("nf3_g64", "fp4_g32", "fp8_e4m3_channel", "fp8_e5m2_g128")
+TEXTS += ("nf3_g64", "fp4_g32", "fp8_e4m3_channel", "fp8_e5m2_g128", "int8_tensor", "int4_tensor_zp_sbfloat16")
+TEXTS += ("fp4_g16_sfp8", "int4_g32_zp_sfp8", "int4_channel_sfp8", "fp4_g32_se8m0", "fp8_e4m3_tensor_se8m0")
 
 
 @pytest.mark.parametrize("text", [*TEXTS, "int4_g64_sfloat32", "int4_g64_zp_sfloat32", "nf4_channel_sfloat32"])
@@ -24,6 +25,37 @@ def test_the_text_form_says_every_part():
     expected = Scheme(FORMATS["int3"], group_size=32, zero_point=True, scale_dtype="float32")
     assert parse_scheme("int3_g32_zp_sfloat32") == expected
     assert parse_scheme("int8_channel").group_size is None
+    assert parse_scheme("int8_tensor") == Scheme(FORMATS["int8"], per_tensor=True)
+    assert parse_scheme("int4_g64_sfloat16") == parse_scheme("int4_g64") == Scheme(FORMATS["int4"], 64)
+    assert parse_scheme("nvfp4") == Scheme(FORMATS["fp4"], 16, scale_dtype="float8_e4m3fn")
+    assert parse_scheme("mxfp4") == Scheme(FORMATS["fp4"], 32, scale_dtype="float8_e8m0fnu")
+    assert [str(parse_scheme(alias)) for alias in ALIASES] == list(ALIASES.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        # k = 37 fills no group: the last one is shorter and has a scale of its own
+        ("int3_g16", {"qvalue": 1224, "scale": 3 * 11 * 16}),
+        ("int3_g16_zp", {"qvalue": 1224, "scale": 3 * 11 * 16, "zero_point": 104}),
+        ("int3_g16_zp_sfp8", {"qvalue": 1224, "scale": 3 * 11 * 8, "zero_point": 104, "tensor_scale": 32}),
+        ("int3_tensor_zp_sfloat32", {"qvalue": 1224, "scale": 32, "zero_point": 8}),
+        ("nf3_channel_sbfloat16", {"qvalue": 1224, "scale": 11 * 16}),
+        ("nvfp4", {"qvalue": 1632, "scale": 3 * 11 * 8, "tensor_scale": 32}),
+        ("mxfp4", {"qvalue": 1632, "scale": 2 * 11 * 8}),
+        ("fp8_e5m2_tensor", {"qvalue": 3256, "scale": 16}),
+        ("bf16", {"qvalue": 6512}),
+    ],
+)
+def test_every_part_of_a_size_by_hand(text, parts):
+    assert parse_scheme(text).part_bits(37, 11) == parts
+    assert parse_scheme(text).size_bits(37, 11, batch=3) == 3 * sum(parts.values())
+
+
+def test_nvfp4_takes_four_and_a_half_bits_and_mxfp4_a_quarter_less():
+    size = 4096 * 4096
+    assert parse_scheme("nvfp4").size_bits(4096, 4096) == 4.5 * size + 32
+    assert parse_scheme("mxfp4").size_bits(4096, 4096) == 4.25 * size
 
 
 @pytest.mark.parametrize(
@@ -33,6 +65,13 @@ def test_the_text_form_says_every_part():
         ("int4-g64", "unknown scheme"),
         ("int4_g0", "unknown scheme"),
         ("int4_g64_sint8", "unknown scheme"),
+        ("int4_g64_sfloat8", "unknown scheme 'int4_g64_sfloat8': .* _sfloat32, _sbfloat16, _sfp8, _se8m0"),
+        ("nvfp4_g16", "unknown scheme 'nvfp4_g16'"),
+        ("fp4_g32_se8m0_zp", "unknown scheme 'fp4_g32_se8m0_zp'"),
+        ("fp4_g32_zp_se8m0", "a zero point goes with integer formats only"),
+        ("int4_g32_zp_se8m0", "a range with a zero point needs other scales than powers of two"),
+        ("int4_tensor_sfp8", "a single scale needs no float32 beside it; write _tensor_sfloat32"),
+        ("bf16_sfp8", "bf16 has no scale"),
         ("", "unknown scheme ''"),
         ("bf16_g64", "bf16 has no scale; write 'bf16'"),
         ("fp16_sfloat32", "fp16 has no scale"),
@@ -83,7 +122,7 @@ def test_normal_float_levels_are_those_of_the_recipe(bits, tolerance):
 
 
 def test_fp4_levels_are_those_of_the_specification():
-    levels = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])  # OCP Microscaling Formats 1.0, table 5
+    levels = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])  # OCP Microscaling Formats 1.0
     np.testing.assert_array_equal(FORMATS["fp4"].decode(jnp.arange(8)), levels)
     np.testing.assert_array_equal(FORMATS["fp4"].decode(-jnp.arange(8)), -levels)
 

@@ -239,7 +239,7 @@ def every(function, *arguments):
 
 
 class TestGptq:
-    @pytest.mark.parametrize("text", ["int3_g16", "int4_channel", "int3_g16_zp", "nf4_g16"])
+    @pytest.mark.parametrize("text", ["int3_g16", "int4_channel", "int3_g16_zp", "nf4_g16", "fp4_g16"])
     @pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act_order"])
     def test_codes_are_those_of_the_paper_s_algorithm(self, text, act_order):
         """Columns with a near tie are left out: there, rounding of the arithmetic decides."""
@@ -267,7 +267,12 @@ class TestGptq:
 
     @pytest.mark.parametrize(
         ("text", "act_order", "block_sizes"),
-        [("int3_g16", False, (1, 7)), ("int2_g24_zp", False, (7,)), ("int4_channel", True, (7,))],
+        [
+            ("int3_g16", False, (1, 7)),
+            ("int2_g24_zp", False, (7,)),
+            ("int4_channel", True, (7,)),
+            ("fp4_g16_sfp8", False, (7,)),
+        ],
     )
     def test_the_block_size_changes_nothing(self, text, act_order, block_sizes):
         """Blocks only change the order of float32 sums, by some 40 eps of a step: codes flip in one of 1e5 weights."""
@@ -278,10 +283,22 @@ class TestGptq:
             np.testing.assert_array_equal(got.qvalue, expected.qvalue)
             np.testing.assert_array_equal(got.scale, expected.scale)
 
-    def test_columns_computed_at_once_change_nothing(self):
-        w, gram, scheme = jnp.asarray(weights(6, K, 21)), jnp.asarray(correlated_gram(6)), parse_scheme("int3_g16")
+    @pytest.mark.parametrize("text", ["int3_g16", "fp4_g16_sfp8", "int3_tensor_zp"])
+    def test_columns_computed_at_once_change_nothing(self, text):
+        w, gram, scheme = jnp.asarray(weights(6, K, 21)), jnp.asarray(correlated_gram(6)), parse_scheme(text)
         expected = GPTQ()(w, scheme, gram)
         assert_equal(GPTQ(columns=4)(w, scheme, gram), expected)
+
+    @pytest.mark.parametrize("text", ["fp4_g16_sfp8", "int4_tensor"])
+    def test_what_a_matrix_shares_is_that_of_rounding_to_nearest_in_any_order_of_rows(self, text):
+        w, gram, scheme = jnp.asarray(weights(12)), jnp.asarray(correlated_gram(12)), parse_scheme(text)
+        nearest = RTN("mse")(w, scheme, gram)
+        for act_order in (False, True):
+            got = GPTQ(act_order=act_order)(w, scheme, gram)
+            np.testing.assert_array_equal(got.tensor_scale, nearest.tensor_scale)
+            if scheme.per_tensor or act_order:
+                np.testing.assert_array_equal(got.scale, nearest.scale)
+            assert layer_loss(w, got, gram).sum() < 0.9 * layer_loss(w, nearest, gram).sum()
 
     @pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act_order"])
     def test_every_column_is_at_least_as_good_as_rounding_to_nearest_and_most_are_better(self, act_order):

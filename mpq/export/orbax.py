@@ -5,8 +5,9 @@
     FOLDER/arrays/          an Orbax checkpoint, `{"quantized": {path: {...}}, "params": {path: array}}`
 
 A quantized weight is a sub-tree: `qvalue` (`uint8[batch, bytes]`, a bit stream per batch entry, see `packing`; for a
-float format the values), `scale` (`[batch, groups, n]` in its dtype) and `zero_point` (a bit stream too). Everything
-else of the model is under `params` in the dtype that it was stored in. Arrays are one chunk each and not compressed:
+float format the values), `scale` (`[batch, groups, n]` in its dtype; scales of 8 bits as their bytes, `uint8`),
+`zero_point` (a bit stream too) and `tensor_scale` (`float32[batch, 1, 1]`), as the scheme has them. Everything else of
+the model is under `params` in the dtype that it was stored in. Arrays are one chunk each and not compressed:
 the chunk files are the payload, and `payload_bytes` counts them. Any Orbax user can read the arrays with
 `PyTreeCheckpointer().restore`.
 
@@ -192,8 +193,10 @@ def _pack_weight(spec: WeightSpec, qtensors: Mapping[str, QTensor]) -> dict[str,
         return {"qvalue": np.asarray(qtensor.qvalue)}
     grid = qtensor.scheme.format
     stream = lambda codes: np.stack([pack(entry, grid.bits, grid.min_qvalue) for entry in np.asarray(codes)])
-    parts = {"qvalue": stream(qtensor.qvalue), "scale": np.asarray(qtensor.scale)}
-    return parts if qtensor.zero_point is None else {**parts, "zero_point": stream(qtensor.zero_point)}
+    scale = np.asarray(qtensor.scale)
+    parts = {"qvalue": stream(qtensor.qvalue), "scale": scale.view(np.uint8) if scale.itemsize == 1 else scale}
+    parts |= {} if qtensor.zero_point is None else {"zero_point": stream(qtensor.zero_point)}
+    return parts | ({} if qtensor.tensor_scale is None else {"tensor_scale": np.asarray(qtensor.tensor_scale)})
 
 
 def _unpack_weight(spec: WeightSpec, scheme: Scheme, arrays: Mapping[str, np.ndarray]) -> QTensor:
@@ -201,13 +204,15 @@ def _unpack_weight(spec: WeightSpec, scheme: Scheme, arrays: Mapping[str, np.nda
     if not scheme.has_scale:
         return QTensor(jnp.asarray(part("qvalue")), None, None, scheme)
 
-    def codes(name: str, rows: int) -> jax.Array:
+    def codes(name: str, rows: int, columns: int) -> jax.Array:
         grid = scheme.format
-        entries = [unpack(stream, rows * spec.n, grid.bits, grid.min_qvalue) for stream in part(name)]
-        return jnp.asarray(np.stack(entries).reshape(spec.batch, rows, spec.n))
+        entries = [unpack(stream, rows * columns, grid.bits, grid.min_qvalue) for stream in part(name)]
+        return jnp.asarray(np.stack(entries).reshape(spec.batch, rows, columns))
 
-    zero_point = codes("zero_point", scheme.num_groups(spec.k)) if scheme.zero_point else None
-    return QTensor(codes("qvalue", spec.k), jnp.asarray(part("scale")), zero_point, scheme)
+    zero_point = codes("zero_point", *scheme.scale_shape(spec.k, spec.n)) if scheme.zero_point else None
+    tensor_scale = jnp.asarray(part("tensor_scale")) if scheme.has_tensor_scale else None
+    scale = part("scale").view(scheme.scale_dtype) if part("scale").dtype == np.uint8 else part("scale")
+    return QTensor(codes("qvalue", spec.k, spec.n), jnp.asarray(scale), zero_point, scheme, tensor_scale)
 
 
 @contextlib.contextmanager

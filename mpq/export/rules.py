@@ -23,6 +23,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from mpq.files import write_json, write_text
 from mpq.types import MpqError, Scheme, WeightSpec
 
@@ -95,13 +97,16 @@ def qwix(choices: Choices, weights: Weights) -> list[dict[str, Any]]:
     """Keyword arguments of one `qwix.QuantizationRule` each, as plain data.
 
     Raises:
-      MpqError: a format that qwix has not, an affine scheme that is neither int4 nor int8, groups that do not fill `k`,
-        a slice of a parameter, or one module that would need two rules.
+      MpqError: a format that qwix has not, scales of 8 bits or of a whole matrix, an affine scheme that is neither int4
+        nor int8, groups that do not fill `k`, a slice of a parameter, or one module that would need two rules.
     """
     named: dict[str, tuple[tuple[str, Any], ...]] = {}
     for spec in weights:
         scheme = choices[spec.path]
         _check_groups(spec, scheme)
+        _check_scales(spec, scheme, "qwix")
+        if scheme.per_tensor:
+            raise MpqError(f"{spec.path} at {scheme}: qwix has no single scale of a weight; allow another scheme")
         if scheme.zero_point and scheme.format.bits not in (4, 8):
             raise MpqError(
                 f"{spec.path} at {scheme}: qwix has a zero point with int4 and int8 only; allow another scheme"
@@ -120,8 +125,8 @@ def compressed_tensors(choices: Choices, weights: Weights) -> dict[str, Any]:
     Module names are those of `transformers`: `model.` before all but the head.
 
     Raises:
-      MpqError: a scheme that is neither integer nor plain float, groups that do not fill `k`, a slice or stack of
-        weights, which have no module of their own, or one module that would need two rules.
+      MpqError: a scheme that is neither integer nor plain float, scales of 8 bits, groups that do not fill `k`, a slice
+        or stack of weights, which have no module of their own, or one module that would need two rules.
     """
     named: dict[str, tuple[tuple[str, Any], ...] | None] = {}
     for spec in weights:
@@ -132,10 +137,11 @@ def compressed_tensors(choices: Choices, weights: Weights) -> dict[str, Any]:
                 f"{spec.path} at {scheme} has no form in compressed-tensors: it takes single matrices, as integers or "
                 "plain floats"
             )
+        _check_scales(spec, scheme, "compressed-tensors")
         module = _module(spec)
-        grouped = (
-            {"strategy": "group", "group_size": scheme.group_size} if scheme.group_size else {"strategy": "channel"}
-        )
+        grouped: dict[str, Any] = {"strategy": "tensor" if scheme.per_tensor else "channel"}
+        if scheme.group_size:
+            grouped = {"strategy": "group", "group_size": scheme.group_size}
         value = {"num_bits": scheme.format.bits, "type": "int", "symmetric": not scheme.zero_point, **grouped}
         name = module if module == "lm_head" else f"model.{module}"
         _set(named, name, tuple(value.items()) if scheme.has_scale else None, spec)
@@ -224,6 +230,11 @@ def _set(named: dict[str, Any], name: str, value: Any, spec: WeightSpec) -> None
             f"{spec.path} shares module {name!r} with a weight at another scheme, and a rule is for all of a module: "
             "pin them to one"
         )
+
+
+def _check_scales(spec: WeightSpec, scheme: Scheme, tool: str) -> None:
+    if scheme.has_scale and np.dtype(scheme.scale_dtype).itemsize == 1:
+        raise MpqError(f"{spec.path} at {scheme}: rules for {tool} say nothing of scales of 8 bits; allow others")
 
 
 def _check_groups(spec: WeightSpec, scheme: Scheme) -> None:

@@ -1,7 +1,17 @@
 """Number formats, and the text form of schemes.
 
-`FORMATS` is the table of every element grid; `parse_scheme` reads `int4_g128`, `int3_g32_zp`, `int8_channel`,
-`nf4_g64`, `bf16`.
+`FORMATS` is the table of every element grid; `parse_scheme` reads FORMAT[_gN|_channel|_tensor][_zp][_sDTYPE]:
+
+    int4_g128         one float16 scale for 128 rows of a column
+    int8_channel      one for a column, that is an output channel
+    int8_tensor       one for the whole matrix
+    int3_g32_zp       with a zero point of 3 bits beside each scale
+    nf4_g64_sfp8      scales of 8 bits (e4m3) under one float32 for the whole matrix; so `nvfp4` is fp4_g16_sfp8
+    fp4_g32_se8m0     scales that are powers of two, 8 bits; this one is `mxfp4`
+    int4_g64_sfloat32 scales of float32, or of bfloat16 with `_sbfloat16`
+    bf16              no scale
+
+Sizes are exact: `Scheme.size_bits` counts codes, scales, zero points and what fills up the last byte.
 """
 
 import re
@@ -12,7 +22,7 @@ from mpq.formats.codebook import NF3_LEVELS, NF4_LEVELS, Codebook
 from mpq.formats.floating import Float
 from mpq.formats.integer import Integer
 from mpq.formats.minifloat import Minifloat
-from mpq.types import MpqError, NumberFormat, Scheme
+from mpq.types import SCALE_SUFFIXES, MpqError, NumberFormat, Scheme
 
 FORMATS: Mapping[str, NumberFormat] = MappingProxyType(
     {
@@ -34,23 +44,32 @@ FORMATS: Mapping[str, NumberFormat] = MappingProxyType(
     }
 )
 
+ALIASES: Mapping[str, str] = MappingProxyType({"mxfp4": "fp4_g32_se8m0", "nvfp4": "fp4_g16_sfp8"})
+"""Names that `parse_scheme` also takes -> the text that `str()` gives. MXFP4 is that of the OCP Microscaling Formats
+specification 1.0; NVFP4 that of NVIDIA's Blackwell, e4m3 scales of 16 values under one float32."""
+
+_SCALES = {suffix: dtype for dtype, suffix in SCALE_SUFFIXES.items()} | {"_sfloat16": "float16"}
 _TEXT = re.compile(
-    r"(?P<format>[a-z]+\d+(_e\dm\d)?)(_(?P<granularity>channel|g[1-9]\d*))?(?P<zp>_zp)?(_s(?P<scale>float16|float32))?"
+    r"(?P<format>[a-z]+\d+(_e\dm\d)?)(_(?P<granularity>channel|tensor|g[1-9]\d*))?(?P<zp>_zp)?"
+    rf"(?P<scale>{'|'.join(filter(None, _SCALES))})?"
 )
 
 
 def parse_scheme(text: str) -> Scheme:
-    """The scheme that `text` names; `str()` of the result gives `text` back.
+    """The scheme that `text` names; `str()` of the result gives `text` back, of an alias what it stands for.
 
     Raises:
-      MpqError: the text is not of the form FORMAT[_gN|_channel][_zp][_sDTYPE], or the parts do not go together.
+      MpqError: the text is not of the form FORMAT[_gN|_channel|_tensor][_zp][_sDTYPE], or the parts do not go together.
     """
-    allowed = f"a format of {', '.join(FORMATS)} with _gN or _channel, and _zp for affine: int4_g64, int8_channel, bf16"
-    match = _TEXT.fullmatch(text)
+    allowed = (
+        f"a format of {', '.join(FORMATS)} with _gN, _channel or _tensor, _zp for affine, and "
+        f"{', '.join(filter(None, _SCALES))} for the scales: int4_g64, int8_channel, bf16; or {', '.join(ALIASES)}"
+    )
+    match = _TEXT.fullmatch(ALIASES.get(text, text))
     number_format = FORMATS.get(match["format"]) if match else None
     if match is None or number_format is None:
         raise MpqError(f"unknown scheme {text!r}: allowed is {allowed}")
-    granularity, zero_point, scale = match["granularity"], bool(match["zp"]), match["scale"]
+    granularity, zero_point, scale = match["granularity"], bool(match["zp"]), match["scale"] or ""
     if number_format.max_magnitude is None:
         if granularity or zero_point or scale:
             raise MpqError(f"scheme {text!r} is wrong: {number_format.name} has no scale; write {number_format.name!r}")
@@ -61,5 +80,9 @@ def parse_scheme(text: str) -> Scheme:
         raise MpqError(
             f"scheme {text!r} is wrong: a zero point goes with integer formats only, not {number_format.name}"
         )
-    group_size = None if granularity == "channel" else int(granularity[1:])
-    return Scheme(number_format, group_size, zero_point, scale or "float16")
+    if zero_point and scale == "_se8m0":
+        raise MpqError(f"scheme {text!r} is wrong: a range with a zero point needs other scales than powers of two")
+    if granularity == "tensor" and scale == "_sfp8":
+        raise MpqError(f"scheme {text!r} is wrong: a single scale needs no float32 beside it; write _tensor_sfloat32")
+    group_size = int(granularity[1:]) if granularity.startswith("g") else None
+    return Scheme(number_format, group_size, zero_point, _SCALES[scale], granularity == "tensor")

@@ -7,8 +7,8 @@ M = |q| mod 2^m,
     |decode(q)| = 2^(1 - bias - m) M               if E = 0 (subnormal),
                   2^(E - bias - m) (2^m + M)       else.
 
-e2m1 is that of the OCP Microscaling Formats specification 1.0 (2023), section 5.3.3; e4m3 and e5m2 are those of
-Micikevicius et al. 2022, arXiv:2209.05433: e4m3 without infinities up to 448, e5m2 as in IEEE 754 up to 57344.
+e2m1 is that of the OCP Microscaling Formats specification 1.0 (2023); e4m3, without infinities and up to 448, and e5m2,
+up to 57344, are those of Micikevicius et al. 2022, arXiv:2209.05433.
 """
 
 import dataclasses

@@ -14,6 +14,8 @@ Differences from the paper:
   float32 rounding.
 - Inputs that calibration never excited (zero on the gram's diagonal) are rounded to nearest, not set to zero: other
   text may excite them.
+- What all groups of a matrix share (a tensor scale, or the one scale of a scheme per tensor) is that of the original
+  weights: it has to be known before the first row is rounded.
 - Output columns are independent; one whose loss comes out above RTN's, because clipping made the greedy order fail,
   gets RTN's codes and scales. So the layer loss is never above RTN's, by construction.
 """
@@ -88,12 +90,15 @@ class GPTQ:
             return RTN(self.scale)(w, scheme, gram)
         block, place = _places(gram, scheme, self)
         factor = _factor(gram, place, jnp.float32(self.damping))
-        n, tile = w.shape[-1], self.columns
+        n, tile, shared = w.shape[-1], self.columns, scales.Shared()
+        if scheme.per_tensor or scheme.has_tensor_scale:
+            row_weight = scales.row_weight(gram.diagonal(axis1=-2, axis2=-1))
+            shared = scales.fit_matrix(w, scheme, self.scale, row_weight)
         w = jnp.pad(w, ((0, 0), (0, 0), (0, -n % tile)))
         part = lambda start: jax.lax.dynamic_slice_in_dim(w, start, tile, axis=2)
-        arguments = (gram, place, factor, scheme, self.scale, block, self.act_order)
+        arguments = (gram, place, factor, shared, scheme, self.scale, block, self.act_order)
         parts = [_quantize(part(start), *arguments) for start in range(0, n, tile)]
-        return jax.tree.map(lambda *a: jnp.concatenate(a, axis=-1)[..., :n], *parts)
+        return shared.restore(jax.tree.map(lambda *a: jnp.concatenate(a, axis=-1)[..., :n], *parts))
 
 
 def _places(gram: jax.Array, scheme: Scheme, options: GPTQ) -> tuple[int, jax.Array]:
@@ -140,6 +145,7 @@ def _quantize(
     gram: jax.Array,
     place: jax.Array,
     factor: jax.Array,
+    shared: scales.Shared,
     scheme: Scheme,
     method: str,
     block: int,
@@ -148,8 +154,9 @@ def _quantize(
     """The better of GPTQ and RTN for every output column of `w[batch, k, n]`, rows in the order of `place`."""
     one = functools.partial(_one, scheme=scheme, method=method, block=block, act_order=act_order)
     if len(w) == 1:  # the usual case compiles a quarter faster without the batch axis
-        return jax.tree.map(lambda a: a[None], one(w[0], gram[0], place[0], factor[0]))
-    return jax.vmap(one)(w, gram, place, factor)
+        first = jax.tree.map(lambda a: a[0], (w, gram, place, factor, shared))
+        return jax.tree.map(lambda a: a[None], one(*first))
+    return jax.vmap(one)(w, gram, place, factor, shared)
 
 
 def _one(
@@ -157,6 +164,7 @@ def _one(
     gram: jax.Array,
     place: jax.Array,
     factor: jax.Array,
+    shared: scales.Shared,
     scheme: Scheme,
     method: str,
     block: int,
@@ -164,14 +172,14 @@ def _one(
 ) -> QTensor:
     """`_quantize` of one batch entry: `w[k, n]`, `gram[k, k]`, `place[places]`, `factor[places, places]`."""
     k, row_weight = w.shape[0], scales.row_weight(gram.diagonal())
-    nearest = scales.quantize(w, scheme, method, row_weight)
+    nearest = scales.quantize(w, scheme, method, row_weight, shared)
     chain = factor.T / factor.diagonal()[:, None]  # [j, i] is R_ij / R_jj: what row j takes over of the error of row i
     if act_order:
         qvalue, scale, zero_point = _in_order(_place(w, place), chain, nearest, place, block)
     else:
         placed = _place(w, place), _place(row_weight[:, None], place)
-        qvalue, scale, zero_point = _in_groups(*placed, chain, scheme, scheme.num_groups(k), method, block)
-    got = QTensor(_unplace(qvalue, place, k), scale, zero_point, scheme)
+        qvalue, scale, zero_point = _in_groups(*placed, chain, shared, scheme, scheme.num_groups(k), method, block)
+    got = QTensor(_unplace(qvalue, place, k), scale, zero_point, scheme, shared.tensor_scale)
     keep = _layer_loss(w, got, gram) < _layer_loss(w, nearest, gram)  # False where not finite
     return jax.tree.map(lambda a, b: jnp.where(keep[None], a, b), got, nearest)
 
@@ -184,27 +192,40 @@ def _layer_loss(w: jax.Array, qtensor: QTensor, gram: jax.Array) -> jax.Array:
 
 def _in_order(w: jax.Array, chain: jax.Array, nearest: QTensor, place: jax.Array, block: int) -> _Fit:
     """Rows in any order, under the scales of `nearest`."""
+    effective = nearest.effective_scale
+    assert effective is not None
     assert nearest.scale is not None
     k = nearest.qvalue.shape[0]
     group = jnp.minimum(place, k - 1) // (nearest.scheme.group_size or k)
-    scale, zero_point = jax.tree.map(lambda a: a[group], (nearest.scale.astype(jnp.float32), nearest.zero_point))
+    scale, zero_point = jax.tree.map(lambda a: a[group], (effective, nearest.zero_point))
     qvalue, _ = _round_rows(w, jnp.zeros_like(w), chain, scale, zero_point, block, nearest.scheme)
     return qvalue, nearest.scale, nearest.zero_point
 
 
 def _in_groups(
-    w: jax.Array, row_weight: jax.Array, chain: jax.Array, scheme: Scheme, groups: int, method: str, block: int
+    w: jax.Array,
+    row_weight: jax.Array,
+    chain: jax.Array,
+    shared: scales.Shared,
+    scheme: Scheme,
+    groups: int,
+    method: str,
+    block: int,
 ) -> _Fit:
     """Groups in storage order; each takes its scales when all earlier rows have had their effect on it."""
     size, n = w.shape[0] // groups, w.shape[1]
+    unit, whole, whole_zero = jax.tree.map(lambda a: a[0], shared)
 
     def group(error: jax.Array, start: jax.Array) -> tuple[jax.Array, _Fit]:
         rows = lambda a: jax.lax.dynamic_slice_in_dim(a, start, size)
         here = jax.lax.dynamic_slice_in_dim(rows(chain), start, size, axis=1)
         pull = _dot(rows(chain), error)  # rows not yet rounded have error 0
         updated = rows(w) + jax.scipy.linalg.solve_triangular(here, pull, lower=True, unit_diagonal=True)
-        scale, zero_point = scales.fit_group(updated, scheme, method, rows(row_weight))
-        each, zero = jax.tree.map(lambda a: jnp.broadcast_to(a, (size, n)), (scale, zero_point))
+        scale, zero_point = whole, whole_zero
+        if scale is None:
+            scale, zero_point = scales.fit_group(updated, scheme, method, rows(row_weight), unit)
+        effective = scale if unit is None else scale * unit
+        each, zero = jax.tree.map(lambda a: jnp.broadcast_to(a, (size, n)), (effective, zero_point))
         qvalue, new = _round_rows(rows(w), pull, here, each, zero, block, scheme)
         return jax.lax.dynamic_update_slice_in_dim(error, new, start, 0), (qvalue, scale, zero_point)
 

@@ -1,4 +1,4 @@
-"""Scales and zero points: one of each for every group of a column of `w[k, n]`.
+"""Scales and zero points: one of each for every group of a column of `w[k, n]`, or for the whole matrix.
 
 Two methods. `absmax` puts the largest magnitude of a group on the largest level: what the field calls RTN. `mse`
 searches the scale (affine: both ends of the range) for the smallest squared error of the group, optionally weighted by
@@ -6,7 +6,19 @@ row.
 
 Every candidate is rounded to the scheme's scale dtype *before* its error is scored, so the search sees what is stored.
 Groups are padded with zero rows of zero weight, which every format represents exactly: padding influences nothing.
+
+Scales of 8 bits come in two kinds. Those in e4m3 are factors of one float32 of the matrix, chosen so that the largest
+scale of any group is 448, the largest e4m3, as in NVFP4 (NVIDIA 2025, arXiv:2509.25149). Powers of two (e8m0) follow
+the rule of the OCP Microscaling Formats (Rouhani et al. 2023, arXiv:2310.10537, Alg. 1): 2^(floor(log2 absmax) - emax),
+2^emax being the largest power of two that the format reaches. What lies between its largest level and 2^(emax + 1)
+saturates. Formats whose largest level is a power of two (int2, nf3, nf4), which that rule was not made for, would lose
+up to half of the largest values: for them the logarithm is rounded up. `mse` also tries one power more and one less.
 """
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +36,30 @@ _NUM_FACTORS, _NUM_ENDS, _LARGEST = 20, 7, 1.05
 _CHUNK = 2**19
 # Share of the mean added to every row's weight, so that rows that calibration never excited still count a little.
 _FLOOR = 0.01
+
+
+_POWERS = (1.0, 2.0, 0.5)  # factors that `mse` tries on a scale that is a power of two
+_POWER_OF_TWO = "float8_e8m0fnu"
+
+
+class Shared(NamedTuple):
+    """What all groups of a matrix have in common, fixed before any group is fitted; None: each group has its own.
+
+    Attributes:
+      tensor_scale: `float32[..., 1, 1]`, if scales are factors of it.
+      scale, zero_point: `float32[..., 1, 1]` and `int8[..., 1, 1]`, if the matrix is one group.
+    """
+
+    tensor_scale: jax.Array | None = None
+    scale: jax.Array | None = None
+    zero_point: jax.Array | None = None
+
+    def restore(self, qtensor: QTensor) -> QTensor:
+        """`qtensor` with these in their shapes, after its arrays were computed by column and joined."""
+        if self.scale is not None:
+            scale = self.scale.astype(qtensor.scheme.scale_dtype)
+            qtensor = dataclasses.replace(qtensor, scale=scale, zero_point=self.zero_point)
+        return dataclasses.replace(qtensor, tensor_scale=self.tensor_scale)
 
 
 def check_method(method: str) -> None:
@@ -48,15 +84,49 @@ def row_weight(diagonal: jax.Array) -> jax.Array:
 def round_scale(scale: jax.Array, dtype: str) -> jax.Array:
     """`scale` rounded to `dtype`, as float32; finite and never zero: magnitudes are clamped to what `dtype` can hold.
 
-    Half precision keeps its subnormals. float32 does not: processors may flush them to zero.
+    Half precision and e4m3 keep their subnormals. What is below the normal numbers of float32 is not kept: processors
+    may flush it to zero.
     """
     info = jnp.finfo(dtype)
-    smallest = info.smallest_subnormal if info.bits < 32 else info.smallest_normal
-    magnitude = jnp.clip(jnp.abs(scale), float(smallest), float(info.max)).astype(dtype).astype(jnp.float32)
+    smallest = max(float(info.smallest_subnormal), float(jnp.finfo(jnp.float32).smallest_normal))
+    magnitude = jnp.clip(jnp.abs(scale), smallest, float(info.max)).astype(dtype).astype(jnp.float32)
     return jnp.where(scale < 0, -magnitude, magnitude)
 
 
-def fit_group(x: jax.Array, scheme: Scheme, method: str, weight: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+@functools.partial(jax.jit, static_argnames=("scheme", "method"))
+def fit_matrix(w: jax.Array, scheme: Scheme, method: str, weight: jax.Array) -> Shared:
+    """What the scheme lets all groups of `w` share.
+
+    A tensor scale keeps 12 significant bits, so that its products with scales and codes are exact in float32, and a
+    matrix that is quantized again keeps its codes.
+
+    Args:
+      w: `float32[..., k, n]`.
+      scheme: any scheme.
+      method: one of `METHODS`.
+      weight: `float32[..., k]`, weight of each row's squared error; read by `mse` only.
+    """
+    if scheme.per_tensor:
+        column = w.reshape(*w.shape[:-2], 1, -1, 1)  # one group of one column
+        row = jnp.broadcast_to(weight[..., None], w.shape).reshape(column.shape)
+        return Shared(None, *fit_group(column, scheme, method, row))
+    if not scheme.has_tensor_scale:
+        return Shared()
+    low, high = (jnp.abs(end(w, axis=(-2, -1), keepdims=True, initial=0.0)) for end in (jnp.min, jnp.max))
+    if scheme.zero_point:
+        steps = np.float32(scheme.format.max_qvalue - scheme.format.min_qvalue)
+        largest = high / steps + low / steps
+    else:
+        largest = jnp.maximum(low, high) / np.float32(scheme.format.max_magnitude)
+    scale = largest / np.float32(jnp.finfo(scheme.scale_dtype).max)
+    # At least 2^-110: the product with the smallest e4m3, 2^-9, is a normal float32.
+    scale = jnp.where(largest > 0, jnp.maximum(scale, np.float32(2.0**-110)), 1.0)
+    return Shared(jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=11))
+
+
+def fit_group(
+    x: jax.Array, scheme: Scheme, method: str, weight: jax.Array, tensor_scale: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array | None]:
     """Scale and zero point of groups that are the whole second-last axis.
 
     Args:
@@ -64,16 +134,18 @@ def fit_group(x: jax.Array, scheme: Scheme, method: str, weight: jax.Array) -> t
       scheme: a scheme with a scale; its group size is not read.
       method: one of `METHODS`.
       weight: `float32[..., rows, 1]`, weight of each row's squared error; read by `mse` only.
+      tensor_scale: `float32`, broadcasts against `[..., n]`: what the scales are factors of, or None.
 
     Returns:
       scale `float32[..., n]`, exactly representable in the scheme's scale dtype, and zero point `int8[..., n]` or
       None. A group of zeros has scale 1 and decodes to exact zeros.
     """
+    unit = np.float32(1) if tensor_scale is None else tensor_scale
     if scheme.zero_point:
         low, high = jnp.minimum(x.min(axis=-2), 0.0), jnp.maximum(x.max(axis=-2), 0.0)
-        propose = lambda ends: _affine(low * ends[..., 0], high * ends[..., 1], scheme)
+        propose = lambda ends: _affine(low * ends[..., 0], high * ends[..., 1], scheme, unit)
     else:
-        base = jnp.abs(x).max(axis=-2) / np.float32(scheme.format.max_magnitude)
+        base = _symmetric(jnp.abs(x).max(axis=-2), scheme) / unit
         propose = lambda factor: (round_scale(jnp.where(base > 0, base * factor, 1.0), scheme.scale_dtype), None)
     candidates = _candidates(scheme) if method == "mse" else _candidates(scheme)[:1]
     if len(candidates) == 1:
@@ -81,6 +153,7 @@ def fit_group(x: jax.Array, scheme: Scheme, method: str, weight: jax.Array) -> t
 
     def error(candidate: jax.Array) -> jax.Array:
         scale, zero_point = propose(candidate)
+        scale = scale * unit
         difference = _decode(_encode(x, scale, zero_point, scheme), scale, zero_point, scheme) - x
         return jnp.sum(weight * difference**2, axis=-2)
 
@@ -96,6 +169,8 @@ def _candidates(scheme: Scheme) -> np.ndarray:
     if scheme.zero_point:
         ends = np.linspace(smallest, _LARGEST, _NUM_ENDS, dtype=np.float32)
         return np.concatenate([[[1, 1]], np.stack(np.meshgrid(ends, ends), axis=-1).reshape(-1, 2)]).astype(np.float32)
+    if scheme.scale_dtype == _POWER_OF_TWO:
+        return np.array(_POWERS, np.float32)
     factors = np.linspace(smallest, _LARGEST, _NUM_FACTORS, dtype=np.float32)
     mirrored = [-factors] if _one_sided(scheme) else []
     return np.concatenate([[np.float32(1)], factors, *mirrored])
@@ -106,13 +181,27 @@ def _one_sided(scheme: Scheme) -> bool:
     return scheme.format.uniform and -scheme.format.min_qvalue != scheme.format.max_qvalue
 
 
-def _affine(low: jax.Array, high: jax.Array, scheme: Scheme) -> tuple[jax.Array, jax.Array]:
-    """Scale and zero point of the range `low <= 0 <= high`."""
+def _symmetric(absmax: jax.Array, scheme: Scheme) -> jax.Array:
+    """Scale of groups with these largest magnitudes, before it is rounded."""
+    largest = scheme.format.max_magnitude
+    assert largest is not None
+    if scheme.scale_dtype != _POWER_OF_TWO:
+        return absmax / np.float32(largest)
+    mantissa, exponent = math.frexp(largest)
+    up = 2**23 - 1 if mantissa == 0.5 else 0  # added to the bits, it carries into the exponent of all but powers of two
+    power = (jax.lax.bitcast_convert_type(absmax, jnp.int32) + up) & 0x7F800000  # the exponent alone
+    return jax.lax.bitcast_convert_type(power, jnp.float32) * np.float32(2.0 ** (1 - exponent))
+
+
+def _affine(
+    low: jax.Array, high: jax.Array, scheme: Scheme, unit: jax.Array | np.float32
+) -> tuple[jax.Array, jax.Array]:
+    """Scale, in units of `unit`, and zero point of the range `low <= 0 <= high`."""
     lowest, highest = scheme.format.min_qvalue, scheme.format.max_qvalue
     steps = np.float32(highest - lowest)
     scale = high / steps - low / steps  # divided first: the difference of two finite ends can overflow
-    scale = round_scale(jnp.where(scale > 0, scale, 1.0), scheme.scale_dtype)
-    zero_point = jnp.clip(jnp.round(lowest - low / scale), lowest, highest)
+    scale = round_scale(jnp.where(scale > 0, scale / unit, 1.0), scheme.scale_dtype)
+    zero_point = jnp.clip(jnp.round(lowest - low / (scale * unit)), lowest, highest)
     return scale, zero_point.astype(jnp.int8)
 
 
@@ -132,7 +221,7 @@ def _decode(qvalue: jax.Array, scale: jax.Array, zero_point: jax.Array | None, s
     return y * scale[..., None, :]
 
 
-def quantize(w: jax.Array, scheme: Scheme, method: str, weight: jax.Array) -> QTensor:
+def quantize(w: jax.Array, scheme: Scheme, method: str, weight: jax.Array, shared: Shared | None = None) -> QTensor:
     """`w` rounded to nearest under scales chosen by `method`.
 
     Args:
@@ -140,15 +229,20 @@ def quantize(w: jax.Array, scheme: Scheme, method: str, weight: jax.Array) -> QT
       scheme: any scheme.
       method: one of `METHODS`.
       weight: `float32[..., k]`, weight of each row's squared error; read by `mse` only.
+      shared: `fit_matrix` of the matrix that `w` is a part of; None: `w` is the whole.
     """
     if not scheme.has_scale:
         return QTensor(scheme.format.encode(w), None, None, scheme)
     k, n = w.shape[-2:]
+    shared = fit_matrix(w, scheme, method, weight) if shared is None else shared
     groups, rows = scheme.num_groups(k), min(scheme.group_size or k, k)
     fill = groups * rows - k
     leading = [(0, 0)] * (w.ndim - 2)
     x = jnp.pad(w, [*leading, (0, fill), (0, 0)]).reshape(*w.shape[:-2], groups, rows, n)
     row = jnp.pad(weight, [*leading, (0, fill)]).reshape(*w.shape[:-2], groups, rows, 1)
-    scale, zero_point = fit_group(x, scheme, method, row)
-    qvalue = _encode(x, scale, zero_point, scheme).reshape(*w.shape[:-2], groups * rows, n)[..., :k, :]
-    return QTensor(qvalue, scale.astype(scheme.scale_dtype), zero_point, scheme)
+    scale, zero_point = shared.scale, shared.zero_point
+    if scale is None:
+        scale, zero_point = fit_group(x, scheme, method, row, shared.tensor_scale)
+    effective = scale if shared.tensor_scale is None else scale * shared.tensor_scale
+    qvalue = _encode(x, effective, zero_point, scheme).reshape(*w.shape[:-2], groups * rows, n)[..., :k, :]
+    return QTensor(qvalue, scale.astype(scheme.scale_dtype), zero_point, scheme, shared.tensor_scale)

@@ -15,7 +15,8 @@ from mpq.types import QTensor, Scheme
 
 BATCH, K, N = 2, 40, 6
 # k is no multiple of 16 or 24: the last group is shorter. One shape throughout, so each pair is compiled once.
-TEXTS = ("int2_g16", "int3_g24_zp", "int4_channel", "nf4_g16", "fp4_g16", "fp8_e4m3_channel", "bf16")
+TEXTS = ("int2_g16", "int3_g24_zp", "int4_channel", "nf4_g16", "fp8_e4m3_channel", "bf16")
+TEXTS += ("fp4_g16_sfp8", "fp4_g32_se8m0", "int3_tensor_zp")  # NVFP4, MXFP4, and one scale for all
 SCHEMES = {text: parse_scheme(text) for text in TEXTS}
 PAIRS = [(q, s) for q in QUANTIZERS for s in SCHEMES]
 GRAMS = pytest.mark.parametrize("with_gram", [True, False], ids=["gram", "no gram"])
@@ -58,12 +59,15 @@ def representable(scheme: Scheme, seed: int = 1) -> tuple[np.ndarray, np.ndarray
     codes = rng.integers(lowest, grid.max_qvalue + 1, (BATCH, K, N)).astype(np.int8)
     size = scheme.group_size or K
     codes[:, ::size], codes[:, 1::size] = lowest, grid.max_qvalue
-    shape = (BATCH, scheme.num_groups(K), N)
-    scale = jnp.asarray(rng.uniform(0.01, 0.02, shape), scheme.scale_dtype)
+    shape = (BATCH, *scheme.scale_shape(K, N))
+    scale, tensor_scale = jnp.asarray(rng.uniform(0.01, 0.02, shape), scheme.scale_dtype), None
+    if scheme.has_tensor_scale:  # every matrix has a group at the largest scale
+        scale = jnp.asarray(rng.uniform(2, 448, shape), scheme.scale_dtype).at[:, 0, 0].set(448)
+        tensor_scale = jnp.full((BATCH, 1, 1), 1.25e-4).astype(jnp.bfloat16).astype(jnp.float32)
     zero = (
         jnp.asarray(rng.integers(grid.min_qvalue, grid.max_qvalue + 1, shape), jnp.int8) if scheme.zero_point else None
     )
-    return np.asarray(QTensor(jnp.asarray(codes), scale, zero, scheme).dequantize()), codes
+    return np.asarray(QTensor(jnp.asarray(codes), scale, zero, scheme, tensor_scale).dequantize()), codes
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
@@ -83,12 +87,18 @@ class TestEveryQuantizer:
         assert np.isfinite(np.asarray(got.dequantize())).all()
         assert (got.scale is None) == (not scheme.has_scale)
         assert (got.zero_point is None) == (not scheme.zero_point)
-        groups = (BATCH, scheme.num_groups(K), N)
+        assert (got.tensor_scale is None) == (not scheme.has_tensor_scale)
+        if got.tensor_scale is not None:
+            assert (got.tensor_scale.shape, got.tensor_scale.dtype) == ((BATCH, 1, 1), jnp.float32)
+            assert (got.tensor_scale > 0).all()
+        groups = (BATCH, *scheme.scale_shape(K, N))
         codes = [got.qvalue, got.zero_point] if scheme.zero_point else [got.qvalue]
         if scheme.has_scale:
             assert got.scale.shape == groups
             assert got.scale.dtype == scheme.scale_dtype
-            assert (np.asarray(got.scale) != 0).all()
+            assert (np.asarray(got.effective_scale) != 0).all()
+            if scheme.zero_point:
+                assert got.zero_point.shape == groups
             for code in codes:
                 assert code.dtype == jnp.int8
                 assert code.min() >= scheme.format.min_qvalue
@@ -103,7 +113,7 @@ class TestEveryQuantizer:
             np.testing.assert_array_equal(scaled.qvalue, 8 * got.qvalue)
             return
         np.testing.assert_array_equal(scaled.qvalue, got.qvalue)
-        np.testing.assert_array_equal(scaled.scale, 8 * got.scale)
+        np.testing.assert_array_equal(scaled.effective_scale, 8 * got.effective_scale)
 
     def test_scaling_the_gram_changes_nothing(self, quantizer, text):
         w, gram = problem()
@@ -114,7 +124,8 @@ class TestEveryQuantizer:
         w, gram = problem()
         gram, order = gram if with_gram else None, np.random.default_rng(2).permutation(N)
         got = run(quantizer, text, w, gram)
-        assert_equal(run(quantizer, text, w[..., order], gram), jax.tree.map(lambda a: a[..., order], got))
+        permuted = jax.tree.map(lambda a: a[..., order] if a.shape[-1] == N else a, got)
+        assert_equal(run(quantizer, text, w[..., order], gram), permuted)
 
     @GRAMS
     def test_batch_entries_are_independent(self, quantizer, text, with_gram):
@@ -147,7 +158,7 @@ class TestEveryQuantizer:
         got = run(quantizer, text, w, gram if with_gram else None)
         assert np.isfinite(np.asarray(got.dequantize())).all()
         if SCHEMES[text].has_scale:
-            assert np.isfinite(np.asarray(got.scale)).all()
+            assert np.isfinite(np.asarray(got.effective_scale)).all()
         worst = np.abs(np.asarray(got.dequantize(), np.float64) - w).max()
         assert (
             worst <= 4 * np.abs(w).max() + 128 * 2.0**-24
@@ -157,6 +168,7 @@ class TestEveryQuantizer:
         scheme, (w, gram) = SCHEMES[text], problem()
         got = run(quantizer, text, w, gram)
         parts = {"qvalue": got.qvalue, "scale": got.scale, "zero_point": got.zero_point}
+        parts["tensor_scale"] = got.tensor_scale
         for entry in range(BATCH):
             arrays = {name: np.asarray(array[entry]) for name, array in parts.items() if array is not None}
             packed = {
