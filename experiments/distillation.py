@@ -6,7 +6,7 @@ Resume:  type the same command again: rows that the file holds are not computed 
 Writes:  one JSON object: by budget and ingredient, bits per weight, KL to the original and excess loss, nats per token
 
 Weights whose path does not match `--only` stay as they are and are not counted, as where linear weights of the blocks
-alone are quantized. A text is one stream of tokens behind BOS, cut into windows; the first token of each is BOS. Sizes
+alone are quantized. A text is one stream of tokens, cut into windows; the first token of each becomes BOS. Sizes
 count codes, scales and zero points. The excess is the rise of the loss; `*_stderr` are over windows.
 """
 
@@ -46,9 +46,9 @@ class Options:
       out: JSON file.
       only: regular expression of the weights that are quantized.
       budgets: bits per quantized weight.
-      uniform: schemes of the first ingredient, the largest that fits, and of the second, all weights to choose from.
-      fine: schemes added by the third.
-      ingredients: how many of the six.
+      uniform: the first ingredient is the largest of these that fits, the second a choice among them for each weight.
+      fine: the third adds these to choose from.
+      ingredients: which of the six.
       steps: of a distillation.
       windows: of either text, `window` tokens each, `batch_size` a pass.
       sensitivity_windows: of the calibration text, for the table that plans are solved from.
@@ -61,7 +61,14 @@ class Options:
     only: str = "layers"
     budgets: tuple[float, ...] = (2.5, 2.9, 3.5, 3.9, 4.5)
     uniform: tuple[str, ...] = ("int2_g32", "int3_g32", "int4_g32", "int5_g32", "int6_g32")
-    fine: tuple[str, ...] = ()
+    fine: tuple[str, ...] = (
+        "int2_g16_sfp8",
+        "int3_g16_sfp8",
+        "int4_g16_sfp8",
+        "int2_g32_sfp8",
+        "int3_g32_sfp8",
+        "int4_g32_sfp8",
+    )
     ingredients: tuple[str, ...] = ("uniform", "allocated", "fine", "scales", "codes", "varied")
     steps: int = 600
     windows: int = 64
@@ -163,13 +170,13 @@ class Comparison:
 
 def windows_of(model: Model, path: Path, options: Options) -> Dataset:
     """The first windows of a text as one stream, each a document of its own."""
-    if not isinstance(model.inputs, Tokens) or model.inputs.bos is None:
-        raise MpqError(f"model {model.name!r} reads no text behind BOS: give a language model")
-    tokenizer = plain_tokenizer(model.tokenizer)
-    ids = [model.inputs.bos, *tokenizer.encode(path.read_text(), add_special_tokens=False).ids]
+    if not isinstance(model.inputs, Tokens):
+        raise MpqError(f"model {model.name!r} reads no text: give a language model")
+    bos = [] if model.inputs.bos is None else [model.inputs.bos]
+    ids = [*bos, *plain_tokenizer(model.tokenizer).encode(path.read_text(), add_special_tokens=False).ids]
     count = min(len(ids) // options.window, options.windows)
     tokens = np.asarray(ids[: count * options.window], np.int32).reshape(count, options.window)
-    tokens[:, 0] = model.inputs.bos
+    tokens[:, : len(bos)] = bos
     return new_dataset(tokens, np.ones(tokens.shape, bool), np.arange(count, dtype=np.int32), path.name)
 
 

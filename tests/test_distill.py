@@ -18,7 +18,7 @@ from mpq.types import MpqError
 from tests import tiny
 
 KEY = jax.random.key(0)
-OPTIONS = Distill(steps=24, batch_size=4, rounding=0.05, scale=0.01, save_every=6)
+OPTIONS = Distill(steps=24, batch_size=4, rounding=0.05, scale=0.01, noise=0.1, save_every=6)
 SCHEMES = ("int2_g16", "int3_g16_zp", "nf4_g16", "fp32")
 
 

@@ -9,7 +9,17 @@ from mpq.distill import Latent, freeze, reconstruct, start
 from mpq.formats import parse_scheme
 from mpq.quantize import GPTQ, RTN
 
-SCHEMES = ("int2_g16", "int3_g16_zp", "int4_channel", "int8_g64", "nf4_g16", "int4_g24_zp")
+SCHEMES = (
+    "int2_g16",
+    "int3_g16_zp",
+    "int4_channel",
+    "int8_tensor",
+    "nf4_g16",
+    "int4_g24_zp",
+    "int3_g16_sfp8",
+    "fp4_g16_se8m0",
+    "int2_g16_zp_sfp8",
+)
 K, N = 40, 12
 
 
@@ -69,17 +79,21 @@ def test_gradients_are_those_of_the_unrounded_numbers(weight, scheme):
 
     stored, number_format = freeze(latent, qtensor), qtensor.scheme.format
     size = qtensor.scheme.group_size or K
-    step = 1.0 if number_format.uniform else 2 / 15  # NF4: 16 levels from -1 to 1
-    ends = (-1, 1) if not number_format.uniform else (number_format.min_qvalue, number_format.max_qvalue)
+    step = {"nf4": 2 / 15, "fp4": 12 / 14}.get(number_format.name, 1.0)  # 16 levels in -1 .. 1, 15 in -6 .. 6
+    ends = {"nf4": (-1, 1), "fp4": (-6, 6)}.get(
+        number_format.name, (number_format.min_qvalue, number_format.max_qvalue)
+    )
     for group in range(stored.scale.shape[1]):
         rows = slice(group * size, (group + 1) * size)
-        scale = np.asarray(stored.scale[:, group], np.float64)[:, None]
+        scale = np.asarray(stored.effective_scale[:, group], np.float64)[:, None]
         zero = 0.0 if stored.zero_point is None else np.asarray(stored.zero_point[:, group], np.float64)[:, None]
         code = np.asarray(latent.value[:, rows], np.float64) * step + zero
         inside = (code > ends[0]) & (code < ends[1])
         decoded = np.asarray(number_format.decode(stored.qvalue[:, rows]), np.float64)
         np.testing.assert_allclose(got.value[:, rows], upstream[:, rows] * scale * step * inside, rtol=1e-5, atol=1e-6)
         want = np.sum(upstream[:, rows] * (decoded - zero) * scale, axis=1)
+        if scale.shape[-1] == 1:
+            want = want.sum(axis=-1, keepdims=True)
         np.testing.assert_allclose(got.log_scale[:, group], want, rtol=1e-4, atol=1e-4)
         if latent.zero_point is not None:
             z = np.asarray(latent.zero_point[:, group])

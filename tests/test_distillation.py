@@ -72,5 +72,5 @@ def test_what_cannot_be_compared(options):
     with pytest.raises(MpqError, match="fits 1 bits: give a larger budget"):
         Comparison(options).uniform(1)
     images = dataclasses.replace(load(options.model), inputs=Images(4, 4))
-    with pytest.raises(MpqError, match="reads no text behind BOS"):
+    with pytest.raises(MpqError, match="reads no text: give"):
         windows_of(images, options.data, options)

@@ -166,7 +166,9 @@ class TestScales:
             np.testing.assert_array_equal(part.zero_point[:, 1:], alone.zero_point)
         np.testing.assert_array_equal(part.qvalue[:, 16:], alone.qvalue)
 
-    @pytest.mark.parametrize("text", ["int4_g64", "int4_g64_zp", "nf4_g64", "int8_channel"])
+    @pytest.mark.parametrize(
+        "text", ["int4_g64", "int4_g64_zp", "nf4_g64", "int8_channel", "fp4_g64_sfp8", "int4_tensor"]
+    )
     def test_the_search_of_a_large_weight_takes_memory_of_a_few_copies(self, text):
         shape = (1, 2048, 1024)
         quantize = lambda w: scales.quantize(w, parse_scheme(text), "mse", jnp.ones(shape[:2]))
@@ -352,7 +354,7 @@ class TestGptq:
             quantizer(jnp.asarray(weights(n, 24, n)), scheme, 2 * gram)
         assert (gptq._quantize._cache_size(), gptq._factor._cache_size()) == before
 
-    @pytest.mark.parametrize("text", ["int4_g16", "int4_channel", "nf4_g16", "int2_g16_zp"])
+    @pytest.mark.parametrize("text", ["int4_g16", "int4_channel", "nf4_g16", "int2_g16_zp", "nvfp4", "int4_tensor"])
     @pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act_order"])
     def test_what_is_compiled_does_not_grow_with_k(self, text, act_order):
         scheme = parse_scheme(text)

@@ -72,6 +72,44 @@ def test_the_largest_scale_is_the_largest_e4m3_and_the_smallest_are_not_lost(tex
     assert (error <= 2.0**-9 * np.asarray(got.tensor_scale)).all()
 
 
+def test_a_range_under_a_tensor_scale_has_the_zero_point_of_its_effective_scale():
+    w = weights()
+    w[:, :16, 0] = np.abs(w).max(axis=(1, 2))[:, None] * np.linspace(-1, 1, 16, dtype=np.float32)
+    got = RTN("absmax")(jnp.asarray(w), parse_scheme("int4_g16_zp_sfp8"))
+    # the widest range of this matrix is that of a group, and as wide as ranges can be: its scale is the largest
+    np.testing.assert_allclose(
+        np.asarray(got.tensor_scale, np.float64)[:, 0, 0], 2 * np.abs(w).max(axis=(1, 2)) / 15 / 448, rtol=2.0**-12
+    )
+    assert (np.asarray(got.scale, np.float32)[:, 0, 0] == 448).all()
+    for index, rows in enumerate(groups_of(K, 16)):
+        block = w[:, rows].astype(np.float64)
+        low, high = np.minimum(block.min(axis=1), 0), np.maximum(block.max(axis=1), 0)
+        step = np.asarray(got.effective_scale, np.float64)[:, index]
+        exact = (high - low) / 15
+        # e4m3 rounds by at most a seventeenth of a normal number, and by half its smallest step below
+        smallest = 2.0**-9 * np.asarray(got.tensor_scale, np.float64)[:, 0]
+        assert (np.abs(step - exact) <= np.maximum(exact / 16, smallest)).all()
+        zero = np.asarray(got.zero_point)[:, index]
+        assert (np.abs(zero - np.clip(-8 - low / step, -8, 7)) <= 0.5 + 1e-5).all()
+
+
+@pytest.mark.parametrize(("text", "chosen"), [("fp4_g16_se8m0", {1, 2}), ("nf4_g16_se8m0", {0.5, 1})])
+def test_a_search_of_powers_of_two_finds_the_best_of_three(text, chosen):
+    """Float64 brute force over the rule's scale, twice and half of it: fp4 clips by the rule, and nf4 does not."""
+    w, scheme = weights(2), parse_scheme(text)
+    levels = np.arange(scheme.format.min_qvalue, scheme.format.max_qvalue + 1, dtype=np.int8)
+    levels = np.asarray(scheme.format.decode(jnp.asarray(levels)), np.float64)
+    got, plain = (RTN(method)(jnp.asarray(w), scheme) for method in ("mse", "absmax"))
+    rule = np.asarray(plain.scale, np.float64)
+    assert chosen <= set(np.unique(np.asarray(got.scale, np.float64) / rule)) <= {0.5, 1, 2}
+    for index, rows in enumerate(groups_of(K, 16)):
+        block, scale = w[:, rows].astype(np.float64), rule[:, index, None]
+        distance = lambda s, block=block: np.abs(block[..., None] - levels * s[..., None]).min(axis=-1)
+        errors = [(distance(scale * factor) ** 2).sum(axis=1) for factor in (1, 2, 0.5)]
+        error = ((np.asarray(got.dequantize(), np.float64)[:, rows] - block) ** 2).sum(axis=1)
+        np.testing.assert_allclose(error, np.min(errors, axis=0), rtol=1e-5)  # sums of 16 float32 squares
+
+
 def test_matrices_of_a_batch_have_tensor_scales_of_their_own():
     w = weights()
     got = RTN("mse")(jnp.asarray(w), parse_scheme("nvfp4"))

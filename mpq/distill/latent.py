@@ -46,7 +46,7 @@ def start(w: jax.Array, qtensor: QTensor, *, rounding: bool = True, scale: bool 
     assert qtensor.scale is not None
     scheme, decode = qtensor.scheme, qtensor.scheme.format.decode
     shift = 0.0 if qtensor.zero_point is None else _spread(decode(qtensor.zero_point), qtensor)
-    exact = w / _spread(qtensor.scale.astype(jnp.float32), qtensor)
+    exact = w / _spread(_effective(qtensor), qtensor)
     nearest = scheme.format.encode(exact + shift) == qtensor.qvalue
     value = jnp.where(nearest, exact, decode(qtensor.qvalue) - shift) / _step(scheme)
     zero_point = None if qtensor.zero_point is None or not scale else decode(qtensor.zero_point)
@@ -67,8 +67,7 @@ def reconstruct(latent: Latent, qtensor: QTensor) -> jax.Array:
     value = decode(stored.qvalue)
     if latent.value is not None:
         value = _straight_through(value, _within(latent.value * _step(qtensor.scheme) + shift, qtensor.scheme))
-    assert stored.scale is not None
-    scale = stored.scale.astype(jnp.float32)
+    scale = _effective(stored)
     if latent.log_scale is not None:
         scale = scale * _straight_through(jnp.ones(()), latent.log_scale)
     return (value - shift) * _spread(scale, qtensor)
@@ -109,6 +108,12 @@ def _within(value: jax.Array, scheme: Scheme) -> jax.Array:
 def _straight_through(exact: jax.Array, smooth: jax.Array) -> jax.Array:
     """`exact`, bit for bit, with the gradient of `smooth`."""
     return exact + (smooth - jax.lax.stop_gradient(smooth))
+
+
+def _effective(qtensor: QTensor) -> jax.Array:
+    scale = qtensor.effective_scale
+    assert scale is not None
+    return scale
 
 
 def _spread(per_group: jax.Array, qtensor: QTensor) -> jax.Array:

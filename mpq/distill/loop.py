@@ -69,13 +69,13 @@ class Distill:
       save_every: steps between two states written to disk, where a file is given.
     """
 
-    steps: int = 300
+    steps: int = 600
     batch_size: int = 8
     rounding: float = 0.02
     scale: float = 0.003
     zero_point: float = 0.02
     warmup: float = 0.05
-    noise: float = 0.1
+    noise: float = 0.3
     splice: bool = True
     save_every: int = 50
 

@@ -170,7 +170,10 @@ def _one(
     block: int,
     act_order: bool,
 ) -> QTensor:
-    """`_quantize` of one batch entry: `w[k, n]`, `gram[k, k]`, `place[places]`, `factor[places, places]`."""
+    """`_quantize` of one batch entry: `w[k, n]`, `gram[k, k]`, `place[places]`, `factor[places, places]`.
+
+    What is shared comes back along `n`, as everything that is chosen by column.
+    """
     k, row_weight = w.shape[0], scales.row_weight(gram.diagonal())
     nearest = scales.quantize(w, scheme, method, row_weight, shared)
     chain = factor.T / factor.diagonal()[:, None]  # [j, i] is R_ij / R_jj: what row j takes over of the error of row i
