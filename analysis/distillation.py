@@ -34,12 +34,13 @@ def table(result: Result, quantity: str) -> str:
 
 
 def plans(result: Result) -> str:
-    """Size and schemes of the plan that is distilled, a row a budget, and the seconds that the last ingredient took."""
-    lines = ["| budget | bits per weight | schemes | s |", "|---:|---:|---|---:|"]
-    for row in result["rows"]:
-        if row["ingredient"] == list(INGREDIENTS)[-1]:
-            schemes = ", ".join(f"{count} {scheme}" for scheme, count in row["schemes"].items())
-            lines.append(f"| {row['budget']:g} | {row['bits_per_weight']:.3f} | {schemes} | {row['seconds']:.0f} |")
+    """Size and schemes of the last ingredient's plan, a row a budget, and the seconds that it took to make."""
+    lines = ["| budget | bits per weight | weights and their schemes | s |", "|---:|---:|---|---:|"]
+    order = list(INGREDIENTS)
+    last = {row["budget"]: row for row in sorted(result["rows"], key=lambda row: order.index(row["ingredient"]))}
+    for budget, row in sorted(last.items()):
+        schemes = ", ".join(f"{count} {scheme}" for scheme, count in row["schemes"].items())
+        lines.append(f"| {budget:g} | {row['bits_per_weight']:.3f} | {schemes} | {row['seconds']:.0f} |")
     return "\n".join(lines)
 
 
@@ -67,7 +68,7 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
         yield table(result, "kl")
         yield "Rise of the loss, nats per token:"
         yield table(result, "excess")
-        yield "What was distilled:"
+        yield "The plans of the last row:"
         yield plans(result)
 
 
