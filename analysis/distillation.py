@@ -17,7 +17,7 @@ INGREDIENTS = {
     "fine": "more schemes to choose from",
     "scales": "its scales distilled",
     "codes": "codes and scales distilled",
-    "varied": "the same, on varied text",
+    "varied": "codes and scales distilled, on varied text",
 }
 
 
@@ -53,8 +53,8 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
     yield "# What each ingredient buys"
     yield (
         "Written by `python -m analysis.distillation` from the files beside it; `experiments/distillation.py` says how "
-        "they are made. Each row adds to the one above it, except that scales alone and codes with scales both start "
-        "from the plan above them. Text that no stage saw; standard errors over windows."
+        "they are made. Each row adds to the one above it, except that what is distilled always starts "
+        "from the plan of the third. Text that no stage saw; standard errors over windows."
     )
     for result in results:
         options = result["options"]
