@@ -4,10 +4,14 @@ import math
 import re
 from collections.abc import Sequence
 
+import numpy as np
+
+from mpq.types import SCALE_SUFFIXES
+
 MINUS = "\N{MINUS SIGN}"
 _CODE_WIDTH = re.compile(r"[a-z]+(?P<bits>\d+)|q(?P<kbits>\d)_")
 _GROUP = re.compile(r"_g(?P<size>\d+)")
-_SCALE_WIDTHS = {"_sfp8": 8, "_se8m0": 8, "_sfloat32": 32}  # of stored scales; float16 is not named
+_SCALE_WIDTHS = {suffix: 8 * np.dtype(dtype).itemsize for dtype, suffix in SCALE_SUFFIXES.items() if suffix}
 _PART, _NUMBER = re.compile(r"[^./]+"), re.compile(r"\d+")
 
 

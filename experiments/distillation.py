@@ -11,6 +11,8 @@ count codes, scales and zero points. The excess is the rise of the loss; `*_stde
 """
 
 import dataclasses
+import functools
+import itertools
 import re
 import time
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ import jax
 import numpy as np
 import tyro
 
-from mpq.allocate import Problem, solve_frontier
+from mpq.allocate import Frontier, Problem, solve_frontier
 from mpq.calibrate import calibrate
 from mpq.data import new_dataset, take
 from mpq.data.text import plain_tokenizer
@@ -33,7 +35,7 @@ from mpq.inputs import Dataset, Tokens
 from mpq.models import Model, load
 from mpq.quantize import GPTQ, Candidates, apply_plan
 from mpq.sensitivity import METRICS
-from mpq.types import MpqError, QTensor, Scheme
+from mpq.types import MpqError, QTensor, Scheme, SensitivityTable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,12 +99,13 @@ class Comparison:
         params = apply_plan(self.model.params, self.traced.weights, qtensors)
         return score(self.model, params, self.reference.data, reference=self.reference, batch_size=0)
 
-    def problem(self, texts: tuple[str, ...]) -> Problem:
-        """Of the quantized weights alone, by Monte Carlo Fisher of GPTQ's errors."""
+    @functools.cached_property
+    def table(self) -> SensitivityTable:
+        """Monte Carlo Fisher of GPTQ's errors: of the weights that are quantized, under all schemes."""
         table = METRICS["fisher"](
             self.model,
             self.traced,
-            tuple(map(parse_scheme, texts)),
+            tuple(map(parse_scheme, (*self.options.uniform, *self.options.fine))),
             self.candidates,
             take(self.calibration, self.options.sensitivity_windows),
             key=jax.random.key(0),
@@ -110,7 +113,19 @@ class Comparison:
         )
         rows = [i for i, w in enumerate(table.weights) if w in self.weights]
         part = {"loss_increase": table.loss_increase[rows], "stderr": table.stderr[rows]}
-        return Problem.from_table(dataclasses.replace(table, weights=self.weights, **part))
+        return dataclasses.replace(table, weights=self.weights, **part)
+
+    @functools.cached_property
+    def fine(self) -> Frontier:
+        """Of all schemes."""
+        return solve_frontier(Problem.from_table(self.table))
+
+    @functools.cached_property
+    def coarse(self) -> Frontier:
+        """Of the schemes that the first ingredient takes one of."""
+        few, table = len(self.options.uniform), self.table
+        part = {"loss_increase": table.loss_increase[:, :few], "stderr": table.stderr[:, :few]}
+        return solve_frontier(Problem.from_table(dataclasses.replace(table, schemes=table.schemes[:few], **part)))
 
     def uniform(self, bits: int) -> dict[str, Scheme]:
         """The largest uniform scheme that fits."""
@@ -120,35 +135,30 @@ class Comparison:
             raise MpqError(f"no scheme of {', '.join(self.options.uniform)} fits {bits} bits: give a larger budget")
         return dict.fromkeys((w.path for w in self.weights), max(fitting, key=size))
 
-    def distilled(self, choice: dict[str, Scheme], **options: Any) -> dict[str, QTensor]:
-        """Its plan after distillation."""
+    def plan(self, ingredient: str, bits: int) -> dict[str, QTensor]:
+        """The weights, this and all earlier ingredients added."""
+        if ingredient == "uniform":
+            return self.candidates.choose(self.uniform(bits))
+        if ingredient == "allocated":
+            return self.candidates.choose(self.coarse.at(bits=bits).choice)
+        qtensors = self.candidates.choose(self.fine.at(bits=bits).choice)
+        if ingredient == "fine":
+            return qtensors
+        as_it_is: dict[str, Any] = {"noise": 0.0, "splice": False}
+        options = {"scales": {"rounding": 0.0, **as_it_is}, "codes": as_it_is, "varied": {}}[ingredient]
         training = Distill(steps=self.options.steps, batch_size=self.options.batch_size, **options)
-        qtensors = self.candidates.choose(choice)
         return training(self.model, self.traced, qtensors, self.calibration, key=jax.random.key(0)).qtensors
 
     def rows(self, done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """One a budget and ingredient, those in `done` left out."""
-        options = self.options
-        coarse = solve_frontier(self.problem(options.uniform))
-        fine = solve_frontier(self.problem((*options.uniform, *options.fine))) if options.fine else coarse
+        known = {(row["budget"], row["ingredient"]) for row in done}
         values = sum(w.size for w in self.weights)
-        for bpw in options.budgets:
-            bits = int(bpw * values)
-            last = lambda bits=bits: fine.at(bits=bits).choice
-            make = {
-                "uniform": lambda bits=bits: self.candidates.choose(self.uniform(bits)),
-                "allocated": lambda bits=bits: self.candidates.choose(coarse.at(bits=bits).choice),
-                "fine": lambda last=last: self.candidates.choose(last()),
-                "scales": lambda last=last: self.distilled(last(), rounding=0.0, noise=0.0, splice=False),
-                "codes": lambda last=last: self.distilled(last(), noise=0.0, splice=False),
-                "varied": lambda last=last: self.distilled(last()),
-            }
-            for ingredient in options.ingredients:
-                if not any(row["budget"] == bpw and row["ingredient"] == ingredient for row in done):
-                    start = time.perf_counter()
-                    qtensors = make[ingredient]()
-                    seconds = time.perf_counter() - start
-                    yield {"budget": bpw, "ingredient": ingredient, "seconds": round(seconds, 1), **self.row(qtensors)}
+        for budget, ingredient in itertools.product(self.options.budgets, self.options.ingredients):
+            if (budget, ingredient) not in known:
+                start = time.perf_counter()
+                qtensors = self.plan(ingredient, int(budget * values))
+                seconds = time.perf_counter() - start
+                yield {"budget": budget, "ingredient": ingredient, "seconds": round(seconds, 1), **self.row(qtensors)}
 
     def row(self, qtensors: dict[str, QTensor]) -> dict[str, Any]:
         """Size and quality of a plan."""

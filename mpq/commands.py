@@ -128,12 +128,13 @@ def quantize(
     candidates = make_candidates(model, traced, method, data, stats, text.batch_size if text else 1)
     qtensors, told = candidates.choose(plan.choices), {}
     state = out.with_name(f"{out.name}.distill")  # an interrupted distillation goes on from here
-    if distill and data is not None:
-        options = Distill(steps=distill, batch_size=min(text.batch_size, len(data.inputs)) if text else 1)
+    if distill and text is not None and data is not None:
+        options = Distill(steps=distill, batch_size=min(text.batch_size, len(data.inputs)))
         qtensors, losses = options(model, traced, qtensors, data, key=jax.random.key(0), state=state)
         told = {"distill": distill, "first_loss": float(losses[0]), "last_loss": float(losses[-1])}
     written = orbax.save(out, **export_arguments(model, traced.weights, qtensors, plan))
-    state.unlink(missing_ok=True)
+    if distill:
+        state.unlink()
     return {
         "out": str(out),
         "plan": plan.name,

@@ -197,6 +197,14 @@ class WeightSpec:
         """Stored size of this weight under `scheme`."""
         return scheme.size_bits(self.k, self.n, self.batch)
 
+    def read(self, params: Params) -> jax.Array:
+        """The weight in float32, `[batch, k, n]`."""
+        return self.to_matrix(jax.numpy.asarray(params[self.param], np.float32))
+
+    def write(self, params: Params, matrix: jax.Array) -> dict[str, jax.Array]:
+        """`params` with this weight replaced by `matrix[batch, k, n]`; equal tree and shapes, so nothing recompiles."""
+        return {**params, self.param: self.from_matrix(matrix, params[self.param])}
+
     def to_matrix(self, param: jax.Array) -> jax.Array:
         """The matrix view `[batch, k, n]` of the whole parameter array `params[self.param]`."""
         factored = param[self.where].reshape(self.factors or self.shape)
@@ -321,11 +329,14 @@ class QTensor:
         scale = self.effective_scale
         if scale is None:
             return value
-        k = self.qvalue.shape[-2]
-        spread = lambda a: jax.numpy.repeat(a, self.scheme.group_size or k, axis=-2)[..., :k, :]
         if self.zero_point is not None:
-            value = value - spread(self.scheme.format.decode(self.zero_point).astype(np.float32))
-        return value * spread(scale)
+            value = value - self.spread(self.scheme.format.decode(self.zero_point).astype(np.float32))
+        return value * self.spread(scale)
+
+    def spread(self, per_group: jax.Array) -> jax.Array:
+        """One number a group to one a row: `[batch, groups, n]` to `[batch, k, n]`."""
+        k = self.qvalue.shape[-2]
+        return jax.numpy.repeat(per_group, self.scheme.group_size or k, axis=-2)[..., :k, :]
 
 
 @dataclasses.dataclass(frozen=True)

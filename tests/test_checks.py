@@ -11,7 +11,6 @@ from mpq.artifacts import make_plan, plan_of_allocation
 from mpq.calibrate import calibrate
 from mpq.data import make_dataset
 from mpq.formats import parse_scheme
-from mpq.models import load
 from mpq.quantize import GPTQ, RTN, Candidates
 from mpq.types import MpqError, SensitivityTable
 from tests import tiny
@@ -22,9 +21,7 @@ SCHEMES = tuple(map(parse_scheme, ("int2_g16", "int4_g16", "int8_channel")))
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory):
-    model = load(str(tiny.write_folder(tmp_path_factory.mktemp("checks") / "model")))
-    documents = tiny.text(documents=20).split("<|endoftext|>")
-    data = make_dataset(documents, model.tokenizer, bos=model.inputs.bos, window=16, max_windows=8, source="noise")
+    model, data = tiny.loaded(tmp_path_factory.mktemp("checks") / "model", max_windows=8)
     traced = model.trace(4, 16)
     stats = calibrate(traced, model.params, data, 4)
     return model, traced.weights, stats

@@ -20,7 +20,7 @@ import pytest
 from mpq.estimate import mean_over_documents, sums_over_documents
 from mpq.evaluate import Reference, score
 from mpq.quantize import RTN, Candidates
-from mpq.sensitivity.base import substituted, window_divergences
+from mpq.sensitivity.base import window_divergences
 from tests.sensitivity_cases import SCHEMES, make_model, random_data, traced
 
 DOCUMENTS, SAMPLES, BATCH = 4000, 200, 500
@@ -34,7 +34,7 @@ def measured():
     candidates, reference = Candidates(model.params, weights, RTN()), Reference(model, data, BATCH)
     columns = []
     for spec in weights:
-        params = substituted(model.params, spec, candidates.dequantized(spec, SCHEMES[1]))
+        params = spec.write(model.params, candidates.dequantized(spec, SCHEMES[1]))
         values = window_divergences(model, params, reference.batches())
         columns.append(sums_over_documents(values, data.document))
     whole = score(model, params, data, reference=reference, batch_size=0)

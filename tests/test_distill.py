@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpq.data import make_dataset, new_dataset
+from mpq.data import new_dataset
 from mpq.distill import Distill, loop
 from mpq.distill.vary import varied
 from mpq.evaluate import Reference, score
 from mpq.formats import parse_scheme
-from mpq.models import load
 from mpq.quantize import RTN, Candidates, apply_plan
 from mpq.types import MpqError
 from tests import tiny
@@ -25,9 +24,7 @@ SCHEMES = ("int2_g16", "int3_g16_zp", "nf4_g16", "fp32")
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory):
     """Model, its trace, a mixed plan rounded to nearest, and windows."""
-    model = load(str(tiny.write_folder(tmp_path_factory.mktemp("distill") / "model")))
-    documents = tiny.text(documents=20).split("<|endoftext|>")
-    data = make_dataset(documents, model.tokenizer, bos=model.inputs.bos, window=16, max_windows=14, source="noise")
+    model, data = tiny.loaded(tmp_path_factory.mktemp("distill") / "model", max_windows=14)
     traced = model.trace(4, 16)
     candidates = Candidates(model.params, traced.weights, RTN())
     plan = {spec.path: parse_scheme(SCHEMES[i % len(SCHEMES)]) for i, spec in enumerate(traced.weights)}

@@ -6,11 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpq.data import make_dataset
 from mpq.evaluate import Reference, score
 from mpq.formats import parse_scheme
 from mpq.measure import PlanLoss
-from mpq.models import load
 from mpq.quantize import RTN, Candidates, apply_plan
 from mpq.sensitivity import MemoryStore
 from mpq.types import MpqError
@@ -21,9 +19,7 @@ SCHEMES = tuple(map(parse_scheme, ("int2_g16", "int4_g16", "fp32")))
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory):
-    model = load(str(tiny.write_folder(tmp_path_factory.mktemp("measure") / "model")))
-    documents = tiny.text(documents=20).split("<|endoftext|>")
-    data = make_dataset(documents, model.tokenizer, bos=model.inputs.bos, window=16, max_windows=10, source="noise")
+    model, data = tiny.loaded(tmp_path_factory.mktemp("measure") / "model", max_windows=10)
     traced = model.trace(4, 16)
     return model, data, traced, Candidates(model.params, traced.weights, RTN())
 

@@ -7,6 +7,10 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from mpq.data import make_dataset
+from mpq.inputs import Dataset
+from mpq.models import Model, load
+
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -70,6 +74,14 @@ def tokenizer(vocab_size: int = 96) -> Tokenizer:
     )
     result.train_from_iterator([text()], trainer)
     return result
+
+
+def loaded(path: Path, max_windows: int) -> tuple[Model, Dataset]:
+    """A model from a folder made at `path`, and windows of 16 tokens of its text."""
+    model, documents = load(str(write_folder(path))), text(documents=20).split("<|endoftext|>")
+    return model, make_dataset(
+        documents, model.tokenizer, bos=model.inputs.bos, window=16, max_windows=max_windows, source="noise"
+    )
 
 
 def write_folder(path: Path, config: dict = CONFIG, weights: dict[str, np.ndarray] | None = None) -> Path:

@@ -45,8 +45,8 @@ def start(w: jax.Array, qtensor: QTensor, *, rounding: bool = True, scale: bool 
     """
     assert qtensor.scale is not None
     scheme, decode = qtensor.scheme, qtensor.scheme.format.decode
-    shift = 0.0 if qtensor.zero_point is None else _spread(decode(qtensor.zero_point), qtensor)
-    exact = w / _spread(_effective(qtensor), qtensor)
+    shift = 0.0 if qtensor.zero_point is None else qtensor.spread(decode(qtensor.zero_point))
+    exact = w / qtensor.spread(_effective(qtensor))
     nearest = scheme.format.encode(exact + shift) == qtensor.qvalue
     value = jnp.where(nearest, exact, decode(qtensor.qvalue) - shift) / _step(scheme)
     zero_point = None if qtensor.zero_point is None or not scale else decode(qtensor.zero_point)
@@ -63,14 +63,14 @@ def reconstruct(latent: Latent, qtensor: QTensor) -> jax.Array:
         zero_point = decode(stored.zero_point)
         if latent.zero_point is not None:
             zero_point = _straight_through(zero_point, _within(latent.zero_point, qtensor.scheme))
-        shift = _spread(zero_point, qtensor)
+        shift = qtensor.spread(zero_point)
     value = decode(stored.qvalue)
     if latent.value is not None:
         value = _straight_through(value, _within(latent.value * _step(qtensor.scheme) + shift, qtensor.scheme))
     scale = _effective(stored)
     if latent.log_scale is not None:
         scale = scale * _straight_through(jnp.ones(()), latent.log_scale)
-    return (value - shift) * _spread(scale, qtensor)
+    return (value - shift) * qtensor.spread(scale)
 
 
 def freeze(latent: Latent, qtensor: QTensor) -> QTensor:
@@ -85,7 +85,7 @@ def freeze(latent: Latent, qtensor: QTensor) -> QTensor:
     if latent.zero_point is not None:
         zero_point = jnp.round(_within(latent.zero_point, scheme)).astype(jnp.int8)
     if latent.value is not None:
-        shift = 0.0 if zero_point is None else _spread(number_format.decode(zero_point), qtensor)
+        shift = 0.0 if zero_point is None else qtensor.spread(number_format.decode(zero_point))
         qvalue = number_format.encode(latent.value * _step(scheme) + shift)
     return dataclasses.replace(qtensor, qvalue=qvalue, scale=scale, zero_point=zero_point)
 
@@ -114,9 +114,3 @@ def _effective(qtensor: QTensor) -> jax.Array:
     scale = qtensor.effective_scale
     assert scale is not None
     return scale
-
-
-def _spread(per_group: jax.Array, qtensor: QTensor) -> jax.Array:
-    """One number a group to one a row: `[batch, groups, n]` to `[batch, k, n]`."""
-    k = qtensor.qvalue.shape[-2]
-    return jnp.repeat(per_group, qtensor.scheme.group_size or k, axis=-2)[..., :k, :]

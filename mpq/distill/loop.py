@@ -126,7 +126,7 @@ class Distill:
         rest = {path: qtensor for path, qtensor in qtensors.items() if path not in scaled}
         params = apply_plan(model.params, traced.weights, rest)
         latents = {
-            path: start(_matrix(model.params, specs[path]), q, rounding=self.rounding > 0, scale=self.scale > 0)
+            path: start(specs[path].read(model.params), q, rounding=self.rounding > 0, scale=self.scale > 0)
             for path, q in scaled.items()
         }
         loss = functools.partial(_loss, model, {path: specs[path] for path in scaled})
@@ -219,13 +219,9 @@ def _loss(
     """Mean KL(original || quantized) of the outputs that count, nats."""
     quantized = dict(params)
     for path, spec in specs.items():
-        quantized[spec.param] = spec.from_matrix(reconstruct(latents[path], qtensors[path]), quantized[spec.param])
+        quantized = spec.write(quantized, reconstruct(latents[path], qtensors[path]))
     p, q = (model.task.distribution(model.apply(each, inputs)) for each in (original, quantized))
     return jnp.sum(model.task.divergence(p, q), where=counted) / jnp.maximum(jnp.sum(counted, dtype=jnp.float32), 1.0)
-
-
-def _matrix(params: Params, spec: WeightSpec) -> jax.Array:
-    return spec.to_matrix(jnp.asarray(params[spec.param], jnp.float32))
 
 
 def _save(path: Path, whole: Any, losses: list[float], told: Mapping[str, str]) -> None:

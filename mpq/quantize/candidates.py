@@ -87,7 +87,7 @@ class Candidates:
     def squared_error(self, spec: WeightSpec, scheme: Scheme) -> float:
         """Sum of squared differences to the weight. Raises as `qtensor` does."""
         got = np.asarray(self.dequantized(spec, scheme), np.float64)
-        return float(np.sum((got - np.asarray(self._matrix(spec), np.float64)) ** 2))
+        return float(np.sum((got - np.asarray(spec.read(self._params), np.float64)) ** 2))
 
     def ignores_statistics(self, spec: WeightSpec, scheme: Scheme) -> bool:
         """Whether the weight is rounded as it would be without statistics. Raises as `qtensor` does."""
@@ -96,14 +96,11 @@ class Candidates:
         same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), plain, got)
         return all(jax.tree.leaves(same))
 
-    def _matrix(self, spec: WeightSpec) -> jax.Array:
-        return spec.to_matrix(jnp.asarray(self._params[spec.param], jnp.float32))
-
     def _inputs(self, spec: WeightSpec) -> tuple[jax.Array, jax.Array | None]:
         """Weight and gram, checked once."""
         if self._weights.get(spec.path) != spec:
             raise MpqError(f"weight {spec.path} is not one of the {len(self._weights)} of this model: trace it again")
-        weight, stats = self._matrix(spec), self._stats.get(spec.path)
+        weight, stats = spec.read(self._params), self._stats.get(spec.path)
         gram = None if stats is None else jnp.asarray(stats.gram, jnp.float32)
         if spec.path not in self._checked:
             if not jnp.isfinite(weight).all():
@@ -135,6 +132,5 @@ def apply_plan(params: Params, weights: Sequence[WeightSpec], qtensors: Mapping[
         raise MpqError(f"quantized weight {unknown[0]} is not one of the {len(known)} of this model: trace it again")
     result = dict(params)
     for path, qtensor in qtensors.items():
-        spec = known[path]
-        result[spec.param] = spec.from_matrix(dequantize(qtensor), result[spec.param])
+        result = known[path].write(result, dequantize(qtensor))
     return result

@@ -39,7 +39,6 @@ from mpq.sensitivity.base import (
     candidates_digest,
     check_inputs,
     measured_on,
-    substituted,
 )
 from mpq.sensitivity.by_batch import table_of_windows
 from mpq.sensitivity.gradients import divergence_slopes
@@ -130,7 +129,7 @@ def on_path(params: Params, weights: Sequence[WeightSpec], errors: Errors, t: fl
     for spec in weights:
         if spec.path in errors:
             matrix = spec.to_matrix(params[spec.param]) + np.float32(t) * errors[spec.path][0]
-            changed = substituted(changed, spec, matrix)
+            changed = spec.write(changed, matrix)
     return changed
 
 

@@ -132,11 +132,6 @@ def require_targets(metric: str, model: Model, data: Dataset) -> None:
         )
 
 
-def substituted(params: Params, spec: WeightSpec, matrix: jax.Array) -> dict[str, jax.Array]:
-    """`params` with one weight replaced by `matrix[batch, k, n]`; equal tree and shapes, so nothing recompiles."""
-    return {**params, spec.param: spec.from_matrix(matrix, params[spec.param])}
-
-
 def output_losses(
     apply: Callable[[Params, jax.Array], jax.Array], task: Task, params: Params, batch: Batch
 ) -> jax.Array:
@@ -211,7 +206,7 @@ def substituted_all(
     params: Params, weights: Sequence[WeightSpec], scheme: Scheme, candidates: CandidateSource
 ) -> dict[str, jax.Array]:
     """`params` with every weight replaced by its candidate at `scheme`."""
-    replace = lambda changed, spec: substituted(changed, spec, candidates.dequantized(spec, scheme))
+    replace = lambda changed, spec: spec.write(changed, candidates.dequantized(spec, scheme))
     return functools.reduce(replace, weights, dict(params))
 
 

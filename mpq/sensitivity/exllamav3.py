@@ -38,7 +38,6 @@ from mpq.sensitivity.base import (
     candidates_digest,
     check_inputs,
     quantization_error,
-    substituted,
     substituted_all,
     window_divergences,
 )
@@ -101,7 +100,7 @@ class ExLlamaV3:
 
         def in_plan(spec: WeightSpec, params: Params) -> np.ndarray:
             matrix = spec.to_matrix(params[spec.param])
-            return window_divergences(model, substituted(plan, spec, matrix), reference.batches())
+            return window_divergences(model, spec.write(plan, matrix), reference.batches())
 
         @functools.lru_cache(maxsize=1)  # asked for once a scheme, weight after weight
         def of_original(spec: WeightSpec) -> np.ndarray:

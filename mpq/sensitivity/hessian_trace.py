@@ -40,7 +40,6 @@ from mpq.sensitivity.base import (
     make_table,
     measured_on,
     output_losses,
-    substituted,
 )
 from mpq.store import kept
 from mpq.tasks import Task
@@ -137,7 +136,7 @@ def _samples(
     """`float32[weights]`: v_l^T (H v)_l of the loss summed over the batch's outputs that count."""
 
     def loss(weights: Params, batch: Batch) -> jax.Array:
-        changed = functools.reduce(lambda p, spec: substituted(p, spec, weights[spec.path]), specs, dict(params))
+        changed = functools.reduce(lambda p, spec: spec.write(p, weights[spec.path]), specs, dict(params))
         return jnp.sum(jnp.where(counted, output_losses(apply, task, changed, batch), 0.0))
 
     samples = trace_sample(loss, weights, batch, v)

@@ -38,7 +38,6 @@ from mpq.sensitivity.base import (
     check_inputs,
     make_table,
     measured_on,
-    substituted,
     window_divergences,
 )
 from mpq.sensitivity.snr import noise_to_signal
@@ -117,7 +116,7 @@ def _measured(model: Model, reference: Reference, spec: WeightSpec, size: float,
     """KL of each window, nats, with noise of `size` on one weight."""
     weight = spec.to_matrix(model.params[spec.param])
     noise = noise_of_size(jax.random.fold_in(key, stable_id(spec.path)), weight, size)
-    changed = substituted(model.params, spec, weight + noise)
+    changed = spec.write(model.params, weight + noise)
     return window_divergences(model, changed, reference.batches())[: len(reference.data.inputs)].tolist()
 
 

@@ -16,7 +16,7 @@ from mpq.evaluate import Reference
 from mpq.inputs import Dataset
 from mpq.models.model import Model
 from mpq.progress import track
-from mpq.sensitivity.base import CandidateSource, Store, make_table, measured_on, substituted
+from mpq.sensitivity.base import CandidateSource, Store, make_table, measured_on
 from mpq.store import kept
 from mpq.trace import Trace
 from mpq.types import MpqError, Params, Scheme, SensitivityTable, WeightSpec
@@ -77,7 +77,7 @@ class Single:
 
     def _measured(self, spec: WeightSpec, scheme: Scheme, first: int, last: int) -> list[float]:
         original = self.model.params
-        changed = substituted(original, spec, self.candidates.dequantized(spec, scheme))
+        changed = spec.write(original, self.candidates.dequantized(spec, scheme))
         if bool(jnp.array_equal(changed[spec.param], original[spec.param])):
             return [0.0] * (last - first)
         values = self.measure(spec, changed, first, last)[: last - first]

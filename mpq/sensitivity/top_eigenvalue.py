@@ -47,7 +47,6 @@ from mpq.sensitivity.base import (
     make_table,
     measured_on,
     output_losses,
-    substituted,
 )
 from mpq.sensitivity.hessian_form import rows_along
 from mpq.store import kept
@@ -137,7 +136,7 @@ class TopEigenvalue:
         iterate = functools.partial(_iterate, model.apply, model.task, specs)
         v = iterate(model.params, weights, batches, counted, block, start, self.num_iterations)
         zeros = {path: jnp.zeros_like(param) for path, param in model.params.items()}
-        return substituted(zeros, spec, v[spec.path])
+        return spec.write(zeros, v[spec.path])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -160,7 +159,7 @@ def _iterate(
 
     def loss(weights: Params, batch_counted: tuple[Batch, jax.Array]) -> jax.Array:
         batch, counted = batch_counted
-        changed = functools.reduce(lambda p, spec: substituted(p, spec, weights[spec.path]), specs, dict(params))
+        changed = functools.reduce(lambda p, spec: spec.write(p, weights[spec.path]), specs, dict(params))
         return jnp.sum(jnp.where(counted, output_losses(apply, task, changed, batch), 0.0))
 
     def product(v: Params) -> dict[str, jax.Array]:
