@@ -89,7 +89,7 @@ class TestScales:
         for start in range(0, K, 16):
             part, h = w[0, start : start + 16].astype(np.float64), row[start : start + 16, None]
             best = np.full(N, np.inf)
-            for candidate in scales._candidates(scheme).astype(np.float64):
+            for candidate in np.asarray(scales._candidates(scheme), np.float64):
                 if scheme.zero_point:
                     low, high = (
                         np.minimum(part.min(axis=0), 0) * candidate[0],

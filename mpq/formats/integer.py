@@ -1,6 +1,7 @@
 """Signed integers of 2 to 8 bits: qvalues `-2^(bits-1) .. 2^(bits-1) - 1`."""
 
 import dataclasses
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,12 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Integer:
-    """A uniform grid with step 1. With a zero point (`Scheme.zero_point`) the same codes serve affine quantization."""
+    """A uniform grid with step 1. With a zero point (`Scheme.zero_point`) the same codes serve affine quantization.
+
+    Attributes:
+      bits: width of a code. In a compiled function it may be an `int32` argument, so that one compilation serves all
+        widths (`mpq.quantize.widths`); then so are the bounds, and there is no name.
+    """
 
     bits: int
 
@@ -20,17 +26,18 @@ class Integer:
     @property
     def min_qvalue(self) -> int:
         """Most negative code."""
-        return -(2 ** (self.bits - 1))
+        return -(1 << (self.bits - 1))
 
     @property
     def max_qvalue(self) -> int:
         """Most positive code."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
     @property
     def max_magnitude(self) -> float:
         """Largest |decode(q)| reached on both sides: absmax scale = absmax / this."""
-        return float(self.max_qvalue)
+        given = isinstance(self.bits, int)
+        return float(self.max_qvalue) if given else cast(float, jnp.asarray(self.max_qvalue, jnp.float32))
 
     @property
     def uniform(self) -> bool:
@@ -39,7 +46,8 @@ class Integer:
 
     def encode(self, x: jax.Array) -> jax.Array:
         """Nearest qvalue (ties to even) of each element of `x`, already divided by its scale. `int8`, same shape."""
-        return jnp.clip(jnp.round(x), self.min_qvalue, self.max_qvalue).astype(jnp.int8)
+        lowest, highest = (jnp.asarray(end, x.dtype) for end in (self.min_qvalue, self.max_qvalue))
+        return jnp.clip(jnp.round(x), lowest, highest).astype(jnp.int8)
 
     def decode(self, qvalue: jax.Array) -> jax.Array:
         """Unscaled value of each qvalue. `float32`, same shape."""

@@ -1,5 +1,6 @@
 """Quantized weights on demand: every (weight, scheme) pair is computed once, when it is first asked for."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -8,10 +9,15 @@ import numpy as np
 
 from mpq.files import digest_arrays, digest_json
 from mpq.quantize.quantizer import Quantizer
+from mpq.quantize.widths import common
 from mpq.types import LayerStats, MpqError, Params, QTensor, Scheme, WeightSpec
 
-dequantize = jax.jit(QTensor.dequantize)
-"""`float32[batch, k, n]` of a `QTensor`, compiled."""
+_dequantize = jax.jit(QTensor.dequantize)
+
+
+def dequantize(qtensor: QTensor) -> jax.Array:
+    """`float32[batch, k, n]`, compiled; `QTensor.dequantize` does not depend on the width of an integer."""
+    return _dequantize(dataclasses.replace(qtensor, scheme=common(qtensor.scheme)[0]))
 
 
 class Candidates:

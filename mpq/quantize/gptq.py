@@ -30,6 +30,7 @@ import numpy as np
 
 from mpq.quantize import scales
 from mpq.quantize.rtn import RTN
+from mpq.quantize.widths import common, with_width
 from mpq.types import MpqError, QTensor, Scheme
 
 _Fit = tuple[jax.Array, jax.Array, jax.Array | None]  # qvalue, scale, zero point
@@ -93,12 +94,20 @@ class GPTQ:
         n, tile, shared = w.shape[-1], self.columns, scales.Shared()
         if scheme.per_tensor or scheme.has_tensor_scale:
             row_weight = scales.row_weight(gram.diagonal(axis1=-2, axis2=-1))
-            shared = scales.fit_matrix(w, scheme, self.scale, row_weight)
+            shared = _fit_matrix(w, row_weight, *common(scheme), self.scale)
         w = jnp.pad(w, ((0, 0), (0, 0), (0, -n % tile)))
         part = lambda start: jax.lax.dynamic_slice_in_dim(w, start, tile, axis=2)
-        arguments = (gram, place, factor, shared, scheme, self.scale, block, self.act_order)
+        arguments = (gram, place, factor, shared, *common(scheme), self.scale, block, self.act_order)
         parts = [_quantize(part(start), *arguments) for start in range(0, n, tile)]
-        return shared.restore(jax.tree.map(lambda *a: jnp.concatenate(a, axis=-1)[..., :n], *parts))
+        joined = jax.tree.map(lambda *a: jnp.concatenate(a, axis=-1)[..., :n], *parts)
+        return shared.restore(dataclasses.replace(joined, scheme=scheme))
+
+
+@functools.partial(jax.jit, static_argnames=("scheme", "method"))
+def _fit_matrix(
+    w: jax.Array, row_weight: jax.Array, scheme: Scheme, width: jax.Array | None, method: str
+) -> scales.Shared:
+    return scales.fit_matrix(w, with_width(scheme, width), method, row_weight)
 
 
 def _places(gram: jax.Array, scheme: Scheme, options: GPTQ) -> tuple[int, jax.Array]:
@@ -147,12 +156,17 @@ def _quantize(
     factor: jax.Array,
     shared: scales.Shared,
     scheme: Scheme,
+    width: jax.Array | None,
     method: str,
     block: int,
     act_order: bool,
 ) -> QTensor:
     """The better of GPTQ and RTN for every output column of `w[batch, k, n]`, rows in the order of `place`."""
-    one = functools.partial(_one, scheme=scheme, method=method, block=block, act_order=act_order)
+
+    def one(*entry: Any) -> QTensor:
+        got = _one(*entry, scheme=with_width(scheme, width), method=method, block=block, act_order=act_order)
+        return dataclasses.replace(got, scheme=scheme)
+
     if len(w) == 1:  # the usual case compiles a quarter faster without the batch axis
         first = jax.tree.map(lambda a: a[0], (w, gram, place, factor, shared))
         return jax.tree.map(lambda a: a[None], one(*first))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mpq.quantize import scales
+from mpq.quantize.widths import common, with_width
 from mpq.types import QTensor, Scheme
 
 
@@ -42,10 +43,11 @@ class RTN:
           scheme: any scheme.
           gram: `float32[batch, k, k]`, E[x xT], or None; only its diagonal is read.
         """
-        return _rtn(w, None if gram is None else gram.diagonal(axis1=-2, axis2=-1), scheme, self.scale)
+        diagonal = None if gram is None else gram.diagonal(axis1=-2, axis2=-1)
+        return dataclasses.replace(_rtn(w, diagonal, *common(scheme), self.scale), scheme=scheme)
 
 
 @functools.partial(jax.jit, static_argnames=("scheme", "method"))
-def _rtn(w: jax.Array, diagonal: jax.Array | None, scheme: Scheme, method: str) -> QTensor:
+def _rtn(w: jax.Array, diagonal: jax.Array | None, scheme: Scheme, width: jax.Array | None, method: str) -> QTensor:
     weight = jnp.ones(w.shape[:-1]) if diagonal is None else scales.row_weight(diagonal)
-    return scales.quantize(w, scheme, method, weight)
+    return dataclasses.replace(scales.quantize(w, with_width(scheme, width), method, weight), scheme=scheme)

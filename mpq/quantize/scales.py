@@ -32,6 +32,7 @@ METHODS = ("absmax", "mse")
 # each sign; for affine schemes these many for each end of the range. Finer grids were measured to lower the error by
 # less than 1 %.
 _NUM_FACTORS, _NUM_ENDS, _LARGEST = 20, 7, 1.05
+_MOST_BITS = 8  # of any format with a scale
 # Elements that candidates scored at once may take together.
 _CHUNK = 2**19
 # Share of the mean added to every row's weight, so that rows that calibration never excited still count a little.
@@ -93,7 +94,6 @@ def round_scale(scale: jax.Array, dtype: str) -> jax.Array:
     return jnp.where(scale < 0, -magnitude, magnitude)
 
 
-@functools.partial(jax.jit, static_argnames=("scheme", "method"))
 def fit_matrix(w: jax.Array, scheme: Scheme, method: str, weight: jax.Array) -> Shared:
     """What the scheme lets all groups of `w` share.
 
@@ -114,10 +114,10 @@ def fit_matrix(w: jax.Array, scheme: Scheme, method: str, weight: jax.Array) -> 
         return Shared()
     low, high = (jnp.abs(end(w, axis=(-2, -1), keepdims=True, initial=0.0)) for end in (jnp.min, jnp.max))
     if scheme.zero_point:
-        steps = np.float32(scheme.format.max_qvalue - scheme.format.min_qvalue)
+        steps = jnp.float32(scheme.format.max_qvalue - scheme.format.min_qvalue)
         largest = high / steps + low / steps
     else:
-        largest = jnp.maximum(low, high) / np.float32(scheme.format.max_magnitude)
+        largest = jnp.maximum(low, high) / jnp.float32(scheme.format.max_magnitude)
     scale = largest / np.float32(jnp.finfo(scheme.scale_dtype).max)
     # At least 2^-110: the product with the smallest e4m3, 2^-9, is a normal float32.
     scale = jnp.where(largest > 0, jnp.maximum(scale, np.float32(2.0**-110)), 1.0)
@@ -158,27 +158,34 @@ def fit_group(
         return jnp.sum(weight * difference**2, axis=-2)
 
     chunk = max(1, min(len(candidates), _CHUNK // max(x.size, 1)))
-    candidates = np.concatenate([candidates, candidates[: -len(candidates) % chunk]])
+    candidates = jnp.concatenate([candidates, candidates[: -len(candidates) % chunk]])
     errors = jax.lax.map(error, candidates, batch_size=chunk)
-    return propose(jnp.asarray(candidates)[errors.argmin(axis=0)])
+    return propose(candidates[errors.argmin(axis=0)])
 
 
-def _candidates(scheme: Scheme) -> np.ndarray:
+def _candidates(scheme: Scheme) -> jax.Array:
     """Factors of the absmax scale `[candidates]`, or of both ends of the range `[candidates, 2]`; absmax first."""
-    smallest = scheme.format.bits / 10
-    if scheme.zero_point:
-        ends = np.linspace(smallest, _LARGEST, _NUM_ENDS, dtype=np.float32)
-        return np.concatenate([[[1, 1]], np.stack(np.meshgrid(ends, ends), axis=-1).reshape(-1, 2)]).astype(np.float32)
     if scheme.scale_dtype == _POWER_OF_TWO:
-        return np.array(_POWERS, np.float32)
+        return jnp.array(_POWERS, jnp.float32)
+    # By width, in a table: the width may be known only when the compiled function runs.
+    make = _ends if scheme.zero_point else functools.partial(_factors, mirrored=scheme.format.uniform)
+    return jnp.asarray(np.stack([make(bits / 10) for bits in range(_MOST_BITS + 1)]))[scheme.format.bits]
+
+
+def _ends(smallest: float) -> np.ndarray:
+    """`float32[candidates, 2]`."""
+    ends = np.linspace(smallest, _LARGEST, _NUM_ENDS, dtype=np.float32)
+    return np.concatenate([[[1, 1]], np.stack(np.meshgrid(ends, ends), axis=-1).reshape(-1, 2)]).astype(np.float32)
+
+
+def _factors(smallest: float, mirrored: bool) -> np.ndarray:
+    """`float32[candidates]`.
+
+    Integers reach one step further below than above (two's complement): a negative scale makes a different grid of
+    them, and is tried too. Other formats are the same on both sides, or have no such freedom.
+    """
     factors = np.linspace(smallest, _LARGEST, _NUM_FACTORS, dtype=np.float32)
-    mirrored = [-factors] if _one_sided(scheme) else []
-    return np.concatenate([[np.float32(1)], factors, *mirrored])
-
-
-def _one_sided(scheme: Scheme) -> bool:
-    """True if the grid reaches further on one side, so that a negative scale is a different grid."""
-    return scheme.format.uniform and -scheme.format.min_qvalue != scheme.format.max_qvalue
+    return np.concatenate([[np.float32(1)], factors, *([-factors] if mirrored else [])])
 
 
 def _symmetric(absmax: jax.Array, scheme: Scheme) -> jax.Array:
@@ -186,7 +193,7 @@ def _symmetric(absmax: jax.Array, scheme: Scheme) -> jax.Array:
     largest = scheme.format.max_magnitude
     assert largest is not None
     if scheme.scale_dtype != _POWER_OF_TWO:
-        return absmax / np.float32(largest)
+        return absmax / jnp.float32(largest)
     mantissa, exponent = math.frexp(largest)
     up = 2**23 - 1 if mantissa == 0.5 else 0  # added to the bits, it carries into the exponent of all but powers of two
     power = (jax.lax.bitcast_convert_type(absmax, jnp.int32) + up) & 0x7F800000  # the exponent alone
@@ -198,10 +205,11 @@ def _affine(
 ) -> tuple[jax.Array, jax.Array]:
     """Scale, in units of `unit`, and zero point of the range `low <= 0 <= high`."""
     lowest, highest = scheme.format.min_qvalue, scheme.format.max_qvalue
-    steps = np.float32(highest - lowest)
+    steps = jnp.float32(highest - lowest)
     scale = high / steps - low / steps  # divided first: the difference of two finite ends can overflow
     scale = round_scale(jnp.where(scale > 0, scale / unit, 1.0), scheme.scale_dtype)
-    zero_point = jnp.clip(jnp.round(lowest - low / (scale * unit)), lowest, highest)
+    zero_point = jnp.round(jnp.float32(lowest) - low / (scale * unit))
+    zero_point = jnp.clip(zero_point, jnp.float32(lowest), jnp.float32(highest))
     return scale, zero_point.astype(jnp.int8)
 
 
