@@ -33,17 +33,19 @@ def attend(
     Returns:
       `[batch, time, heads, head_dim]`.
     """
-    if softcap is None:
-        local = None if window is None else (window - 1, 0)
-        return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, local_window_size=local)
     batch, time, heads, dim = q.shape
-    grouped = q.reshape(batch, time, k.shape[2], heads // k.shape[2], dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k).astype(jnp.float32) * (dim**-0.5 if scale is None else scale)
+    served = heads // k.shape[2]
+    # All queries that read the same keys are rows of one matmul: `[batch, key-value heads, served * time, ...]`.
+    rows = q.reshape(batch, time, -1, served, dim).transpose(0, 2, 3, 1, 4).reshape(batch, -1, served * time, dim)
+    scores = jnp.einsum("bkrd,bskd->bkrs", rows, k, preferred_element_type=jnp.float32)
+    scores = scores * (dim**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     distance = jnp.arange(time)[:, None] - jnp.arange(time)
     seen = (distance >= 0) & (distance < (time if window is None else window))
-    scores = jnp.where(seen, softcap * jnp.tanh(scores / softcap), -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, time, heads, dim)
+    weights = jax.nn.softmax(jnp.where(jnp.tile(seen, (served, 1)), scores, -jnp.inf), axis=-1).astype(v.dtype)
+    y = jnp.einsum("bkrs,bskd->bkrd", weights, v).reshape(batch, -1, served, time, dim)
+    return y.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, dim)
 
 
 class Attention(nnx.Module):
