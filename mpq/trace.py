@@ -190,9 +190,20 @@ class Trace:
         """
         if not isinstance(self.inputs, jax.ShapeDtypeStruct):
             raise MpqError(f"`on` serves functions of one input array, not of {_show(self.inputs)}: trace again.")
-        if tuple(shape) == self.inputs.shape:
+        shape = tuple(shape)
+        if shape == self.inputs.shape:
             return self
-        other = _traced(self._fn, self.params, jax.ShapeDtypeStruct(tuple(shape), self.inputs.dtype), self._split)
+        if shape not in self._others:
+            self._others[shape] = self._retraced(shape)
+        return self._others[shape]
+
+    @functools.cached_property
+    def _others(self) -> dict[tuple[int, ...], "Trace"]:
+        """Traces for other shapes, made once: what is compiled for a trace serves whoever asks for that shape again."""
+        return {}
+
+    def _retraced(self, shape: tuple[int, ...]) -> "Trace":
+        other = _traced(self._fn, self.params, jax.ShapeDtypeStruct(shape, self.inputs.dtype), self._split)
         bare = lambda spec: dataclasses.replace(spec, uses=tuple(dataclasses.replace(use, macs=0) for use in spec.uses))
         if [*map(bare, self.weights)] != [*map(bare, other.weights)]:
             raise MpqError(

@@ -304,6 +304,7 @@ def test_tracing_is_abstract_and_linear_in_the_layers(monkeypatch):
 def test_another_shape():
     case, traced = case_of("lora")
     other = traced.on((5, 6))
+    assert traced.on([5, 6]) is other  # what is compiled for it serves again
     assert traced.on(case.x.shape) is traced
     assert [w.macs for w in other.weights] == [5 * 24, 5 * 12, 5 * 8]
     np.testing.assert_array_equal(jax.jit(other.evaluate)(case.params, case.x[0, :1].repeat(5, 0)).shape, (5, 4))
