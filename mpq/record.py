@@ -146,12 +146,12 @@ class Costs:
 
 @contextlib.contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the wall time of the block to `seconds[stage]`, also when it is interrupted."""
-    start = time.perf_counter()
+    """Add the wall time of the block to `seconds[stage]`, also if interrupted; nested blocks count once."""
+    start, before = time.perf_counter(), seconds.get(stage, 0.0)
     try:
         yield
     finally:
-        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+        seconds[stage] = before + time.perf_counter() - start
 
 
 def peak_rss_bytes() -> dict[str, int]:

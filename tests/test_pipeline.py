@@ -10,9 +10,11 @@ import pytest
 from rich.console import Console
 
 from mpq import files, pipeline, results, show
+from mpq.artifacts import uniform_plan
 from mpq.certainty import certainty
 from mpq.config import RunConfig
 from mpq.export import orbax
+from mpq.formats import parse_scheme
 from mpq.store import FolderStore
 from mpq.types import MpqError
 from tests import tiny
@@ -50,6 +52,17 @@ def finished(config, tmp_path_factory):
 def content(folder):
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "costs.json"]
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+
+
+def test_a_plan_that_stores_the_original_bit_for_bit_is_not_run_again(finished, monkeypatch, tmp_path):
+    done, _ = finished
+    run = dataclasses.replace(done, folder=tmp_path / "run")
+    shutil.copytree(done.folder, run.folder)
+    plan = uniform_plan(parse_scheme("fp32"), run.model, run.traced.weights)
+    monkeypatch.setattr(pipeline, "score", None)
+    got = run.scores(plan, "gptq", "test")
+    assert (got.summary().kl, got.summary().agreement) == (0.0, 1.0)
+    assert got.summary() == run.reference_scores("test").summary()
 
 
 def test_every_file_is_there(finished):

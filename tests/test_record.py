@@ -145,6 +145,14 @@ class TestCosts:
                 pass
         assert seconds["stage"] >= 0.04  # sleep never returns early
 
+    def test_time_of_a_block_within_one_of_its_stage_counts_once(self, monkeypatch):
+        clock = iter(range(10))
+        monkeypatch.setattr(record.time, "perf_counter", lambda: float(next(clock)))
+        seconds = {"stage": 100.0}
+        with record.timed(seconds, "stage"), record.timed(seconds, "stage"):
+            pass  # ticks 0 and 1 begin, 2 and 3 end
+        assert seconds == {"stage": 103.0}
+
     def test_round_trip(self):
         costs = Costs.collect({"trace": 0.5})
         assert Costs.from_json(json.loads(files.canonical_json(costs.to_json()))) == costs
