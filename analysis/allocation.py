@@ -44,7 +44,7 @@ def draw_sensitivity(result: Result, *outs: str | os.PathLike[str]) -> None:
 
 def handed_out_plans(result: Result) -> list[PlanResult]:
     """The plans that budgets end with, smallest first; if there are none, the mixed plans of the main method."""
-    plans = [plan for plan in result.plans if plan.handed_out]
+    plans = [plan for plan in result.plans if plan.handed_out and plan.kind != "distilled"]  # which has these choices
     plans = plans or [p for p in result.plans if p.kind == "mixed" and p.method == result.main_method]
     return sorted(plans, key=lambda plan: plan.bits_per_weight)
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from analysis.figure import HEURISTIC, MIXED, PAPER, UNIFORM, Label
+from analysis.figure import DISTILLED, HEURISTIC, MIXED, PAPER, UNIFORM, Label
 from analysis.load import PlanResult, Result
 from analysis.text import significant
 
@@ -18,7 +18,12 @@ _MAX_TICKS = 8
 _MANTISSAS = ((1, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 4, 6, 8), (1, 2, 4), (1, 3), (1,))
 DASHES = (0, (4, 3))
 KINDS: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {"mixed": (MIXED, "o"), "uniform": (UNIFORM, "s"), "heuristic": (HEURISTIC, "^")}
+    {
+        "mixed": (MIXED, "o"),
+        "uniform": (UNIFORM, "s"),
+        "heuristic": (HEURISTIC, "^"),
+        "distilled": (DISTILLED, "D"),
+    }
 )
 """Kind of a plan -> colour and marker."""
 
@@ -81,7 +86,7 @@ def draw_plans(
     *,
     rising: bool = False,
 ) -> None:
-    """One series for each kind and method; the method that is handed out is filled, others are hollow.
+    """One series for each kind and method; the method that is handed out, and distilled, are filled, others hollow.
 
     Args:
       ax: where.
@@ -104,8 +109,8 @@ def draw_plans(
                 x,
                 y,
                 yerr=None if error is None else bars(y, [error(plan) for plan in chosen]),
-                label=f"{kind}, {method.upper()}",
-                **marks(color, marker, color if method == result.main_method else PAPER),
+                label=kind if kind == "distilled" else f"{kind}, {method.upper()}",
+                **marks(color, marker, color if method == result.main_method or kind == "distilled" else PAPER),
             )
 
 

@@ -117,7 +117,8 @@ class PlanResult:
     """One plan, rounded by one method and measured on the test set; (`name`, `method`) is unique.
 
     Attributes:
-      kind: `mixed` (a solution of the knapsack), `uniform` (every weight under `scheme`) or `heuristic` (a fixed mix).
+      kind: `mixed` (a solution of the knapsack), `uniform` (every weight under `scheme`), `heuristic` (a fixed mix) or
+        `distilled` (any of these, trained after it was rounded).
       handed_out: it is the plan that its budget ends with.
       quality: None without labels, and where it is not finite (a perplexity that overflows).
       nll: None without labels, and for embeddings, which have no right answer.
@@ -126,7 +127,7 @@ class PlanResult:
     """
 
     name: str
-    kind: Literal["mixed", "uniform", "heuristic"]
+    kind: Literal["mixed", "uniform", "heuristic", "distilled"]
     method: str
     handed_out: bool
     size_bytes: int

@@ -48,10 +48,10 @@ def check(run: Run) -> list[str]:
             require_groups(run.mixed[method][budget], weights)
             require_predicted(plan, run.frontiers[method].problem)
             require_budget_used(run.frontiers[method].problem, plan.choices, run.bits(budget), plan.name)
-    plan, _ = run.winner(config.hand_out)
-    require_schemes(plan, run.qtensors(plan, config.method), weights)
+    plan, method = run.handed_out
+    require_schemes(plan, run.qtensors(plan, method), weights)
     for which in ("selection", "test"):
-        if run.scores(plan, config.method, which).data_digest != run.sets[which].digest:
+        if run.scores(plan, method, which).data_digest != run.sets[which].digest:
             raise MpqError(
                 f"the scores of {plan.name} in {run.folder} are stale: they are not of this config's {which} set; "
                 "remove the folder and run again"

@@ -175,7 +175,7 @@ def run(config_path: str, overrides: list[str], root: Path) -> dict[str, Any]:
     keep = (*body["reference"], "size_bytes", "bits_per_weight")
     rows = {
         kind: {f"{p['name']} {p['method']}": {k: p[k] for k in keep} for p in body["plans"] if p["kind"] == kind}
-        for kind in ("mixed", "uniform", "heuristic")
+        for kind in ("mixed", "uniform", "heuristic", "distilled")
     }
     return {"run": str(this.folder), "plans": rows.pop("mixed"), **rows, "results": body}
 

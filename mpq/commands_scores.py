@@ -14,11 +14,12 @@ from mpq.activations import (
     parse_activation_scheme,
     save_activation_table,
 )
+from mpq.budget import budget_bits
 from mpq.commands import Data, make_candidates
 from mpq.config import known
 from mpq.formats import parse_scheme
 from mpq.models import load
-from mpq.pipeline import budget_bits, score_store
+from mpq.pipeline import score_store
 from mpq.quantize import QUANTIZERS
 from mpq.sensitivity import METRICS, Interactions
 from mpq.sensitivity.racing import Race

@@ -39,6 +39,8 @@ class RunConfig:
       refine_rounds: most rounds of the search on measured plans that follows the exact solution, for `method` alone;
         0: the exact solution as it is.
       refine_windows: of the calibration set, that plans are measured on.
+      distill_steps: of distillation of the plan that is handed out, on the calibration set; it is handed out distilled
+        if that is better on the selection set. 0: none.
       seed: of all random numbers.
     """
 
@@ -62,6 +64,7 @@ class RunConfig:
     windows_per_document: int | None = 4
     refine_rounds: int = 0
     refine_windows: int = 16
+    distill_steps: int = 0
     seed: int = 0
 
     def check(self) -> None:
@@ -86,6 +89,8 @@ class RunConfig:
             raise MpqError(f"hand_out {self.hand_out!r} is not among the budgets {', '.join(self.budgets)}: add it")
         if self.refine_rounds < 0:
             raise MpqError(f"refine_rounds is {self.refine_rounds}: it must be at least 0, which is no search")
+        if self.distill_steps < 0:
+            raise MpqError(f"distill_steps is {self.distill_steps}: it must be at least 0, which is no distillation")
         for field in (
             "window",
             "refine_windows",

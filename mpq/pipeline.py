@@ -34,10 +34,12 @@ from mpq.artifacts import (
     save_table,
     uniform_plan,
 )
+from mpq.budget import budget_bits
 from mpq.calibrate import calibrate
 from mpq.config import RunConfig
 from mpq.data import take
 from mpq.data.sources import read_sets
+from mpq.distill import Distill
 from mpq.estimate import mean_over_documents
 from mpq.evaluate import DocumentScores, Reference, score
 from mpq.export import orbax
@@ -52,8 +54,7 @@ from mpq.sensitivity import METRICS
 from mpq.sensitivity.base import require_finite_entries
 from mpq.store import FolderStore, Store
 from mpq.trace import Trace
-from mpq.types import LayerStats, MpqError, SensitivityTable, WeightSpec
-from mpq.units import parse_size
+from mpq.types import LayerStats, QTensor, SensitivityTable, WeightSpec
 
 T = TypeVar("T")
 SETS = ("calibration", "selection", "test")
@@ -181,9 +182,47 @@ class Run:
         )
         return self._scores_stage(f"{which}-original", make)
 
-    def qtensors(self, plan: Plan, method: str) -> dict[str, Any]:
+    def qtensors(self, plan: Plan, method: str) -> dict[str, QTensor]:
         """Path -> quantized weight."""
+        if method == self.distilled_method:
+            return self.distilled
         return self.candidates[method].choose(plan.choices)
+
+    @property
+    def distilled_method(self) -> str:
+        """What the main method with distillation after it is called."""
+        return f"{self.config.method}+distill"
+
+    @functools.cached_property
+    def distilled(self) -> dict[str, QTensor]:
+        """The weights of the winner of `hand_out` after distillation on the calibration set."""
+        plan, _ = self.winner(self.config.hand_out)
+        data, state = self.sets["calibration"], self.folder / "distill.state"
+        options = Distill(steps=self.config.distill_steps, batch_size=min(Distill.batch_size, len(data.inputs)))
+
+        def make() -> dict[str, QTensor]:
+            start, key = self.qtensors(plan, self.config.method), jax.random.key(self.config.seed)
+            return options(self.model, self.traced, start, data, key=key, state=state).qtensors
+
+        def save(path: Path, qtensors: dict[str, QTensor]) -> None:
+            orbax.save(path, **export_arguments(self.model, self.traced.weights, qtensors, plan))
+
+        found = self._stage("distilled", lambda path: orbax.load(path).qtensors, make, save)
+        state.unlink(missing_ok=True)
+        return found
+
+    @functools.cached_property
+    def handed_out(self) -> tuple[Plan, str]:
+        """The winner of `hand_out`, and how its weights are made: distilled if that is better on the selection set."""
+        plan, _ = self.winner(self.config.hand_out)
+        return plan, min(self.making, key=self.making.__getitem__)
+
+    @functools.cached_property
+    def making(self) -> dict[str, float]:
+        """KL on the selection set of the winner of `hand_out` by how its weights are made, undistilled first."""
+        plan, _ = self.winner(self.config.hand_out)
+        ways = [self.config.method, *([self.distilled_method] if self.config.distill_steps else [])]
+        return {way: _kl(self.scores(plan, way, "selection")) for way in ways}
 
     def winner(self, budget: str) -> tuple[Plan, dict[str, float]]:
         """Do no harm: the best of the solution, what it was searched from, every uniform plan that fits, the heuristic.
@@ -204,13 +243,11 @@ class Run:
         return min(fitting, key=lambda p: kl[p.name]), kl
 
     def export(self) -> Path:
-        """Write the winner of `hand_out` as an Orbax folder of packed weights."""
-        plan, _ = self.winner(self.config.hand_out)
+        """Write what is handed out as an Orbax folder of packed weights."""
+        plan, method = self.handed_out
         path = self.folder / "quantized"
         if not path.exists():
-            orbax.save(
-                path, **export_arguments(self.model, self.traced.weights, self.qtensors(plan, self.config.method), plan)
-            )
+            orbax.save(path, **export_arguments(self.model, self.traced.weights, self.qtensors(plan, method), plan))
         return path
 
     def _scores_stage(self, name: str, make: Callable[[], DocumentScores]) -> DocumentScores:
@@ -314,38 +351,6 @@ def prepare(config: RunConfig, root: Path) -> Run:
         run.bits(budget)
     folder.mkdir(parents=True, exist_ok=True)
     return run
-
-
-def budget_bits(budget: str, model: Model, traced: Trace, uniform: Mapping[str, Plan]) -> int:
-    """Bits that the quantized weights may take.
-
-    Args:
-      budget: `3.5bpw`; a size of the whole model such as `4MB`; or the name of a uniform scheme: exactly its size.
-      model: what is quantized.
-      traced: its trace.
-      uniform: uniform plans by scheme.
-
-    Raises:
-      MpqError: none of the three, or more than the original takes.
-    """
-    if budget in uniform:
-        return uniform[budget].size_bits
-    values = sum(w.size for w in traced.weights)
-    beside = other_bits(model, traced.weights)
-    if budget.endswith("bpw"):
-        try:
-            bits = int(float(budget.removesuffix("bpw")) * values)
-        except ValueError as error:
-            raise MpqError(f"budget {budget!r} is wrong: write 3.5bpw, 4MB, or a scheme such as int4_g64") from error
-    else:
-        bits = parse_size(budget) - beside
-    original = 8 * model.size_bytes
-    if bits + beside > original:
-        given = (bits + beside) / 8e6
-        raise MpqError(
-            f"budget {budget!r} ({given:.3f} MB) is above the original's {original / 8e6:.3f} MB: ask for less"
-        )
-    return bits
 
 
 def export_arguments(

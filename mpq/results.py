@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ def check_export(run: Run) -> dict[str, Any]:
     Raises:
       MpqError: they differ.
     """
-    plan, _ = run.winner(run.config.hand_out)
+    plan, method = run.handed_out
     path = run.export()
     payload = orbax.payload_bytes(path)
     if payload != plan.size_bytes:
@@ -63,12 +63,12 @@ def check_export(run: Run) -> dict[str, Any]:
         )
     loaded = orbax.load(path).dequantized()
     exported = score(run.model, loaded, run.sets["test"], reference=run.reference("test"), batch_size=0)
-    expected = run.scores(plan, run.config.method, "test")
+    expected = run.scores(plan, method, "test")
     if exported.kl is None or expected.kl is None or not np.array_equal(exported.kl, expected.kl):
         raise MpqError(
             f"{path} computes other outputs than the plan that was evaluated: remove the folder and run again"
         )
-    return {"plan": plan.name, "method": run.config.method, "payload_bytes": payload, **evaluation(exported)}
+    return {"plan": plan.name, "method": method, "payload_bytes": payload, **evaluation(exported)}
 
 
 def collect(run: Run) -> dict[str, Any]:
@@ -81,6 +81,8 @@ def collect(run: Run) -> dict[str, Any]:
     beside = {p.name: p for p in (*run.heuristics.values(), *(winner for winner, _ in winners.values()))}
     listed = {plan.name for plan, _ in pairs}
     pairs += [(plan, run.config.method) for name, plan in beside.items() if name not in listed]
+    if run.config.distill_steps:
+        pairs.append((run.handed_out[0], run.distilled_method))
     scores = {(plan.name, m): run.scores(plan, m, "test") for plan, m in track(pairs, "measure plans")}
     return {
         "schema": SCHEMA,
@@ -110,9 +112,9 @@ def collect(run: Run) -> dict[str, Any]:
         "reference": evaluation(run.reference_scores("test")),
         "frontier": frontier(run),
         "plans": [
-            plan_entry(run, plan, m, scores[plan.name, m], plan.name in handed_out and m == run.config.method)
-            for plan, m in pairs
+            plan_entry(run, plan, m, scores[plan.name, m], is_handed_out(run, plan, m, handed_out)) for plan, m in pairs
         ],
+        "distilled": distillation(run),
         "winners": {budget: {"plan": winner.name, "selection_kl": kl} for budget, (winner, kl) in winners.items()},
         "stability": {budget: stability(run, budget, winner) for budget, (winner, _) in winners.items()},
         "comparisons": [compare(run, budget, m, scores) for m in run.methods for budget in run.config.budgets],
@@ -127,8 +129,9 @@ def collect(run: Run) -> dict[str, Any]:
 
 def plan_entry(run: Run, plan: Plan, method: str, scores: DocumentScores, handed_out: bool) -> dict[str, Any]:
     """One row: a plan, rounded by one method, measured on the test set."""
-    kind = kind_of(plan)
-    predicted, stderr = predict(plan, run.allocation_tables[method])
+    distilled = method == run.distilled_method
+    kind = "distilled" if distilled else kind_of(plan)
+    predicted, stderr = predict(plan, run.allocation_tables[run.config.method if distilled else method])
     return {
         "name": plan.name,
         "kind": kind,
@@ -142,6 +145,21 @@ def plan_entry(run: Run, plan: Plan, method: str, scores: DocumentScores, handed
         "bits_per_weight": plan.bits_per_weight,
         "choices": {path: str(scheme) for path, scheme in plan.choices.items()},
     }
+
+
+def is_handed_out(run: Run, plan: Plan, method: str, winners: Set[str]) -> bool:
+    """Whether a budget ends with it, or, if it is distilled, whether that was better."""
+    if method == run.distilled_method:
+        return (plan, method) == run.handed_out
+    return method == run.config.method and plan.name in winners
+
+
+def distillation(run: Run) -> dict[str, Any] | None:
+    """What distilling the plan that is handed out did to its KL on the selection set."""
+    plan, method = run.handed_out
+    if not run.config.distill_steps:
+        return None
+    return {"plan": plan.name, "method": method, "steps": run.config.distill_steps, "selection_kl": dict(run.making)}
 
 
 def stability(run: Run, budget: str, winner: Plan) -> dict[str, Any]:

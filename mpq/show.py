@@ -112,6 +112,8 @@ def run(body: dict[str, Any], console: Console) -> None:
     for budget, winner in result["winners"].items():
         handed_out = next(p for p in result["plans"] if p["handed_out"] and p["name"] == winner["plan"])
         console.print(f"{budget}: {_ending(winner)}; {_prediction(handed_out)}", markup=False)
+    if distilled := result.get("distilled"):
+        console.print(_distilled(**distilled), markup=False)
     console.print(f"run folder: {body['run']}  (report.html, frontier.png, plan.json, quantized/)")
 
 
@@ -168,6 +170,15 @@ def _ending(winner: dict[str, Any]) -> str:
     kl = winner["selection_kl"]
     best = f" (of the others {min(others, key=kl.__getitem__)}: {min(map(kl.get, others)):.4g})" if others else ""
     return f"{winner['plan']} is handed out, with KL {kl[winner['plan']]:.4g} on the selection set{best}"
+
+
+def _distilled(plan: str, method: str, steps: int, selection_kl: dict[str, float]) -> str:
+    """What distillation did, and whether it is handed out."""
+    (before, after), first = selection_kl.values(), next(iter(selection_kl))
+    return (
+        f"{plan}: {steps} steps of distillation take its KL on the selection set from {before:.4g} to {after:.4g} "
+        f"nats; it is handed out {'as it was rounded' if method == first else 'distilled'}"
+    )
 
 
 def _prediction(plan: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from mpq import files, pipeline, results, show
 from mpq.artifacts import uniform_plan
+from mpq.budget import budget_bits
 from mpq.certainty import certainty
 from mpq.config import RunConfig
 from mpq.export import orbax
@@ -311,7 +312,7 @@ def test_a_searched_plan_is_measured_and_keeps_its_budget(searched):
     loss = run._plan_loss
     for budget, plan in run.mixed["rtn"].items():
         start = run.separable["rtn"][budget]
-        assert plan.size_bits <= pipeline.budget_bits(budget, run.model, run.traced, run.uniform)
+        assert plan.size_bits <= budget_bits(budget, run.model, run.traced, run.uniform)
         assert plan.prediction["solver"] == "refine"
         assert plan.prediction["predicted_kl"] == loss(plan.choices) <= loss(start.choices)
         row = next(p for p in body["plans"] if p["name"] == plan.name)
