@@ -1,6 +1,7 @@
 """JAX as every test wants it, and what several test files share."""
 
 import os
+import tempfile
 from pathlib import Path
 
 # Read when JAX is imported. A run on an accelerator says so: JAX_PLATFORMS=cuda pytest -m gpu
@@ -17,7 +18,13 @@ from mpq.models.llama import Llama, LlamaConfig
 
 jax.config.update("jax_default_matmul_precision", "highest")  # oracles compare in float32, never in TF32
 jax.config.update("jax_numpy_dtype_promotion", "strict")  # no silent widening
-jax.config.update("jax_enable_compilation_cache", False)  # a test sees what it compiles itself
+
+# Many tests compile the same programs under other names. The folder is this process's alone: JAX writes entries in
+# place, and a reader in another process could meet half of one. Processes that tests start have none.
+_COMPILED = tempfile.TemporaryDirectory(prefix="mpq-tests-")
+jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 ROOT = Path(__file__).resolve().parent.parent
 
