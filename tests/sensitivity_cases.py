@@ -12,7 +12,7 @@ from mpq.formats import parse_scheme
 from mpq.inputs import Dataset, Tokens
 from mpq.models.model import Model
 from mpq.tasks import CausalLM
-from mpq.types import Scheme, WeightSpec
+from mpq.types import QTensor, Scheme, WeightSpec
 
 VOCAB, WIDTH = 7, 4
 SHAPES = {"table": (VOCAB, WIDTH), "value": (WIDTH, WIDTH), "up": (WIDTH, 6), "down": (6, WIDTH)}
@@ -72,6 +72,9 @@ class Shifted:
     def dequantized(self, spec: WeightSpec, scheme: Scheme) -> jax.Array:
         param = self.model.params[spec.param]
         return spec.to_matrix(param + self.error(spec.param, scheme))
+
+    def qtensor(self, spec: WeightSpec, scheme: Scheme) -> QTensor:
+        return QTensor(self.dequantized(spec, scheme), None, None, parse_scheme("fp32"))
 
     def digest(self, spec: WeightSpec, scheme: Scheme) -> str:
         return digest_arrays({"candidate": self.dequantized(spec, scheme)})

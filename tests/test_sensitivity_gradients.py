@@ -23,6 +23,7 @@ from mpq.sensitivity import (
     ModelOptGradient,
     WeightMSE,
 )
+from mpq.sensitivity.errors import DenseErrors
 from mpq.sensitivity.modelopt_gradient import SQUARES
 from mpq.tasks import Regression
 from mpq.types import MpqError
@@ -214,11 +215,12 @@ def test_modelopt_gradient_squares_every_output_element():
 
 def test_modelopt_gradient_is_clamped_before_it_is_squared():
     x = jnp.full((1, 1, 1, 1, 1), 1e6)  # [batch, windows, spans, time, k]
-    error = jnp.full((1, 1, 1, 2), 1e6)
+    errors = DenseErrors(jnp.full((1, 1, 1, 2), 1e6))
     e = jnp.asarray([-1e6, 1e-12]).reshape(1, 1, 1, 1, 2)
-    np.testing.assert_allclose(SQUARES.of_matmul(x, error, e), 1e20 + 1.0, rtol=1e-6)
-    indices, row = jnp.zeros((1, 1, 1), jnp.int32), jnp.full((1, 1, 1, 3), 1e6)
-    np.testing.assert_allclose(SQUARES.of_lookup(indices, row, jnp.full((1, 1, 1, 1), 1e6)), 1e20, rtol=1e-6)
+    np.testing.assert_allclose(SQUARES.of_matmul(x, errors, e), 1e20 + 1.0, rtol=1e-6)
+    errors = DenseErrors(jnp.full((1, 1, 1, 3), 1e6))
+    indices = jnp.zeros((1, 1, 1), jnp.int32)
+    np.testing.assert_allclose(SQUARES.of_lookup(indices, errors, jnp.full((1, 1, 1, 1), 1e6)), 1e20, rtol=1e-6)
 
 
 @functools.cache

@@ -41,8 +41,9 @@ from mpq.sensitivity.base import (
     measured_on,
 )
 from mpq.sensitivity.by_batch import table_of_windows
+from mpq.sensitivity.errors import Errors, differing_errors
 from mpq.sensitivity.gradients import divergence_slopes
-from mpq.sensitivity.taps import Errors, differing_errors, require_finite_windows, telling_windows
+from mpq.sensitivity.taps import require_finite_windows, telling_windows
 from mpq.store import kept
 from mpq.trace import Trace
 from mpq.types import Params, Scheme, SensitivityTable, WeightSpec
@@ -122,13 +123,13 @@ def on_path(params: Params, weights: Sequence[WeightSpec], errors: Errors, t: fl
     Args:
       params: the original parameters.
       weights: all of them.
-      errors: path -> `float32[1, batch, k, n]`.
+      errors: of one candidate a weight.
       t: where on the path, 0 to 1.
     """
     changed = dict(params)
     for spec in weights:
         if spec.path in errors:
-            matrix = spec.to_matrix(params[spec.param]) + np.float32(t) * errors[spec.path][0]
+            matrix = spec.to_matrix(params[spec.param]) + np.float32(t) * errors[spec.path].matrices()[0]
             changed = spec.write(changed, matrix)
     return changed
 

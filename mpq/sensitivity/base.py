@@ -18,7 +18,7 @@ from mpq.store import Store, kept
 from mpq.tasks import Task
 from mpq.trace import Trace
 from mpq.tracing.digest import jaxpr_digest
-from mpq.types import MpqError, Params, Scheme, SensitivityTable, WeightSpec
+from mpq.types import MpqError, Params, QTensor, Scheme, SensitivityTable, WeightSpec
 
 
 class Named(Protocol):
@@ -38,8 +38,12 @@ class CandidateSource(Protocol):
         """The rounding algorithm."""
         ...
 
+    def qtensor(self, spec: WeightSpec, scheme: Scheme) -> QTensor:
+        """The quantized weight; asked for again, it is the same object."""
+        ...
+
     def dequantized(self, spec: WeightSpec, scheme: Scheme) -> jax.Array:
-        """`float32[batch, k, n]`."""
+        """What it stands for, `float32[batch, k, n]`."""
         ...
 
     def digest(self, spec: WeightSpec, scheme: Scheme) -> str:

@@ -30,14 +30,8 @@ from mpq.models.model import Model
 from mpq.progress import track
 from mpq.sensitivity.anchor import anchored_table
 from mpq.sensitivity.base import CandidateSource, Coupling, Store, candidates_digest, check_inputs, measured_on
-from mpq.sensitivity.taps import (
-    Errors,
-    dense,
-    differing_errors,
-    in_windows,
-    require_finite_windows,
-    telling_windows,
-)
+from mpq.sensitivity.errors import Errors, differing_errors
+from mpq.sensitivity.taps import dense, in_windows, require_finite_windows, telling_windows
 from mpq.store import kept
 from mpq.trace import Site, Trace
 from mpq.types import Params, Scheme, SensitivityTable
@@ -124,7 +118,8 @@ def _relative_errors(
     specs = {site.spec.path: site.spec for site in traced.sites if site.spec.path in errors}
     # the weight itself in front of its errors: both have their outputs' squares summed
     matrices = {
-        path: jnp.concatenate([spec.to_matrix(params[spec.param])[None], errors[path]]) for path, spec in specs.items()
+        path: jnp.concatenate([spec.to_matrix(params[spec.param])[None], errors[path].matrices()])
+        for path, spec in specs.items()
     }
 
     def relative(inputs: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:

@@ -12,15 +12,8 @@ from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
 from mpq.sensitivity.base import CandidateSource, Store, has_targets, quantization_error
 from mpq.sensitivity.by_batch import windows_by_batch
-from mpq.sensitivity.taps import (
-    BY_GRADIENT,
-    Errors,
-    Form,
-    dense,
-    differing_errors,
-    telling_windows,
-    window_slopes,
-)
+from mpq.sensitivity.errors import Errors, differing_errors
+from mpq.sensitivity.taps import BY_GRADIENT, Form, dense, telling_windows, window_slopes
 from mpq.tasks import Task
 from mpq.trace import Trace
 from mpq.types import Params, Scheme, WeightSpec

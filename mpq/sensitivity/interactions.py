@@ -51,14 +51,8 @@ from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
 from mpq.sensitivity.base import CandidateSource, Store, check_inputs, random_scores, require_finite_entries
 from mpq.sensitivity.by_batch import windows_by_batch
-from mpq.sensitivity.taps import (
-    BY_GRADIENT,
-    Errors,
-    differing_errors,
-    in_windows,
-    tapped_vjp,
-    telling_windows,
-)
+from mpq.sensitivity.errors import Errors, differing_errors
+from mpq.sensitivity.taps import BY_GRADIENT, in_windows, tapped_vjp, telling_windows
 from mpq.tasks import Task
 from mpq.trace import Trace
 from mpq.types import MpqError, Scheme, SensitivityTable, WeightSpec

@@ -40,8 +40,9 @@ from mpq.sensitivity.base import (
     substituted_all,
 )
 from mpq.sensitivity.by_batch import table_of_windows
+from mpq.sensitivity.errors import differing_errors
 from mpq.sensitivity.gradients import divergence_slopes
-from mpq.sensitivity.taps import differing_errors, telling_windows
+from mpq.sensitivity.taps import telling_windows
 from mpq.store import kept
 from mpq.trace import Trace
 from mpq.types import MpqError, Scheme, SensitivityTable

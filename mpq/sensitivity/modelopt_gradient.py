@@ -29,6 +29,7 @@ from mpq.inputs import Dataset
 from mpq.models.model import Model
 from mpq.sensitivity.anchor import anchored_table
 from mpq.sensitivity.base import CandidateSource, Coupling, Store, check_inputs, require_targets
+from mpq.sensitivity.errors import WeightErrors, looked_up
 from mpq.sensitivity.gradients import slopes_of_data
 from mpq.sensitivity.taps import Form
 from mpq.trace import Trace
@@ -86,15 +87,15 @@ class ModelOptGradient:
         )
 
 
-def _of_matmul(x: jax.Array, error: jax.Array, e: jax.Array) -> jax.Array:
+def _of_matmul(x: jax.Array, errors: WeightErrors, e: jax.Array) -> jax.Array:
     """`[schemes, windows, spans]`; scheme by scheme, since the change of the output is as large as the output."""
-    return jax.lax.map(lambda delta: _squares(jnp.einsum("bwptk,bkn->bwptn", x, delta) * e, (0, 3, 4)), error)
+    of_scheme = lambda delta: _squares(jnp.einsum("bwptk,bkn->bwptn", x, delta) * e, (0, 3, 4))
+    return jax.lax.map(of_scheme, errors.matrices())
 
 
-def _of_lookup(indices: jax.Array, error: jax.Array, e: jax.Array) -> jax.Array:
+def _of_lookup(indices: jax.Array, errors: WeightErrors, e: jax.Array) -> jax.Array:
     """`[schemes, windows, spans]`: the error of the row looked up is the change of the output."""
-    table = error[:, 0].swapaxes(1, 2)  # [schemes, vocabulary, k]
-    return jax.lax.map(lambda rows: _squares(jnp.take(rows, indices, axis=0) * e, (2, 3)), table)
+    return _squares(looked_up(errors, indices) * e, (3, 4))
 
 
 def _squares(products: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -19,15 +19,8 @@ from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
 from mpq.sensitivity.base import CandidateSource, Store
 from mpq.sensitivity.by_batch import table_of_windows, windows_by_batch
-from mpq.sensitivity.taps import (
-    BY_GRADIENT,
-    BY_POSITION,
-    Errors,
-    differing_errors,
-    in_windows,
-    tapped_vjp,
-    telling_windows,
-)
+from mpq.sensitivity.errors import Errors, differing_errors
+from mpq.sensitivity.taps import BY_GRADIENT, BY_POSITION, in_windows, tapped_vjp, telling_windows
 from mpq.tasks import Task
 from mpq.trace import Trace
 from mpq.types import Params, Scheme, SensitivityTable

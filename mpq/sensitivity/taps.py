@@ -17,7 +17,7 @@ by window.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,15 +27,12 @@ import numpy as np
 from mpq.evaluate import require_finite
 from mpq.inputs import Batch
 from mpq.models.model import Model
-from mpq.sensitivity.base import CandidateSource, quantization_error
+from mpq.sensitivity.errors import Errors, WeightErrors, looked_up
 from mpq.tasks import Task
 from mpq.trace import Site, Trace
-from mpq.types import Params, Scheme
+from mpq.types import Params
 
-Errors = Mapping[str, jax.Array]
-"""Path -> `float32[schemes, batch, k, n]`, candidate minus weight; weights without errors have no entry."""
-
-Contraction = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Contraction = Callable[[jax.Array, WeightErrors, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +40,9 @@ class Form:
     """What is summed over the positions of a span. Static: compiled functions take it as it is.
 
     Attributes:
-      of_matmul: `(x[batch, windows, spans, time, k], error[schemes, batch, k, n], e[batch, windows, spans, time, n])
-        -> [schemes, windows, spans]`.
-      of_lookup: the same of an embedding, `(indices[windows, spans, time], error[schemes, 1, k, vocabulary],
+      of_matmul: `(x[batch, windows, spans, time, k], errors of [batch, k, n], e[batch, windows, spans, time, n]) ->
+        [schemes, windows, spans]`.
+      of_lookup: the same of an embedding, `(indices[windows, spans, time], errors of [1, k, vocabulary],
         e[windows, spans, time, k])`.
     """
 
@@ -151,34 +148,6 @@ def window_slopes(
     return in_windows(traced, slopes, batch, counted, p)
 
 
-def differing_errors(
-    params: Params, traced: Trace, schemes: Sequence[Scheme], candidates: CandidateSource
-) -> tuple[np.ndarray, dict[str, jax.Array]]:
-    """Errors of the candidates that differ from their weight.
-
-    Args:
-      params: the original parameters.
-      traced: gives the weights.
-      schemes: columns.
-      candidates: quantized weights.
-
-    Returns:
-      `bool[weights, schemes]`, which candidates differ; and path -> `float32[differing, batch, k, n]` of every weight
-      that has one.
-
-    Raises:
-      MpqError: a candidate holds NaN or infinity.
-    """
-    keep = np.zeros((len(traced.weights), len(schemes)), bool)
-    errors = {}
-    for row, spec in enumerate(traced.weights):
-        error = quantization_error(params, spec, schemes, candidates)
-        keep[row] = np.asarray(error.any(axis=(1, 2, 3)))
-        if keep[row].any():
-            errors[spec.path] = error if keep[row].all() else error[keep[row]]
-    return keep, errors
-
-
 def dense(sums: Mapping[str, np.ndarray], traced: Trace, keep: np.ndarray) -> np.ndarray:
     """`float64[windows, weights, schemes, ...]` of one `[windows, schemes that differ, ...]` a weight; 0 elsewhere."""
     windows, _, *rest = next(iter(sums.values())).shape
@@ -205,61 +174,75 @@ def require_finite_windows(values: np.ndarray, keep: np.ndarray, model: Model, s
         require_finite(values, model.params, source)
 
 
-def _tap_primal(site: Site, form: Form, y: jax.Array, x: jax.Array, error: jax.Array, tap: jax.Array) -> jax.Array:
-    """`y + sum over schemes of tap * (x @ error)`, where only `tap = 0` is ever asked for: `y`.
+def _tap_primal(site: Site, form: Form, y: jax.Array, x: jax.Array, errors: WeightErrors, tap: jax.Array) -> jax.Array:
+    """`y + sum over schemes of tap * (x @ delta)`, where only `tap = 0` is ever asked for: `y`.
 
-    Written by hand because reverse mode would compute and keep `x @ error` of every scheme in the forward pass.
+    Written by hand because reverse mode would compute and keep `x @ delta` of every scheme in the forward pass.
     """
-    del site, form, x, error, tap
+    del site, form, x, errors, tap
     return y
 
 
 def _tap_forward(
-    site: Site, form: Form, y: jax.Array, x: jax.Array, error: jax.Array, tap: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    return _tap_primal(site, form, y, x, error, tap), (x, error, tap)
+    site: Site, form: Form, y: jax.Array, x: jax.Array, errors: WeightErrors, tap: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, WeightErrors, jax.Array]]:
+    return _tap_primal(site, form, y, x, errors, tap), (x, errors, tap)
 
 
 def _tap_backward(
-    site: Site, form: Form, saved: tuple[jax.Array, jax.Array, jax.Array], e: jax.Array
-) -> tuple[jax.Array, Any, jax.Array, jax.Array]:
-    x, error, tap = saved
-    out = in_spans(site.outputs_matrix(e).astype(error.dtype), tap)
+    site: Site, form: Form, saved: tuple[jax.Array, WeightErrors, jax.Array], e: jax.Array
+) -> tuple[jax.Array, None, None, jax.Array]:
+    x, errors, tap = saved
+    out = in_spans(site.outputs_matrix(e).astype(np.float32), tap)
     if site.use.kind == "embedding":
-        s = form.of_lookup(in_spans(x.reshape(1, -1, 1), tap)[0, ..., 0], error, out[0])
+        s = form.of_lookup(in_spans(x.reshape(1, -1, 1), tap)[0, ..., 0], errors, out[0])
     else:
-        rows = in_spans(site.inputs_matrix(x).astype(error.dtype), tap)
-        s = form.of_matmul(rows, error, out)
-    no_tangent = jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact) else np.zeros(x.shape, jax.dtypes.float0)
-    return e, no_tangent, jnp.zeros_like(error), s
+        s = form.of_matmul(in_spans(site.inputs_matrix(x).astype(np.float32), tap), errors, out)
+    return e, None, None, s
 
 
 _tap = jax.custom_vjp(_tap_primal, nondiff_argnums=(0, 1))
 _tap.defvjp(_tap_forward, _tap_backward)
 
 
-def _of_lookup(indices: jax.Array, error: jax.Array, out: jax.Array) -> jax.Array:
+def _of_lookup(indices: jax.Array, errors: WeightErrors, out: jax.Array) -> jax.Array:
     """`[schemes, windows, spans]`: of an embedding, the error of the row looked up times e, summed over a span.
 
     Args:
       indices: `int[windows, spans, time]`.
-      error: `[schemes, 1, k, vocabulary]`.
+      errors: of `[1, k, vocabulary]`.
       out: e, `[windows, spans, time, k]`.
     """
-    rows = jnp.take(error[:, 0].swapaxes(1, 2), indices, axis=1)  # [schemes, windows, spans, time, k]
-    return jnp.sum(rows * out, axis=(-2, -1))
+    return jnp.sum(looked_up(errors, indices) * out, axis=(-2, -1))
 
 
-def _of_positions(x: jax.Array, error: jax.Array, out: jax.Array) -> jax.Array:
-    """`[schemes, windows, spans]` by way of x @ error: for spans of one, which are smaller than their gradients."""
-    return jnp.einsum("sbwptn,bwptn->swp", jnp.einsum("bwptk,sbkn->sbwptn", x, error), out)
+def _of_positions(x: jax.Array, errors: WeightErrors, out: jax.Array) -> jax.Array:
+    """`[schemes, windows, spans]` by way of x @ delta: for spans of one, which are smaller than their gradients."""
+    outputs = jnp.einsum("bwptk,sbkn->sbwptn", x, errors.matrices())
+    return jnp.einsum("sbwptn,bwptn->swp", outputs, out)
 
 
-def _of_gradients(x: jax.Array, error: jax.Array, out: jax.Array) -> jax.Array:
+def _of_gradients(x: jax.Array, errors: WeightErrors, out: jax.Array) -> jax.Array:
     """`[schemes, windows, spans]` by way of the gradient x^T e of every span: one matmul serves all schemes.
 
     Window by window: the gradients of a window's spans take `spans * batch * k * n` values, whatever the batch size.
+    Of a large weight some columns at a time are worked out, so that neither those nor the errors are held at once.
     """
+    n, width = out.shape[-1], errors.columns_at_once(out.shape[2])
+    if width == n:
+        return _of_columns(x, errors.matrices(), out)
+
+    def add(total: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
+        first = jnp.minimum(start, n - width)
+        select = lambda a: jax.lax.dynamic_slice_in_dim(a, first, width, axis=-1)
+        new = jnp.where(first + jnp.arange(width) >= start, select(out), 0.0)  # the last part overlaps the one before
+        return total + _of_columns(x, errors.matrices(select), new), None
+
+    zeros = jnp.zeros((len(errors), *out.shape[1:3]))
+    return jax.lax.scan(add, zeros, jnp.arange(0, n, width))[0]
+
+
+def _of_columns(x: jax.Array, error: jax.Array, out: jax.Array) -> jax.Array:
     flat = error.reshape(len(error), -1).T
 
     def one_window(xe: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -1,0 +1,162 @@
+"""Quantization errors of many candidates, for the metrics that score all of them in one pass.
+
+Such a pass wants every error at hand: S float32 copies of the model for S schemes. Of a small model that is what it
+gets. Of a large one it gets what the candidates store, which is far smaller and there anyway (`mpq.quantize.Candidates`
+keeps it), and works errors out where they are contracted, some columns at a time: beside the model, its candidates and
+the activations of a batch it then holds a quarter of the float32 weights. (And on a CPU, which turns them to float32
+before it takes columns, a copy of the model for every scheme of 16-bit floats.)
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpq.quantize.widths import common
+from mpq.sensitivity.base import CandidateSource, quantization_error
+from mpq.trace import Trace
+from mpq.types import Params, QTensor, Scheme, WeightSpec
+
+SMALL = 2**26
+"""Most values of errors that are held in float32."""
+
+
+Select = Callable[[jax.Array], jax.Array]
+"""Takes some columns, the same ones, from any array `[..., n]`."""
+
+
+class WeightErrors(Protocol):
+    """Candidates minus weight, of one weight: a pytree."""
+
+    def __len__(self) -> int:
+        """Number of candidates."""
+        ...
+
+    def matrices(self, select: Select | None = None) -> jax.Array:
+        """`float32[candidates, batch, k, n]`, or of some output columns alone."""
+        ...
+
+    def columns_at_once(self, beside: int) -> int:
+        """How many output columns may be worked on, where each takes `beside` more matrices than the errors."""
+        ...
+
+
+def looked_up(errors: WeightErrors, indices: jax.Array) -> jax.Array:
+    """`float32[candidates, *indices.shape, k]`: of an embedding, the errors of the rows that are looked up."""
+    rows = errors.matrices(lambda a: jnp.take(a, indices.reshape(-1), axis=-1))[:, 0].swapaxes(1, 2)
+    return rows.reshape(len(errors), *indices.shape, -1)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, eq=False)
+class DenseErrors:
+    """`WeightErrors` as they are.
+
+    Attributes:
+      values: `float32[candidates, batch, k, n]`.
+    """
+
+    values: jax.Array
+
+    def __len__(self) -> int:
+        """Number of candidates."""
+        return len(self.values)
+
+    def matrices(self, select: Select | None = None) -> jax.Array:
+        """The values, or some columns of them."""
+        return self.values if select is None else select(self.values)
+
+    def columns_at_once(self, beside: int) -> int:
+        """All of them."""
+        del beside
+        return self.values.shape[-1]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["param", "stored"], meta_fields=["spec", "num_values"]
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class StoredErrors:
+    """`WeightErrors` worked out when they are asked for.
+
+    Attributes:
+      param: the parameter array that holds the weight.
+      stored: the candidates.
+      spec: static.
+      num_values: static; so many may be held at once of errors and what they are contracted with.
+    """
+
+    param: jax.Array
+    stored: tuple[QTensor, ...]
+    spec: WeightSpec
+    num_values: int
+
+    def __len__(self) -> int:
+        """Number of candidates."""
+        return len(self.stored)
+
+    def matrices(self, select: Select | None = None) -> jax.Array:
+        """The candidates dequantized, minus the weight."""
+        weight, stored = self.spec.to_matrix(self.param.astype(np.float32)), self.stored
+        if select is not None:
+            weight, stored = select(weight), [candidate.columns(select) for candidate in stored]
+        return _dequantized(stored) - weight
+
+    def columns_at_once(self, beside: int) -> int:
+        """Half of them at most: what is worked out in a loop is not worked out before it."""
+        of_column = (len(self) + beside) * self.spec.batch * self.spec.k
+        return max(1, min(self.spec.n // 2, self.num_values // of_column))
+
+
+def _dequantized(stored: Sequence[QTensor]) -> jax.Array:
+    """`float32[candidates, batch, k, n]`; those that differ in their width alone are decoded in one operation."""
+    alike: dict[Scheme, list[int]] = {}
+    for index, candidate in enumerate(stored):
+        alike.setdefault(common(candidate.scheme)[0], []).append(index)
+    values = {}
+    for scheme, members in alike.items():
+        same = [dataclasses.replace(stored[index], scheme=scheme) for index in members]
+        values |= zip(members, jax.tree.map(lambda *leaves: jnp.stack(leaves), *same).dequantize(), strict=True)
+    return jnp.stack([values[index] for index in range(len(stored))])
+
+
+Errors = Mapping[str, WeightErrors]
+"""Errors by path; a weight all of whose candidates equal it has no entry."""
+
+
+def differing_errors(
+    params: Params, traced: Trace, schemes: Sequence[Scheme], candidates: CandidateSource
+) -> tuple[np.ndarray, dict[str, WeightErrors]]:
+    """Errors of the candidates that differ from their weight.
+
+    Args:
+      params: the original parameters.
+      traced: gives the weights.
+      schemes: columns.
+      candidates: quantized weights.
+
+    Returns:
+      `bool[weights, schemes]`, which candidates differ; and path -> errors of those, of every weight that has one.
+
+    Raises:
+      MpqError: a candidate holds NaN or infinity.
+    """
+    keep = np.zeros((len(traced.weights), len(schemes)), bool)
+    total = sum(spec.size for spec in traced.weights)
+    errors: dict[str, WeightErrors] = {}
+    for row, spec in enumerate(traced.weights):
+        error = quantization_error(params, spec, schemes, candidates)
+        keep[row] = np.asarray(error.any(axis=(1, 2, 3)))
+        if not keep[row].any():
+            continue
+        if total * len(schemes) <= SMALL:
+            errors[spec.path] = DenseErrors(error if keep[row].all() else error[keep[row]])
+        else:
+            differing = [scheme for scheme, differs in zip(schemes, keep[row], strict=True) if differs]
+            stored = tuple(candidates.qtensor(spec, scheme) for scheme in differing)
+            errors[spec.path] = StoredErrors(params[spec.param], stored, spec, total // 4)
+    return keep, errors
