@@ -145,18 +145,31 @@ def differing_errors(
     Raises:
       MpqError: a candidate holds NaN or infinity.
     """
-    keep = np.zeros((len(traced.weights), len(schemes)), bool)
     total = sum(spec.size for spec in traced.weights)
-    errors: dict[str, WeightErrors] = {}
+    of_weight = _dense if total * len(schemes) <= SMALL else functools.partial(_stored, total // 4)
+    keep, errors = np.zeros((len(traced.weights), len(schemes)), bool), {}
     for row, spec in enumerate(traced.weights):
-        error = quantization_error(params, spec, schemes, candidates)
-        keep[row] = np.asarray(error.any(axis=(1, 2, 3)))
-        if not keep[row].any():
-            continue
-        if total * len(schemes) <= SMALL:
-            errors[spec.path] = DenseErrors(error if keep[row].all() else error[keep[row]])
-        else:
-            differing = [scheme for scheme, differs in zip(schemes, keep[row], strict=True) if differs]
-            stored = tuple(candidates.qtensor(spec, scheme) for scheme in differing)
-            errors[spec.path] = StoredErrors(params[spec.param], stored, spec, total // 4)
+        keep[row], error = of_weight(params, spec, schemes, candidates)
+        if keep[row].any():
+            errors[spec.path] = error
     return keep, errors
+
+
+def _dense(
+    params: Params, spec: WeightSpec, schemes: Sequence[Scheme], candidates: CandidateSource
+) -> tuple[np.ndarray, WeightErrors]:
+    error = quantization_error(params, spec, schemes, candidates)
+    keep = _differs(error)
+    return keep, DenseErrors(error if keep.all() else error[keep])
+
+
+def _stored(
+    num_values: int, params: Params, spec: WeightSpec, schemes: Sequence[Scheme], candidates: CandidateSource
+) -> tuple[np.ndarray, WeightErrors]:
+    keep = np.concatenate([_differs(quantization_error(params, spec, [s], candidates)) for s in schemes])
+    stored = tuple(candidates.qtensor(spec, scheme) for scheme, differs in zip(schemes, keep, strict=True) if differs)
+    return keep, StoredErrors(params[spec.param], stored, spec, num_values)
+
+
+def _differs(error: jax.Array) -> np.ndarray:
+    return np.asarray(error.any(axis=(1, 2, 3)))
