@@ -1,6 +1,30 @@
-"""Pallas kernels that multiply by quantized weights: each beside the plain `jnp` reference that says what it computes.
+"""Matmuls with quantized weights, each beside the plain `jnp` reference that says what it computes.
 
-Here will live `reference.py` (the contract of every kernel), `packing.py` (sub-byte layouts), one file per kind of
-hardware (`cpu.py`, `hopper.py`, `tpu.py`) and the tables of tuned block sizes. The package imports jax only and takes
-plain arrays, never a type of `mpq`.
+    packed = pack(codes, scales, bits=4, group_size=128, layout="cpu")
+    y = quantized_matmul(x, packed)                         # weights alone: W4A16
+    y = quantized_matmul(x, packed, activation_bits=8)      # and activations, rounded by token: W4A8
+
+`reference.py` is the contract of every backend; `bits.py`, `layouts.py` and `packed.py` say how codes lie in memory;
+`cpu.py` and `tpu.py` are the backends, one file for a kind of hardware; `dispatch.py` chooses among them, by the
+tables in `tuned/` or by bytes and operations; `cases.py` lists the shapes that tests and `bench.py` share. The package
+imports jax only and takes plain arrays, never a type of `mpq`.
 """
+
+from kernels_pallas.dispatch import BACKENDS
+from kernels_pallas.errors import KernelError
+from kernels_pallas.layouts import LAYOUTS
+from kernels_pallas.matmul import quantized_matmul
+from kernels_pallas.packed import NF4, Packed, dequantize, pack, relayout, unpack
+
+__all__ = [
+    "BACKENDS",
+    "LAYOUTS",
+    "NF4",
+    "KernelError",
+    "Packed",
+    "dequantize",
+    "pack",
+    "quantized_matmul",
+    "relayout",
+    "unpack",
+]

@@ -1,0 +1,130 @@
+"""What a backend is, and what all but the reference share: activations, zero points, descriptions of a problem."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.devices import Device
+from kernels_pallas.packed import Packed, zero_points
+from kernels_pallas.reference import quantize_tokens
+
+Config = tuple[int, ...]
+"""Tile sizes of a kernel; `()` for a backend that has none."""
+
+Run = Callable[[jax.Array, Packed, Config, bool], jax.Array]
+"""`(x[m, k], packed, config, interpret) -> float32[m, n]`: the sum over groups of `scale * (x[group] @ code[group])`.
+
+For a weight without batch axes, and as if it had no zero points. Inner products of int8 `x` are int32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One matmul, as dispatch, tables and benchmarks know it. Static and hashable.
+
+    Attributes:
+      m, k, n: tokens, rows and columns of one weight.
+      batch: number of weights (experts), each with `m` tokens.
+      bits, group_size, layout, table, zeros: of the packed weight.
+      x_dtype: name of the activations' dtype.
+      activation_bits: None or 8.
+    """
+
+    m: int
+    k: int
+    n: int
+    batch: int
+    bits: int
+    group_size: int | None
+    layout: str
+    table: bool
+    zeros: bool
+    x_dtype: str
+    activation_bits: int | None
+
+    @property
+    def format(self) -> str:
+        """`w4a16`, `w8a8`; weights whose values come from a table are `t4a16`."""
+        return f"{'t' if self.table else 'w'}{self.bits}a{self.activation_bits or 16}"
+
+    @property
+    def groups(self) -> int:
+        """Scales per column."""
+        return 1 if self.group_size is None else -(-self.k // self.group_size)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates."""
+        return self.batch * self.m * self.k * self.n
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that must move at least: packed codes, float32 scales, activations in and float32 out."""
+        weight = self.k * self.n * self.bits // 8 + 4 * self.groups * self.n
+        activations = self.m * self.k * jnp.dtype(self.x_dtype).itemsize + 4 * self.m * self.n
+        return self.batch * (weight + activations)
+
+
+def dot_type(problem: Problem) -> str:
+    """The operands' dtype of the inner products: `int8`, or that of the activations."""
+    return "int8" if problem.activation_bits == 8 else problem.x_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """One implementation of the contract in `reference`.
+
+    Attributes:
+      platforms: where it runs compiled; empty: everywhere.
+      layouts: tags that it reads; empty: all.
+      interpretable: whether `interpret=True` runs it on a CPU.
+      run: the computation.
+      refuses: `Problem` -> why it cannot be computed, or None; tags and platforms aside.
+      seconds: predicted time of a problem on a device, from bytes and operations. Only the order matters.
+      tiles: the config where no table has one.
+      legal: whether a tuned config fits a problem.
+      complete: `run` takes activation bits and zero points itself: `(x, packed, activation_bits) -> float32[m, n]`.
+    """
+
+    platforms: tuple[str, ...]
+    layouts: tuple[str, ...]
+    interpretable: bool
+    run: Callable[..., jax.Array]
+    refuses: Callable[[Problem], str | None]
+    seconds: Callable[[Problem, Device], float]
+    tiles: Callable[[Problem], Config] = lambda problem: ()
+    legal: Callable[[Problem, Config], bool] = lambda problem, config: config == ()
+    complete: bool = False
+
+    def __call__(self, x: jax.Array, packed: Packed, activation_bits: int | None, **options: Any) -> jax.Array:
+        """`float32[m, n]` for `x[m, k]` and a weight without batch axes. Zero points and token scales are applied here.
+
+        `sum of x (q - z) s = sum of x q s - (sum of x over the group) z s`: one thin matmul more, exact in integers.
+        """
+        if self.complete:
+            return self.run(x, packed, activation_bits)
+        x, token_scale = (x, None) if activation_bits is None else quantize_tokens(x)
+        y = self.run(x, packed, options.get("config", ()), options.get("interpret", False))
+        zeros = zero_points(packed)
+        if zeros is not None:
+            shift = zeros.astype(jnp.float32) * plain_scales(packed)
+            y = y - jnp.matmul(group_sums(x, packed), shift, precision=lax.Precision.HIGHEST)
+        return y if token_scale is None else y * token_scale
+
+
+def plain_scales(packed: Packed) -> jax.Array:
+    """`float32[groups, n or 1]`, whatever the layout, for a weight without batch axes."""
+    scales = packed.scales[:, 0] if packed.layout == "tpu" else packed.scales
+    return scales[:, : packed.n].astype(jnp.float32)
+
+
+def group_sums(x: jax.Array, packed: Packed) -> jax.Array:
+    """`float32[m, groups]`: sums of `x[m, k]` over the rows of every group; of int8 `x` exact."""
+    size = packed.group_size or packed.k
+    whole = jnp.pad(x, ((0, 0), (0, packed.spec.groups * size - packed.k)))
+    grouped = whole.reshape(x.shape[0], packed.spec.groups, size)
+    wide = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
+    return jnp.sum(grouped, axis=-1, dtype=wide).astype(jnp.float32)

@@ -1,0 +1,115 @@
+"""Every registered backend computes what the contract says, on one list of matmuls; broken ones are found out."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kernels_pallas import BACKENDS, LAYOUTS, quantized_matmul, unpack
+from kernels_pallas.cases import CONFORMANCE, Case
+from kernels_pallas.dispatch import refusal
+from kernels_pallas.matmul import describe
+from kernels_pallas.reference import matmul
+from tests.kernel_cases import check, draw
+
+
+def layouts(case):
+    return [name for name, layout in LAYOUTS.items() if layout.refuses(case.spec) is None]
+
+
+def runs():
+    """Every backend on every case and layout that it takes; the reference on plain weights alone, to save time."""
+    for name, backend in BACKENDS.items():
+        for case in CONFORMANCE:
+            for layout in backend.layouts or ("plain",):
+                if layout in layouts(case):
+                    yield pytest.param(name, case, layout, id=f"{name}-{layout}-{case}")
+
+
+def call(name, case, x, packed):
+    interpret = jax.default_backend() not in (BACKENDS[name].platforms or (jax.default_backend(),))
+    return quantized_matmul(
+        x,
+        packed,
+        activation_bits=case.activation_bits,
+        backend=name,
+        out_dtype=jnp.float32,
+        interpret=interpret,
+    )
+
+
+@pytest.mark.parametrize(("name", "case", "layout"), list(runs()))
+def test_equals_the_oracle(name, case, layout):
+    run = jax.jit(functools.partial(call, name, case))
+    for exact in (True, False):
+        check(run, case, layout, exact)
+
+
+def test_every_backend_runs_most_formats_of_its_layouts():
+    """A backend that refuses what its layout holds would pass by running nothing."""
+    for name, backend in BACKENDS.items():
+        for case in CONFORMANCE:
+            for layout in set(backend.layouts or ("plain",)) & set(layouts(case)):
+                x, packed, _ = draw(case, layout, 0, exact=True)
+                problem = describe(x, packed, case.activation_bits)
+                assert refusal(backend, problem, (backend.platforms or ("cpu",))[0], interpret=False) is None, name
+
+
+@pytest.mark.parametrize("case", CONFORMANCE, ids=str)
+def test_auto_works_wherever_the_reference_does(case):
+    """On plain weights, and as traced for any platform on any layout."""
+    for layout in layouts(case):
+        x, packed, _ = draw(case, layout, 0, exact=True)
+        for platform in ("cpu", "tpu", "cuda"):
+            run = functools.partial(quantized_matmul, activation_bits=case.activation_bits, platform=platform)
+            assert jax.eval_shape(run, x, packed).shape == (*case.batch, case.m, case.n)
+
+
+# Mutants of a backend: each must fail the check that the original passes.
+
+MUTATED = Case(3, 256, 24, 4, 64, zeros=True, x_dtype="float32")
+
+
+sound = jax.jit(functools.partial(matmul, activation_bits=None))
+
+
+def swapped_nibbles(x, packed):
+    return sound(x, dataclasses.replace(packed, codes=(packed.codes << 4) | (packed.codes >> 4)))
+
+
+def wrong_scale_row(x, packed):
+    return sound(x, dataclasses.replace(packed, scales=jnp.roll(packed.scales, 1, axis=-2)))
+
+
+def forgotten_zero_points(x, packed):
+    return sound(x, dataclasses.replace(packed, zeros=None))
+
+
+def sixteen_bit_partial_sums(x, packed):
+    """Sums of a group are rounded to bfloat16 before they are added up in float32."""
+    codes, scales, zeros = unpack(packed)
+    size = packed.group_size
+    rows = x.reshape(-1, packed.spec.groups, size)
+    centered = codes.reshape(-1, size, packed.n).astype(jnp.float32) - zeros[:, None].astype(jnp.float32)
+    partial = jnp.einsum("mgk,gkn->mgn", rows, centered) * scales
+    return jnp.sum(partial.astype(jnp.bfloat16).astype(jnp.float32), axis=1)
+
+
+def lost_last_row(x, packed):
+    return sound(x.at[..., -1].set(0), packed)
+
+
+MUTANTS = [swapped_nibbles, wrong_scale_row, forgotten_zero_points, sixteen_bit_partial_sums, lost_last_row]
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["integers", "random"])
+class TestTheSuiteItself:
+    def test_a_sound_kernel_passes(self, exact):
+        check(sound, MUTATED, "plain", exact)
+
+    @pytest.mark.parametrize("mutant", MUTANTS)
+    def test_a_broken_kernel_fails(self, mutant, exact):
+        with pytest.raises(AssertionError):
+            check(mutant, MUTATED, "plain", exact)

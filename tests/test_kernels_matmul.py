@@ -1,0 +1,231 @@
+"""`quantized_matmul`: the contract's rounding, shapes and derivative, what it refuses, and which backend it takes."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from kernels_pallas import BACKENDS, NF4, KernelError, quantized_matmul
+from kernels_pallas.backend import Problem
+from kernels_pallas.cases import SPEED, Case, draw
+from kernels_pallas.cpu import chunk
+from kernels_pallas.devices import device
+from kernels_pallas.dispatch import Entry, choose, nearest, read_table, roofline
+from kernels_pallas.matmul import describe
+from kernels_pallas.reference import quantize_tokens
+from kernels_pallas.tpu import legal, tiles
+from tests.kernel_cases import bound, oracle
+
+CASE = Case(4, 40, 6, 4, 16, zeros=True, x_dtype="float32")
+PROBLEM = Problem(16, 4096, 4096, 1, 4, 128, "tpu", False, False, "bfloat16", None)
+
+
+def test_tokens_are_rounded_to_the_nearest_of_255_steps():
+    x = np.random.default_rng(0).normal(size=(5, 33)).astype(np.float32)
+    x[3] = 0
+    codes, scale = map(np.asarray, jax.jit(quantize_tokens)(x))
+    largest = np.abs(x).max(-1, keepdims=True)
+    np.testing.assert_array_equal(np.abs(codes).max(-1), [127, 127, 127, 0, 127])
+    np.testing.assert_allclose(scale, np.where(largest > 0, largest.astype(np.float64) / 127, 1), rtol=2**-23)
+    # Half a step, and the roundings of the quotient and of the product, each at most 127 steps times 2^-24.
+    assert (np.abs(codes * scale.astype(np.float64) - x) <= scale * (0.5 + 127 * 2.0**-22)).all()
+
+
+def test_powers_of_two_are_scales_to_the_bit():
+    x = np.exp2(np.arange(-20, 20))[:, None] * np.array([127, -3, 64])
+    codes, scale = map(np.asarray, jax.jit(quantize_tokens)(x.astype(np.float32)))
+    np.testing.assert_array_equal(scale[:, 0], np.exp2(np.arange(-20, 20)))
+    np.testing.assert_array_equal(codes, np.broadcast_to([127, -3, 64], codes.shape))
+
+
+class TestTheDerivative:
+    """`dx = dy @ w^T`, also through rounded activations; weights have none."""
+
+    @pytest.mark.parametrize("activation_bits", [None, 8])
+    def test_is_that_of_the_dequantized_weight(self, activation_bits):
+        x, packed, arrays = draw(CASE, "cpu", 0, exact=False)
+        dy = np.random.default_rng(1).normal(size=(CASE.m, CASE.n)).astype(np.float32)
+        run = functools.partial(quantized_matmul, activation_bits=activation_bits, backend="cpu")
+        (dx,) = jax.jit(lambda x, p, dy: jax.vjp(lambda x: run(x, p), x)[1](dy))(x, packed, dy)
+        identity = np.eye(CASE.k)
+        w, magnitude = oracle(dataclasses.replace(CASE, m=CASE.k), identity, arrays)
+        # A row of w is rounded three times, and n products are added up.
+        assert (np.abs(dx - dy @ w.T) <= (CASE.n + 4) * 2.0**-23 * (np.abs(dy) @ magnitude.T)).all()
+
+    def test_is_zero_for_a_weight(self):
+        x, packed, _ = draw(CASE, "plain", 0, exact=False)
+        loss = lambda scales: quantized_matmul(x, dataclasses.replace(packed, scales=scales)).sum()
+        np.testing.assert_array_equal(jax.jit(jax.grad(loss))(packed.scales), 0)
+
+
+def test_leading_axes_and_the_output_dtype():
+    x, packed, _ = draw(CASE, "plain", 0, exact=True)
+    flat = quantized_matmul(x, packed)
+    np.testing.assert_array_equal(quantized_matmul(x.reshape(2, 2, -1), packed).reshape(4, -1), flat)
+    np.testing.assert_array_equal(quantized_matmul(x[0], packed), flat[0])
+    assert quantized_matmul(x[:0], packed).shape == (0, CASE.n)
+    assert quantized_matmul(x.astype(jnp.bfloat16), packed).dtype == jnp.bfloat16
+    assert quantized_matmul(x, packed, out_dtype=jnp.float16).dtype == jnp.float16
+
+
+class TestRefusals:
+    def refused(self, match, case=CASE, layout="plain", x=None, **options):
+        own, packed, _ = draw(case, layout, 0, exact=True)
+        with pytest.raises(KernelError, match=match):
+            quantized_matmul(own if x is None else x, packed, **options)
+
+    def test_activations_of_another_dtype(self):
+        self.refused("x is int32: allowed are float32, bfloat16, float16", x=jnp.zeros((4, 40), jnp.int32))
+
+    def test_activations_of_other_bits(self):
+        self.refused("activations of 4 bits: allowed are 8", activation_bits=4)
+
+    def test_shapes(self):
+        self.refused(r"x is \[4, 41\].*allowed is \[..., 40\]", x=jnp.zeros((4, 41)))
+        self.refused(r"x is \[\]", x=jnp.zeros(()))
+        batched = dataclasses.replace(CASE, batch=(3,))
+        for shape in ((2, 4, 40), (3, 40), (3, 1, 4, 40)):
+            self.refused(r"allowed is \[3, m, 40\]", batched, x=jnp.zeros(shape))
+
+    def test_an_unknown_backend(self):
+        self.refused("unknown backend 'gpu': allowed is auto, reference, cpu", backend="gpu")
+
+    def test_another_layout(self):
+        self.refused("backend 'cpu' cannot compute this matmul: it reads layout cpu, not 'plain'", backend="cpu")
+
+    def test_another_platform(self):
+        case = Case(2, 128, 8, 4)
+        self.refused("it runs on tpu, not on cpu: use backend='auto'", case, "tpu", backend="tpu")
+        self.refused("it runs on cpu, not on cuda", CASE, "cpu", backend="cpu", platform="gpu")
+
+    def test_what_cannot_be_interpreted(self):
+        self.refused("it has no kernel to interpret", CASE, "cpu", backend="cpu", interpret=True)
+
+    def test_a_table_with_rounded_activations(self):
+        case = Case(2, 16, 4, 4, 8, nf4=True)
+        for layout, backend in (("plain", "auto"), ("plain", "reference"), ("cpu", "cpu")):
+            match = "values of a table have no integer product"
+            self.refused(match, case, layout, backend=backend, activation_bits=8)
+
+
+class TestTheChoice:
+    entries = (
+        Entry(PROBLEM, "tpu", (16, 1024, 512), "measured", 20.0),
+        Entry(dataclasses.replace(PROBLEM, m=256), "reference", (), "measured", 90.0),
+        Entry(dataclasses.replace(PROBLEM, group_size=256), "tpu", (16, 128, 256), "measured", 1.0),
+        Entry(dataclasses.replace(PROBLEM, bits=8), "cpu", (), "measured", 1.0),
+    )
+
+    def test_an_entry_of_the_table_decides(self):
+        assert choose(PROBLEM, "tpu", self.entries) == ("tpu", (16, 1024, 512))
+
+    def test_the_nearest_of_the_same_kind_decides_where_none_fits(self):
+        assert nearest(dataclasses.replace(PROBLEM, m=40), self.entries) is self.entries[0]
+        assert choose(dataclasses.replace(PROBLEM, m=100), "tpu", self.entries) == ("reference", ())
+
+    def test_tiles_that_do_not_divide_are_left_aside(self):
+        odd = dataclasses.replace(PROBLEM, n=3712)
+        assert choose(odd, "tpu", self.entries) == ("tpu", tiles(odd))
+
+    def test_bytes_and_operations_decide_where_the_table_is_silent(self):
+        far = dataclasses.replace(PROBLEM, k=128)
+        assert nearest(far, self.entries) is None
+        assert choose(PROBLEM, "tpu", ()) == ("tpu", tiles(PROBLEM))
+        assert choose(dataclasses.replace(PROBLEM, layout="cpu"), "cpu", ())[0] == "cpu"
+
+    def test_entries_of_backends_that_cannot_run_here_are_not_taken(self):
+        assert choose(dataclasses.replace(PROBLEM, bits=8), "tpu", self.entries)[0] == "tpu"
+        assert choose(PROBLEM, "cuda", self.entries)[0] == "reference"
+
+    def test_a_table_is_read_as_it_is_written(self):
+        assert read_table(json.dumps([dataclasses.asdict(entry) for entry in self.entries])) == self.entries
+
+    def test_a_prediction_is_never_below_the_roofline(self):
+        for case in SPEED:
+            for layout, platform in (("cpu", "cpu"), ("tpu", "tpu")):
+                x = jax.ShapeDtypeStruct((case.m, case.k), case.x_dtype)
+                problem = dataclasses.replace(PROBLEM, m=case.m, bits=case.bits, layout=layout, x_dtype=str(x.dtype))
+                limit = roofline(problem, platform)
+                assert 0 < limit <= min(b.seconds(problem, device(platform, platform)) for b in BACKENDS.values())
+
+
+class TestTpuTiles:
+    def test_are_legal_and_large(self):
+        for m, k, n, bits, group in ((1, 4096, 11008, 4, 128), (300, 300, 7, 8, None), (16, 28672, 8192, 2, 256)):
+            problem = dataclasses.replace(PROBLEM, m=m, k=k, n=n, bits=bits, group_size=group)
+            chosen = tiles(problem)
+            assert legal(problem, chosen)
+            assert chosen[1] * chosen[2] >= min(2**20, -(-k // 128) * -(-n // 128) * 128**2)
+
+    @pytest.mark.parametrize(
+        "config", [(), (8, 128, 128), (16, 100, 128), (16, 128, 96), (16, 384, 128), (16, 4096, 4096)]
+    )
+    def test_others_are_not(self, config):
+        assert not legal(PROBLEM, config)
+
+    def test_a_group_is_not_cut_unevenly(self):
+        assert legal(dataclasses.replace(PROBLEM, k=768, group_size=256), (16, 128, 128))
+        assert not legal(dataclasses.replace(PROBLEM, k=768, group_size=256), (16, 128, 384))
+
+    @pytest.mark.parametrize(("group_size", "config"), [(256, (16, 128, 128)), (128, (16, 128, 256))])
+    def test_many_tiles_make_one_matmul(self, group_size, config):
+        """Groups longer and shorter than a tile of rows; two tiles of tokens, columns and rows."""
+        case = Case(20, 500, 200, 4, group_size)
+        x, packed, arrays = draw(case, "tpu", 0, exact=True)
+        assert legal(describe(x, packed, None), config)
+        run = jax.jit(lambda x, p: BACKENDS["tpu"](x, p, None, config=config, interpret=True))
+        want, magnitude = oracle(case, x, arrays)
+        assert (np.abs(run(x, packed) - want) <= bound(case, magnitude)).all()
+        np.testing.assert_array_equal(run(x, packed), want)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(5, 384, 256, 4, 128, zeros=True),
+        Case(1, 2048, 2048, 8),
+        Case(40, 384, 256, 8, 128, activation_bits=8),
+        Case(1, 384, 256, 4, activation_bits=8, batch=(2,)),
+        Case(1, 384, 256, 4, 128, x_dtype="float32"),
+    ],
+    ids=str,
+)
+def test_tpu_kernels_lower_without_a_tpu(case):
+    """To Mosaic, by rules that interpretation does not know: blocks, memory spaces, operations."""
+    x, packed, _ = draw(case, "tpu", 0, exact=True)
+    run = functools.partial(quantized_matmul, activation_bits=case.activation_bits, backend="tpu", platform="tpu")
+    lowered = export.export(jax.jit(run), platforms=["tpu"])(x, packed)
+    assert "tpu_custom_call" in lowered.mlir_module()
+    assert lowered.out_avals[0].shape == (*case.batch, case.m, case.n)
+
+
+def test_weights_are_arguments_and_nothing_compiles_twice():
+    x, packed, _ = draw(CASE, "cpu", 0, exact=True)
+    other = draw(CASE, "cpu", 5, exact=True)[1]
+    run = jax.jit(quantized_matmul)
+    assert not np.array_equal(run(x, packed), run(x, other))
+    assert run._cache_size() == 1
+
+
+def test_the_cpu_multiplies_int8_by_two_rows_or_more():
+    """The fast dot of XLA on CPUs takes int8 operands of two rows, unpacked behind a barrier."""
+    case = Case(1, 64, 8, 4, 32, activation_bits=8)
+    x, packed, _ = draw(case, "cpu", 0, exact=True)
+    text = jax.jit(functools.partial(quantized_matmul, activation_bits=8, backend="cpu")).lower(x, packed).as_text()
+    assert "(tensor<2x32xi8>, tensor<8x32xi8>) -> tensor<2x8xi32>" in text
+    assert "optimization_barrier" in text
+
+
+def test_the_cpu_unpacks_chunks_that_divide_a_segment():
+    for segment, size in ((4096, 256), (2048, 256), (128, 128), (300, 150), (96, 96), (509, 509), (1, 1)):
+        assert chunk(segment) == size
+
+
+def test_the_table_of_nf4_has_an_exact_zero():
+    assert NF4[7] == 0
+    assert list(NF4) == sorted(NF4)
