@@ -1,0 +1,102 @@
+"""A model on packed weights computes what it computes on their dequantized copies, and is given none of those."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import dequantize
+from mpq.formats import parse_scheme
+from mpq.packed import evaluate_packed, pack_weights
+from mpq.quantize import RTN, Candidates, apply_plan
+from mpq.trace import trace
+from mpq.types import MpqError
+
+SCHEMES = {"embed": "int8_channel", "up": "int4_g16", "conv": "nf4_g8", "down": "int3_g8_zp"}
+TOKENS = np.random.default_rng(0).integers(0, 24, (2, 7)).astype(np.int32)
+
+
+def network(params, tokens):
+    """An embedding that is tied to the output, two matmuls and a convolution over time."""
+    x = jnp.tanh(params["embed"][tokens] @ params["up"])
+    x = jax.lax.conv_general_dilated(x, params["conv"], (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
+    return (jnp.tanh(x) @ params["down"] + params["bias"]) @ params["embed"].T
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The traced model, its parameters, and all its weights quantized."""
+    rng = np.random.default_rng(0)
+    shapes = {"embed": (24, 16), "up": (16, 32), "conv": (3, 32, 16), "down": (16, 16), "bias": (16,)}
+    params = {p: jnp.asarray(rng.normal(size=s) / np.sqrt(np.prod(s[:-1])), jnp.float32) for p, s in shapes.items()}
+    traced = trace(network, params, jax.ShapeDtypeStruct(TOKENS.shape, jnp.int32))
+    assert {spec.path for spec in traced.weights} == set(SCHEMES)
+    choice = {path: parse_scheme(text) for path, text in SCHEMES.items()}
+    return traced, params, Candidates(params, traced.weights, RTN()).choose(choice)
+
+
+def test_equals_the_dequantized_model_without_a_copy_of_it(model):
+    traced, params, qtensors = model
+    packed = pack_weights(traced.weights, qtensors)
+    assert {weight.layout for weight in packed.values()} == {"plain", "cpu"}
+    # All that the compiled function is given: the packed weights, and the one parameter that is not a weight.
+    got = jax.jit(functools.partial(evaluate_packed, traced))({"bias": params["bias"]}, packed, TOKENS)
+    run = jax.jit(traced.evaluate)
+    want = run(apply_plan(params, traced.weights, qtensors), TOKENS)
+    # Float32 sums in another order: four in a row, each off by at most 96 * 2^-24 of its sum of magnitudes, which is at
+    # most 10 times the largest output with normal data.
+    tolerance = 4 * 96 * 2.0**-24 * 10 * float(jnp.abs(want).max())
+    assert float(jnp.abs(got - want).max()) < tolerance
+    assert float(jnp.abs(run(params, TOKENS) - want).max()) > 20 * tolerance
+
+
+@pytest.mark.parametrize("text", ["fp4_g16_sfp8", "fp4_g32_se8m0", "int8_tensor_zp", "int2_g8_zp", "nf3_g8_sbfloat16"])
+def test_every_kind_of_scheme_keeps_its_values_and_its_size(model, text):
+    traced, params, _ = model
+    (spec,) = (spec for spec in traced.weights if spec.path == "up")
+    scheme = parse_scheme(text)
+    qtensor = Candidates(params, traced.weights, RTN()).qtensor(spec, scheme)
+    packed = pack_weights(traced.weights, {"up": qtensor}, platform="cuda")["up"]
+    np.testing.assert_array_equal(jax.jit(dequantize)(packed), qtensor.dequantize()[0])
+    # Scales of 8 bits and the matrix's float32 become float32 each; a zero point for all is one a column.
+    extra = {"fp4_g16_sfp8": 24 * 32 - 32, "int8_tensor_zp": 8 * 31}.get(text, 0)
+    assert packed.size_bits == spec.size_bits(scheme) + extra
+
+
+def test_parameters_that_are_not_packed_are_needed(model):
+    traced, params, qtensors = model
+    packed = pack_weights(traced.weights, {path: qtensors[path] for path in ("embed", "conv", "down")})
+    with pytest.raises(MpqError, match="parameter up is neither given nor packed as a whole"):
+        evaluate_packed(traced, {"bias": params["bias"]}, packed, TOKENS)
+
+
+def test_experts_are_packed_with_their_batch_axis():
+    """A stack of three experts, each with inputs of its own."""
+    rng = np.random.default_rng(0)
+    params = {"experts": jnp.asarray(rng.normal(size=(3, 32, 8)), jnp.float32)}
+    x = jnp.asarray(rng.normal(size=(3, 5, 32)), jnp.float32)
+    traced = trace(lambda p, x: jnp.einsum("emk,ekn->emn", x, p["experts"]), params, x)
+    (spec,) = traced.weights
+    qtensors = Candidates(params, traced.weights, RTN()).choose({spec.path: parse_scheme("int4_g16")})
+    packed = pack_weights(traced.weights, qtensors)
+    assert packed[spec.path].batch_shape == (3,)
+    exact = np.asarray(qtensors[spec.path].dequantize(), np.float64)
+    for bits, tolerance in ((None, 32 * 2.0**-23), (8, 0.5 / 127)):
+        got = jax.jit(functools.partial(evaluate_packed, traced, activation_bits=bits))({}, packed, x)
+        largest = np.abs(np.asarray(x)).max(-1, keepdims=True)
+        # Of rounded activations at most half a step of 1/127 of the token's largest is off in every product.
+        limit = tolerance * (np.abs(x) if bits is None else np.broadcast_to(largest, x.shape)) @ np.abs(exact)
+        assert (np.abs(np.asarray(got) - np.asarray(x, np.float64) @ exact) <= 1.001 * limit).all()
+
+
+def test_unknown_paths_and_formats_are_refused(model):
+    traced, params, qtensors = model
+    first = traced.weights[0].path
+    with pytest.raises(MpqError, match="nothing is not one of the"):
+        pack_weights(traced.weights, {"nothing": qtensors[first]})
+    for text in ("bf16", "fp8_e4m3_channel"):
+        odd = Candidates(params, traced.weights, RTN()).choose({first: parse_scheme(text)})
+        with pytest.raises(MpqError, match=f"is {text}: integers and tables of at most 16 levels can be packed"):
+            pack_weights(traced.weights, odd)
