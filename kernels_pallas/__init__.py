@@ -5,9 +5,9 @@
     y = quantized_matmul(x, packed, activation_bits=8)      # and activations, rounded by token: W4A8
 
 `reference.py` is the contract of every backend; `bits.py`, `layouts.py` and `packed.py` say how codes lie in memory;
-`cpu.py` and `tpu.py` are the backends, one file for a kind of hardware; `dispatch.py` chooses among them, by the
-tables in `tuned/` or by bytes and operations; `cases.py` lists the shapes that tests and `bench.py` share. The package
-imports jax only and takes plain arrays, never a type of `mpq`.
+`cpu.py`, `tpu.py` and `hopper.py` are the backends, one file for a kind of hardware; `dispatch.py` chooses among them,
+by tables in `tuned/` or by bytes and operations; `cases.py` lists the shapes that tests and `bench.py` share. The
+package imports jax and numpy only and takes plain arrays, never a type of `mpq`.
 """
 
 from kernels_pallas.dispatch import BACKENDS

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from kernels_pallas import compat
 from kernels_pallas.backend import Problem, dot_type
 from kernels_pallas.cases import CONFORMANCE, SPEED, Case, draw
 from kernels_pallas.devices import Device
@@ -94,7 +95,7 @@ def oracle(x: jax.Array, packed: Packed, activation_bits: int | None) -> np.ndar
 
 def measure(case: Case, options: Options, limits: Device) -> list[dict[str, Any]]:
     """One row a backend that runs here, the dense dot first."""
-    here = jax.default_backend()
+    here = compat.platform()
     names = [name for name, backend in BACKENDS.items() if not backend.platforms or here in backend.platforms]
     weights, runs, rows = {}, {}, []
     for name in names:

@@ -1,5 +1,6 @@
 """What differs between JAX 0.10 and 0.11, or needs an import that may fail, wrapped once."""
 
+import importlib
 from typing import Any
 
 import jax
@@ -21,6 +22,17 @@ def tpu_interpreter() -> Any:
     return pltpu.InterpretParams()
 
 
-def device_kind(platform: str) -> str:
+def platform() -> str:
+    """Where JAX runs: `cpu`, `tpu` or `cuda`, which JAX calls `gpu` here."""
+    name = jax.default_backend()
+    return "cuda" if name == "gpu" else name
+
+
+def mosaic_gpu() -> Any:
+    """The module of GPU kernels. It needs `absl-py`, which JAX does not ask for, so it is imported where it is used."""
+    return importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+
+
+def device_kind(of: str) -> str:
     """Kind of the first device of a platform as JAX calls it; the platform itself where there is none here."""
-    return jax.devices()[0].device_kind if jax.default_backend() == platform else platform
+    return jax.devices()[0].device_kind if platform() == of else of

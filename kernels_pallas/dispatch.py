@@ -24,6 +24,7 @@ from kernels_pallas.backend import Backend, Config, Problem, dot_type
 from kernels_pallas.cpu import CPU
 from kernels_pallas.devices import Device, device
 from kernels_pallas.errors import KernelError
+from kernels_pallas.hopper import HOPPER
 from kernels_pallas.tpu import TPU
 
 FAR = 3.0
@@ -51,7 +52,7 @@ REFERENCE = Backend(
     complete=True,
 )
 
-BACKENDS: Mapping[str, Backend] = MappingProxyType({"reference": REFERENCE, "cpu": CPU, "tpu": TPU})
+BACKENDS: Mapping[str, Backend] = MappingProxyType({"reference": REFERENCE, "cpu": CPU, "tpu": TPU, "hopper": HOPPER})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas import compat
 from kernels_pallas.backend import Config, Problem
 from kernels_pallas.dispatch import BACKENDS, choose, refusal
 from kernels_pallas.errors import KernelError
@@ -48,8 +49,7 @@ def quantized_matmul(
       KernelError: shapes, dtypes, layout, backend and platform do not go together.
     """
     problem = describe(x, packed, activation_bits)
-    platform = platform or jax.default_backend()
-    platform = "cuda" if platform == "gpu" else platform
+    platform = "cuda" if platform == "gpu" else platform or compat.platform()
     if backend == "auto":
         name, config = choose(problem, platform, interpret=interpret)
     elif backend not in BACKENDS:

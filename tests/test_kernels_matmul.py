@@ -106,6 +106,12 @@ class TestRefusals:
     def test_what_cannot_be_interpreted(self):
         self.refused("it has no kernel to interpret", CASE, "cpu", backend="cpu", interpret=True)
 
+    def test_what_the_hopper_kernel_does_not_take(self):
+        on = functools.partial(self.refused, layout="hopper", backend="hopper", platform="cuda")
+        on("its activations are bfloat16 and not rounded", Case(2, 128, 8, 4, x_dtype="float32"))
+        on("its activations are bfloat16 and not rounded", Case(2, 128, 8, 4), activation_bits=8)
+        on("it has 65 tokens, allowed are 1 to 64", Case(65, 128, 8, 4))
+
     def test_a_table_with_rounded_activations(self):
         case = Case(2, 16, 4, 4, 8, nf4=True)
         for layout, backend in (("plain", "auto"), ("plain", "reference"), ("cpu", "cpu")):
@@ -202,6 +208,18 @@ def test_tpu_kernels_lower_without_a_tpu(case):
     lowered = export.export(jax.jit(run), platforms=["tpu"])(x, packed)
     assert "tpu_custom_call" in lowered.mlir_module()
     assert lowered.out_avals[0].shape == (*case.batch, case.m, case.n)
+
+
+@pytest.mark.parametrize(
+    "case", [Case(5, 384, 256, 4, 128, zeros=True), Case(64, 512, 128, 4, 256), Case(1, 384, 130, 8)], ids=str
+)
+def test_the_hopper_kernel_lowers_without_a_gpu(case):
+    """To Mosaic GPU: layouts of registers, swizzles of shared memory, barriers."""
+    x, packed, _ = draw(case, "hopper", 0, exact=True)
+    run = functools.partial(quantized_matmul, backend="hopper", platform="cuda")
+    lowered = export.export(jax.jit(run), platforms=["cuda"])(x, packed)
+    assert "mosaic_gpu" in lowered.mlir_module()
+    assert lowered.out_avals[0].shape == (case.m, case.n)
 
 
 def test_weights_are_arguments_and_nothing_compiles_twice():
