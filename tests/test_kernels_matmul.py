@@ -65,12 +65,14 @@ class TestTheDerivative:
 
 def test_leading_axes_and_the_output_dtype():
     x, packed, _ = draw(CASE, "plain", 0, exact=True)
-    flat = quantized_matmul(x, packed)
-    np.testing.assert_array_equal(quantized_matmul(x.reshape(2, 2, -1), packed).reshape(4, -1), flat)
-    np.testing.assert_array_equal(quantized_matmul(x[0], packed), flat[0])
-    assert quantized_matmul(x[:0], packed).shape == (0, CASE.n)
-    assert quantized_matmul(x.astype(jnp.bfloat16), packed).dtype == jnp.bfloat16
-    assert quantized_matmul(x, packed, out_dtype=jnp.float16).dtype == jnp.float16
+    run = jax.jit(quantized_matmul, static_argnames="out_dtype")
+    flat = np.asarray(run(x, packed))
+    np.testing.assert_array_equal(np.asarray(run(np.asarray(x).reshape(2, 2, -1), packed)).reshape(4, -1), flat)
+    np.testing.assert_array_equal(run(np.asarray(x)[0], packed), flat[0])
+    like = functools.partial(jax.eval_shape, functools.partial(quantized_matmul, out_dtype=jnp.float16))
+    assert like(x, packed) == jax.ShapeDtypeStruct((4, CASE.n), jnp.float16)
+    assert like(jax.ShapeDtypeStruct((0, CASE.k), x.dtype), packed).shape == (0, CASE.n)
+    assert jax.eval_shape(quantized_matmul, x.astype(jnp.bfloat16), packed).dtype == jnp.bfloat16
 
 
 class TestRefusals:

@@ -96,6 +96,7 @@ def forgotten_zero_points(x, packed):
     return sound(x, dataclasses.replace(packed, zeros=None))
 
 
+@jax.jit
 def sixteen_bit_partial_sums(x, packed):
     """Sums of a group are rounded to bfloat16 before they are added up in float32."""
     codes, scales, zeros = unpack(packed)
