@@ -1,6 +1,7 @@
 """What differs between JAX 0.10 and 0.11, or needs an import that may fail, wrapped once."""
 
 import importlib
+import inspect
 from typing import Any
 
 import jax
@@ -31,6 +32,14 @@ def platform() -> str:
 def mosaic_gpu() -> Any:
     """The module of GPU kernels. It needs `absl-py`, which JAX does not ask for, so it is imported where it is used."""
     return importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+
+
+def load(ref: Any, layout: Any) -> jax.Array:
+    """A tile of shared memory in registers. JAX 0.10 asks for an index beside the reference, JAX 0.11 warns of one."""
+    gpu = mosaic_gpu()
+    index = inspect.signature(gpu.load).parameters.get("idx")
+    needed = index is not None and index.default is inspect.Parameter.empty
+    return gpu.load(ref, *([()] if needed else []), layout=layout)
 
 
 def device_kind(of: str) -> str:

@@ -71,7 +71,7 @@ def _kernel(group: int, *refs: Any) -> None:
             slot = lax.rem(step, STAGES)
             gpu.barrier_wait(full.at[slot])
             operand = _operand(gpu, w_tile.at[slot, rows])
-            scale = gpu.load(s_tile.at[slot, rows], (), layout=gpu.Layout.WGMMA.reduce(1))
+            scale = compat.load(s_tile.at[slot, rows], gpu.Layout.WGMMA.reduce(1))
 
             def product(sums: Any) -> jax.Array:
                 gpu.wgmma(sums, operand, x_tile.at[slot].T)
@@ -90,7 +90,7 @@ def _operand(gpu: Any, tile: Any) -> jax.Array:
     """Codes of a tile in registers as bfloat16, in the layout of the tensor cores' first operand."""
     ratio = 16 // width(tile.dtype)
     layout = {2: gpu.Layout.WGMMA_UPCAST_2X, 4: gpu.Layout.WGMMA_UPCAST_4X}[ratio]
-    return gpu.layout_cast(gpu.load(tile, (), layout=layout), gpu.Layout.WGMMA).astype(jnp.bfloat16)
+    return gpu.layout_cast(compat.load(tile, layout), gpu.Layout.WGMMA).astype(jnp.bfloat16)
 
 
 def _run(x: jax.Array, packed: Packed, config: Config, interpret: bool) -> jax.Array:

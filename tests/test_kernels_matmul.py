@@ -105,6 +105,10 @@ class TestRefusals:
         self.refused("it runs on tpu, not on cpu: use backend='auto'", case, "tpu", backend="tpu")
         self.refused("it runs on cpu, not on cuda", CASE, "cpu", backend="cpu", platform="gpu")
 
+    def test_a_tpu_kernel_on_nothing(self):
+        nothing = jnp.zeros((0, 128), jnp.bfloat16)
+        self.refused("it has no tokens", Case(2, 128, 8, 4), "tpu", x=nothing, backend="tpu", platform="tpu")
+
     def test_what_cannot_be_interpreted(self):
         self.refused("it has no kernel to interpret", CASE, "cpu", backend="cpu", interpret=True)
 
