@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from kernels_pallas.bits import pack_bits, unpack_bits
+from kernels_pallas.bits import pack_bits, planes, unpack_bits
 from kernels_pallas.errors import KernelError
 from kernels_pallas.layouts import LAYOUTS, Spec, signed, unsigned
 
@@ -109,6 +109,7 @@ def pack(
         raise KernelError(f"unknown layout {layout!r}: allowed is {', '.join(LAYOUTS)}")
     if codes.ndim < 2 or codes.dtype != jnp.int8:
         raise KernelError(f"codes are {codes.dtype}{list(codes.shape)}: allowed is int8[*batch, k, n]")
+    planes(bits)  # refuses other widths than 1 to 8
     *batch, k, n = codes.shape
     if group_size is not None and group_size < 1:
         raise KernelError(f"a group of {group_size} rows: allowed is 1 or more, or None for whole columns")

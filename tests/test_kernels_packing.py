@@ -162,6 +162,10 @@ class TestRefusals:
         self.refused(r"codes are int32\[16, 4\]", codes=self.codes.astype(np.int32))
         self.refused(r"codes are int8\[4\]", codes=self.codes[0])
 
+    def test_codes_of_no_bits_or_too_many(self):
+        for bits in (0, 9):
+            self.refused(f"codes of {bits} bits cannot be packed", bits=bits)
+
     def test_a_group_of_nothing(self):
         self.refused("a group of 0 rows", group_size=0)
 
