@@ -14,9 +14,9 @@ measured on the test set, which no metric sees. A metric predicts a plan by the 
 
 `calibrated` is the same for a power law fitted to `--fit-plans` further plans, measured on the calibration set, and
 `refitted` for the table corrected by these plans (`mpq.allocate.refit`). `cost` counts forward passes over the
-calibration set: processor seconds without rounding and compilation over those of a forward pass, in the same process.
-What no predictor can pass is told by two more numbers: `ceiling`, the agreement of the further plans' own KL on the
-calibration and the test set, and `halves`, tau between the KL of the plans on two halves of the test set.
+calibration set: seconds without rounding and compilation over those of a forward pass, in the same process; processor
+seconds on a CPU. What no predictor can pass is told by two more numbers: `ceiling`, the agreement of the further plans'
+own KL on the calibration and the test set, and `halves`, tau between the KL of the plans on two halves of the test set.
 
 Two predictors are no metric: `kl+interactions` adds to `kl` the pairs of `mpq.sensitivity.interactions`, and `marginal`
 is measured one group at a time around the plan that has the middle scheme of the band everywhere.
@@ -230,6 +230,7 @@ def main(options: Options) -> None:
             "plans": options.plans,
             "fit_plans": options.fit_plans,
             "jax": jax.__version__,
+            "device": jax.devices()[0].device_kind,
             "metric_rows": {name: int(rows) for name, _, rows in (m.partition(":") for m in options.metrics) if rows},
             "cost": {name: _rounded(cost) for name, cost in cost.items()},
             "bands": bands,
@@ -287,11 +288,13 @@ def _sets(model: Model, options: Options) -> tuple[Dataset, Dataset]:
 
 
 def _running(function: Callable[[], Any]) -> tuple[float, Any]:
-    """Processor seconds of a call without those of compilation, and its value.
+    """Seconds of a call without those of compilation, and its value.
 
-    Processor time, since other work on the machine does not change it. It cannot be told which part of it compiles, so
-    a call that compiles for a notable part of its time is made again.
+    Processor time on a CPU, since other work on the machine does not change it; it cannot be told which part of it
+    compiles, so a call that compiles for a notable part of its time is made again. On an accelerator the time that
+    passes.
     """
+    clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     compiling: list[float] = []
 
     def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
@@ -300,15 +303,15 @@ def _running(function: Callable[[], Any]) -> tuple[float, Any]:
             compiling.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    start, busy = time.perf_counter(), time.process_time()
-    value = function()
-    seconds, busy = time.perf_counter() - start, time.process_time() - busy
+    began, start = time.perf_counter(), clock()
+    value = jax.block_until_ready(function())
+    seconds, passed = clock() - start, time.perf_counter() - began
     jax.monitoring.unregister_event_duration_listener(listen)
-    if sum(compiling) > 0.05 * seconds:
-        busy = time.process_time()
-        value = function()
-        busy = time.process_time() - busy
-    return busy, value
+    if sum(compiling) > 0.05 * passed:
+        start = clock()
+        value = jax.block_until_ready(function())
+        seconds = clock() - start
+    return seconds, value
 
 
 def _tau(a: np.ndarray, b: np.ndarray) -> float:
