@@ -24,6 +24,7 @@ from mpq.allocate import SOLVERS, Frontier, Problem, solve_frontier
 from mpq.calibrate import calibrate
 from mpq.config import RunConfig
 from mpq.data import make_dataset, read_documents, require_disjoint, split_documents
+from mpq.eval_result import EvalResult
 from mpq.evaluate import DocumentScores, Reference, score
 from mpq.formats import FORMATS, parse_scheme
 from mpq.inputs import Arrays, Dataset, Images, Tokens
@@ -33,7 +34,7 @@ from mpq.quantize import GPTQ, QUANTIZERS, RTN, Candidates, apply_plan
 from mpq.sensitivity import METRICS
 from mpq.tasks import TASKS, CausalLM, Classification, Custom, Embedding, Regression
 from mpq.trace import Trace, trace
-from mpq.types import Allocation, EvalResult, LayerStats, MpqError, QTensor, Scheme, SensitivityTable, WeightSpec
+from mpq.types import Allocation, LayerStats, MpqError, QTensor, Scheme, SensitivityTable, WeightSpec
 
 __version__ = "0.1.0"
 

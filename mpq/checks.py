@@ -6,6 +6,7 @@ are made, damaged stage files when they are read, and an export that is not the 
 Cost: one pass over the calibration set as far as the first multiplication, the rest without running the model.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -209,9 +210,10 @@ def require_schemes(plan: Plan, qtensors: Mapping[str, QTensor], weights: Sequen
                 f"plan {plan.name} gives {spec.path} of {spec.k} rows {wanted}, and it is stored as {q.scheme}: choose "
                 "a scheme that fits it"
             )
-        stored = {"qvalue": q.qvalue, "scale": q.scale, "zero_point": q.zero_point, "tensor_scale": q.tensor_scale}
+        stored = {f.name: getattr(q, f.name) for f in dataclasses.fields(q) if f.name != "scheme"}
         shapes = {name: array.shape for name, array in stored.items() if array is not None}
-        shape = {"qvalue": (spec.k, spec.n), "tensor_scale": (1, 1)}
+        integers = (wanted.num_groups(spec.k), spec.n)
+        shape = {"qvalue": (spec.k, spec.n), "tensor_scale": (1, 1), "sub_scale": integers, "sub_minimum": integers}
         groups = wanted.scale_shape(spec.k, spec.n)
         expected = {name: (spec.batch, *shape.get(name, groups)) for name in wanted.part_bits(spec.k, spec.n)}
         low, high = float(q.qvalue.min()), float(q.qvalue.max())

@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq.estimate import mean_over_documents, paired_difference, sums_over_documents
+from mpq.eval_result import EvalResult
 from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
 from mpq.progress import track
 from mpq.tasks import Task
-from mpq.types import EvalResult, MpqError, Params
+from mpq.types import MpqError, Params
 
 Apply = Callable[[Params, jax.Array], jax.Array]
 

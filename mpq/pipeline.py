@@ -136,7 +136,9 @@ class Run:
     @functools.cached_property
     def uniform(self) -> dict[str, Plan]:
         """Uniform plans by scheme."""
-        return {s: uniform_plan(parse_scheme(s), self.model, self.traced.weights) for s in self.config.schemes}
+        weights = self.traced.weights
+        fitting = [s for s in self.config.schemes if all(parse_scheme(s).fits(w.k) for w in weights)]
+        return {s: uniform_plan(parse_scheme(s), self.model, weights) for s in fitting}
 
     @functools.cached_property
     def heuristics(self) -> dict[str, Plan]:

@@ -59,6 +59,24 @@ class NumberFormat(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How a block type of ggml stores its scales; with the format and the group size of a scheme it is the whole type.
+
+    Attributes:
+      name: the type's name in lower case, the text form of the scheme.
+      rows: rows of `k` in a block, which has one float16 scale.
+      sub_bits: width of the integer that each group multiplies the block's scale by; None: a block is one group.
+      minimum: whether a float16 of the block is added to every value; with `sub_bits` it is subtracted, times an
+        integer of each group, never negative.
+    """
+
+    name: str
+    rows: int
+    sub_bits: int | None = None
+    minimum: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Scheme:
     """How one weight is stored: number format, granularity, scale type. `str()` is its text form, such as `int4_g128`.
 
@@ -70,6 +88,7 @@ class Scheme:
         store. `float8_e4m3fn` are factors of one float32 scale of the whole matrix, as in NVFP4. `float8_e8m0fnu` are
         powers of two, as in the OCP Microscaling formats.
       per_tensor: one scale for the whole matrix; then `group_size` is None.
+      blocks: of a block type of ggml, how its scales are stored; else None.
     """
 
     format: NumberFormat
@@ -77,8 +96,11 @@ class Scheme:
     zero_point: bool = False
     scale_dtype: str = "float16"
     per_tensor: bool = False
+    blocks: Blocks | None = None
 
     def __str__(self) -> str:
+        if self.blocks is not None:
+            return self.blocks.name
         if not self.has_scale:
             return self.format.name
         whole = "tensor" if self.per_tensor else "channel"
@@ -95,6 +117,10 @@ class Scheme:
         """True if scales are factors of one float32 scale of the whole matrix."""
         return self.has_scale and self.scale_dtype == "float8_e4m3fn"
 
+    def fits(self, k: int) -> bool:
+        """Whether a weight of `k` rows can be stored so; blocks of ggml are never padded."""
+        return self.blocks is None or k % self.blocks.rows == 0
+
     def num_groups(self, k: int) -> int:
         """Scales per column of `k` rows; the last group may be shorter."""
         if not self.has_scale:
@@ -102,8 +128,8 @@ class Scheme:
         return 1 if self.group_size is None else -(-k // self.group_size)
 
     def scale_shape(self, k: int, n: int) -> tuple[int, int]:
-        """Shape of the scales of one `w[k, n]`, and of its zero points."""
-        return self.num_groups(k), 1 if self.per_tensor else n
+        """Shape of the scales of one `w[k, n]`, and of its zero points or minima; of ggml's, one for every block."""
+        return k // self.blocks.rows if self.blocks else self.num_groups(k), 1 if self.per_tensor else n
 
     def part_bits(self, k: int, n: int) -> dict[str, int]:
         """Bits of each stored array of one `w[k, n]`; sub-byte arrays are bit streams padded to whole bytes."""
@@ -115,6 +141,11 @@ class Scheme:
             parts["zero_point"] = _whole_bytes(scales * self.format.bits)
         if self.has_tensor_scale:
             parts["tensor_scale"] = 32
+        if self.blocks is not None:
+            sub = _whole_bytes(self.num_groups(k) * n * (self.blocks.sub_bits or 0))
+            parts |= {"sub_scale": sub} if sub else {}
+            parts |= {"minimum": 16 * scales} if self.blocks.minimum else {}
+            parts |= {"sub_minimum": sub} if sub and self.blocks.minimum else {}
         return parts
 
     def size_bits(self, k: int, n: int, batch: int = 1) -> int:
@@ -241,7 +272,7 @@ class SensitivityTable:
 
     Attributes:
       weights, schemes: rows and columns.
-      loss_increase: `float64[L, S]`, nats per output.
+      loss_increase: `float64[L, S]`, nats per output; without meaning where a scheme does not fit (`Scheme.fits`).
       stderr: `float64[L, S]`, standard error over documents or probes; 0 where the metric is deterministic, NaN where a
         single document or probe leaves it unknown.
       metric: name of the metric and its options.
@@ -300,7 +331,9 @@ class Allocation:
 class QTensor:
     """A quantized weight: `w ~= (decode(qvalue) - decode(zero_point)) * scale * tensor_scale`.
 
-    Scales and zero points are repeated along `k`; where the whole matrix has one, `[batch, 1, 1]`, along `n` too.
+    Scales and zero points are repeated along `k`; where the whole matrix has one, `[batch, 1, 1]`, along `n` too. In
+    blocks of ggml `w ~= decode(qvalue) * scale * sub_scale - minimum * sub_minimum`, or without integers of groups
+    `decode(qvalue) * scale + minimum`.
 
     Attributes:
       qvalue: `int8[batch, k, n]` logical codes, or the values themselves for a format without scale.
@@ -308,6 +341,8 @@ class QTensor:
       zero_point: `int8[batch, groups, n]` or None.
       scheme: static.
       tensor_scale: `float32[batch, 1, 1]`, positive, under scales of 8 bits (`Scheme.has_tensor_scale`); else None.
+      sub_scale, sub_minimum: `int8[batch, groups, n]`, of blocks of ggml that have them (`Blocks`).
+      minimum: `float16[batch, blocks, n]`, of blocks of ggml that have it.
     """
 
     qvalue: jax.Array
@@ -315,23 +350,42 @@ class QTensor:
     zero_point: jax.Array | None
     scheme: Scheme = dataclasses.field(metadata={"static": True})
     tensor_scale: jax.Array | None = None
+    sub_scale: jax.Array | None = None
+    minimum: jax.Array | None = None
+    sub_minimum: jax.Array | None = None
 
     @property
     def effective_scale(self) -> jax.Array | None:
-        """`float32[batch, groups, n]`, `scale * tensor_scale`: what a step of the grid is worth."""
-        if self.scale is None or self.tensor_scale is None:
-            return None if self.scale is None else self.scale.astype(np.float32)
-        return self.scale.astype(np.float32) * self.tensor_scale
+        """`float32[batch, groups, n]`: what a step of the grid is worth."""
+        if self.scale is None:
+            return None
+        scale = self._by_group(self.scale.astype(np.float32), self.sub_scale)
+        return scale if self.tensor_scale is None else scale * self.tensor_scale
+
+    @property
+    def offset(self) -> jax.Array | None:
+        """`float32[batch, groups, n]`: what blocks with a minimum add to every value; None without."""
+        if self.minimum is None:
+            return None
+        offset = self._by_group(self.minimum.astype(np.float32), self.sub_minimum)
+        return offset if self.sub_minimum is None else -offset
 
     def dequantize(self) -> jax.Array:
         """`float32[batch, k, n]`."""
         value = self.scheme.format.decode(self.qvalue).astype(np.float32)
-        scale = self.effective_scale
+        scale, offset = self.effective_scale, self.offset
         if scale is None:
             return value
         if self.zero_point is not None:
             value = value - self.spread(self.scheme.format.decode(self.zero_point).astype(np.float32))
-        return value * self.spread(scale)
+        value = value * self.spread(scale)
+        return value if offset is None else value + self.spread(offset)
+
+    def _by_group(self, per_block: jax.Array, integer: jax.Array | None) -> jax.Array:
+        if integer is None:
+            return per_block
+        repeats = integer.shape[-2] // per_block.shape[-2]
+        return jax.numpy.repeat(per_block, repeats, axis=-2) * integer.astype(np.float32)
 
     def columns(self, select: Callable[[jax.Array], jax.Array]) -> "QTensor":
         """Some output columns: `select` takes them from any array `[..., n]`. What the whole matrix shares stays."""
@@ -342,51 +396,6 @@ class QTensor:
         """One number a group to one a row: `[batch, groups, n]` to `[batch, k, n]`."""
         k = self.qvalue.shape[-2]
         return jax.numpy.repeat(per_group, self.scheme.group_size or k, axis=-2)[..., :k, :]
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalResult:
-    """One evaluation of a model on a dataset. Standard errors are over documents, not over single outputs.
-
-    Attributes:
-      quality, quality_stderr: the task's own measure, `quality_name`; NaN where the data has no labels.
-      nll, nll_stderr: mean loss against the labels, nats per output; None where the task or the data has none.
-      kl, kl_stderr: KL(reference || model), nats per output; None without a reference.
-      agreement, agreement_stderr: the task's `agreement_name`; None without a reference.
-      num_documents, num_outputs: what they were measured on.
-      data_digest: of the dataset.
-    """
-
-    quality_name: str
-    quality: float
-    quality_stderr: float
-    nll: float | None
-    nll_stderr: float | None
-    kl: float | None
-    kl_stderr: float | None
-    agreement_name: str
-    agreement: float | None
-    agreement_stderr: float | None
-    num_documents: int
-    num_outputs: int
-    data_digest: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values under the names of the task: `perplexity`, `top1_agreement`; None for NaN and infinity."""
-        short = self.agreement_name.removesuffix("_agreement")
-        body = {
-            self.quality_name: self.quality,
-            f"{self.quality_name}_stderr": self.quality_stderr,
-            "nll": self.nll,
-            "nll_stderr": self.nll_stderr,
-            "kl": self.kl,
-            "kl_stderr": self.kl_stderr,
-            self.agreement_name: self.agreement,
-            f"{short}_stderr": self.agreement_stderr,
-            "num_documents": self.num_documents,
-            "num_outputs": self.num_outputs,
-        }
-        return {key: None if isinstance(v, float) and not np.isfinite(v) else v for key, v in body.items()}
 
 
 def _whole_bytes(bits: int) -> int:

@@ -8,9 +8,10 @@ import pytest
 
 from analysis.load import CAUSAL_LM, TaskInfo, load_result, parse_result
 from analysis.measures import AGREEMENTS, QUALITIES
+from mpq.eval_result import EvalResult
 from mpq.files import write_json
 from mpq.tasks import TASKS, Custom
-from mpq.types import EvalResult, MpqError
+from mpq.types import MpqError
 from tests.analysis_cases import make_result, parsed
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mpq.quantize.scales import round_scale
+from mpq.quantize.rounding import round_scale
 from mpq.types import MpqError
 
 GRANULARITIES = ("token", "head", "tensor")

@@ -43,7 +43,7 @@ def allowed_schemes(table: SensitivityTable, rows: list[list[int]], pins: Pins, 
 
     Args:
       table: rows are weights, columns schemes.
-      rows: of each group.
+      rows: of each group; a scheme that does not fit every member is not allowed.
       pins: pattern -> scheme.
       only: pattern -> schemes.
 
@@ -56,10 +56,14 @@ def allowed_schemes(table: SensitivityTable, rows: list[list[int]], pins: Pins, 
     """
     texts = [str(scheme) for scheme in table.schemes]
     paths = [spec.path for spec in table.weights]
-    allowed = np.ones((len(rows), len(texts)), np.bool_)
+    fits = [[scheme.fits(spec.k) for scheme in table.schemes] for spec in table.weights]
+    allowed = np.array([np.all([fits[row] for row in index], axis=0) for index in rows], np.bool_)
     rules = [("pin", pattern, (scheme,)) for pattern, scheme in pins.items()]
     rules += [("only", pattern, tuple(schemes)) for pattern, schemes in only.items()]
     applied: dict[int, list[str]] = {}
+    for group, index in enumerate(rows):
+        if misfits := [text for text, fit in zip(texts, allowed[group], strict=True) if not fit]:
+            applied[group] = [f"rows of {table.weights[index[0]].k}, which do not fill blocks of {join(misfits)},"]
     for kind, pattern, schemes in rules:
         wanted = _known(kind, pattern, schemes, texts)
         matched = set(matching(pattern, paths, kind))

@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mpq.quantize.scales import round_scale
+from mpq.quantize.rounding import round_scale
 from mpq.types import QTensor, Scheme
 
 

@@ -31,6 +31,7 @@ from mpq.inputs import Dataset, Tokens
 from mpq.models.model import Model
 from mpq.progress import track
 from mpq.quantize import apply_plan
+from mpq.quantize.block_scales import applies
 from mpq.trace import Trace
 from mpq.types import MpqError, Params, QTensor, WeightSpec
 
@@ -105,7 +106,8 @@ class Distill:
         Args:
           model: the original.
           traced: its weights.
-          qtensors: quantized weights by path, to start from; those without a scale stay as they are.
+          qtensors: quantized weights by path, to start from; those without a scale stay as they are, and so do ggml's
+            with a minimum or integers of groups.
           data: windows; labels are not read.
           key: of the order of the windows.
           state: file that an interrupted training continues from, to the same bytes; the caller removes it.
@@ -115,9 +117,9 @@ class Distill:
             of another training.
         """
         specs = {spec.path: spec for spec in traced.weights}
-        scaled = {path: qtensor for path, qtensor in qtensors.items() if qtensor.scale is not None}
+        scaled = {path: q for path, q in qtensors.items() if q.scale is not None and not applies(q.scheme)}
         if not scaled:
-            raise MpqError("no weight of the plan has a scale: there is nothing to distill")
+            raise MpqError("no weight of the plan has a scale that can be trained: there is nothing to distill")
         if len(data.inputs) < self.batch_size:
             raise MpqError(
                 f"{len(data.inputs)} windows are fewer than a batch of {self.batch_size}: give more text or a smaller "

@@ -6,7 +6,8 @@
 
 A quantized weight is a sub-tree: `qvalue` (`uint8[batch, bytes]`, a bit stream per batch entry, see `packing`; for a
 float format the values), `scale` (`[batch, groups, n]` in its dtype; scales of 8 bits as their bytes, `uint8`),
-`zero_point` (a bit stream too) and `tensor_scale` (`float32[batch, 1, 1]`), as the scheme has them. Everything else of
+`zero_point` (a bit stream too) and `tensor_scale` (`float32[batch, 1, 1]`), as the scheme has them, and in blocks of
+ggml `minimum` and the bit streams `sub_scale` and `sub_minimum`. Everything else of
 the model is under `params` in the dtype that it was stored in. Arrays are one chunk each and not compressed:
 the chunk files are the payload, and `payload_bytes` counts them. Any Orbax user can read the arrays with
 `PyTreeCheckpointer().restore`.
@@ -31,6 +32,7 @@ import numpy as np
 from mpq.export.packing import pack, unpack
 from mpq.files import canonical_json, digest_arrays, read_json, writing
 from mpq.formats import parse_scheme
+from mpq.formats.ggml import sub_range
 from mpq.quantize.candidates import apply_plan
 from mpq.types import MpqError, Params, QTensor, Scheme, WeightSpec
 
@@ -196,6 +198,11 @@ def _pack_weight(spec: WeightSpec, qtensors: Mapping[str, QTensor]) -> dict[str,
     scale = np.asarray(qtensor.scale)
     parts = {"qvalue": stream(qtensor.qvalue), "scale": scale.view(np.uint8) if scale.itemsize == 1 else scale}
     parts |= {} if qtensor.zero_point is None else {"zero_point": stream(qtensor.zero_point)}
+    parts |= {} if qtensor.minimum is None else {"minimum": np.asarray(qtensor.minimum)}
+    integers = {"sub_scale": qtensor.sub_scale, "sub_minimum": qtensor.sub_minimum}
+    for name, codes in integers.items():
+        if codes is not None:
+            parts[name] = np.stack([pack(entry, *_integer_range(qtensor.scheme)) for entry in np.asarray(codes)])
     return parts | ({} if qtensor.tensor_scale is None else {"tensor_scale": np.asarray(qtensor.tensor_scale)})
 
 
@@ -204,15 +211,29 @@ def _unpack_weight(spec: WeightSpec, scheme: Scheme, arrays: Mapping[str, np.nda
     if not scheme.has_scale:
         return QTensor(jnp.asarray(part("qvalue")), None, None, scheme)
 
-    def codes(name: str, rows: int, columns: int) -> jax.Array:
-        grid = scheme.format
-        entries = [unpack(stream, rows * columns, grid.bits, grid.min_qvalue) for stream in part(name)]
+    def codes(name: str, rows: int, columns: int, width: tuple[int, int]) -> jax.Array:
+        entries = [unpack(stream, rows * columns, *width) for stream in part(name)]
         return jnp.asarray(np.stack(entries).reshape(spec.batch, rows, columns))
 
-    zero_point = codes("zero_point", *scheme.scale_shape(spec.k, spec.n)) if scheme.zero_point else None
+    grid, stored = (scheme.format.bits, scheme.format.min_qvalue), scheme.part_bits(spec.k, spec.n)
+    zero_point = codes("zero_point", *scheme.scale_shape(spec.k, spec.n), grid) if scheme.zero_point else None
+    integers = {
+        name: codes(name, scheme.num_groups(spec.k), spec.n, _integer_range(scheme))
+        for name in ("sub_scale", "sub_minimum")
+        if name in stored
+    }
+    minimum = jnp.asarray(part("minimum")) if "minimum" in stored else None
     tensor_scale = jnp.asarray(part("tensor_scale")) if scheme.has_tensor_scale else None
     scale = part("scale").view(scheme.scale_dtype) if part("scale").dtype == np.uint8 else part("scale")
-    return QTensor(codes("qvalue", spec.k, spec.n), jnp.asarray(scale), zero_point, scheme, tensor_scale)
+    qvalue = codes("qvalue", spec.k, spec.n, grid)
+    return QTensor(qvalue, jnp.asarray(scale), zero_point, scheme, tensor_scale, minimum=minimum, **integers)
+
+
+def _integer_range(scheme: Scheme) -> tuple[int, int]:
+    """Width and least of the integers of groups in blocks of ggml."""
+    assert scheme.blocks is not None
+    assert scheme.blocks.sub_bits is not None
+    return scheme.blocks.sub_bits, sub_range(scheme.blocks)[0]
 
 
 @contextlib.contextmanager

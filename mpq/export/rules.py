@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from mpq.files import write_json, write_text
+from mpq.formats.ggml import GGML_SCHEMES, require_fit
 from mpq.types import MpqError, Scheme, WeightSpec
 
 Choices = Mapping[str, Scheme]
@@ -41,6 +42,7 @@ GGML_TYPES: Mapping[str, str] = MappingProxyType(
         "bf16": "bf16",
         "fp16": "f16",
         "fp32": "f32",
+        **{name: name for name in GGML_SCHEMES},
     }
 )
 """Scheme -> the ggml type with these bits, blocks and float16 scales. Types with an offset (q4_1, q5_1) store it as
@@ -87,6 +89,7 @@ def llama_cpp(choices: Choices, weights: Weights) -> str:
     named: dict[str, str] = {}
     for spec in weights:
         kind = _known(str(choices[spec.path]), spec, choices, GGML_TYPES, "llama.cpp")
+        require_fit(choices[spec.path], spec.k, spec.path)
         if spec.k % 32:
             raise MpqError(f"{spec.path} has rows of {spec.k}, and blocks of llama.cpp hold 32: pin it to bf16")
         _set(named, _gguf_name(spec.path), kind, spec)

@@ -10,6 +10,7 @@
     fp4_g32_se8m0     scales that are powers of two, 8 bits; this one is `mxfp4`
     int4_g64_sfloat32 scales of float32, or of bfloat16 with `_sbfloat16`
     bf16              no scale
+    q4_k, q8_0        a block type of ggml, see `mpq.formats.ggml`; f16 and f32 are what ggml calls fp16 and fp32
 
 Sizes are exact: `Scheme.size_bits` counts codes, scales, zero points and what fills up the last byte.
 """
@@ -20,6 +21,7 @@ from types import MappingProxyType
 
 from mpq.formats.codebook import NF3_LEVELS, NF4_LEVELS, Codebook
 from mpq.formats.floating import Float
+from mpq.formats.ggml import GGML_SCHEMES
 from mpq.formats.integer import Integer
 from mpq.formats.minifloat import Minifloat
 from mpq.types import SCALE_SUFFIXES, MpqError, NumberFormat, Scheme
@@ -44,7 +46,9 @@ FORMATS: Mapping[str, NumberFormat] = MappingProxyType(
     }
 )
 
-ALIASES: Mapping[str, str] = MappingProxyType({"mxfp4": "fp4_g32_se8m0", "nvfp4": "fp4_g16_sfp8"})
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {"mxfp4": "fp4_g32_se8m0", "nvfp4": "fp4_g16_sfp8", "f16": "fp16", "f32": "fp32"}
+)
 """Names that `parse_scheme` also takes -> the text that `str()` gives. MXFP4 is that of the OCP Microscaling Formats
 specification 1.0; NVFP4 that of NVIDIA's Blackwell, e4m3 scales of 16 values under one float32."""
 
@@ -63,8 +67,11 @@ def parse_scheme(text: str) -> Scheme:
     """
     allowed = (
         f"a format of {', '.join(FORMATS)} with _gN, _channel or _tensor, _zp for affine, and "
-        f"{', '.join(filter(None, _SCALES))} for the scales: int4_g64, int8_channel, bf16; or {', '.join(ALIASES)}"
+        f"{', '.join(filter(None, _SCALES))} for the scales: int4_g64, int8_channel, bf16; or "
+        f"{', '.join((*ALIASES, *GGML_SCHEMES))}"
     )
+    if text in GGML_SCHEMES:
+        return GGML_SCHEMES[text]
     match = _TEXT.fullmatch(ALIASES.get(text, text))
     number_format = FORMATS.get(match["format"]) if match else None
     if match is None or number_format is None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq.files import digest_arrays, digest_json
+from mpq.formats.ggml import require_fit
 from mpq.quantize.quantizer import Quantizer
 from mpq.quantize.widths import common
 from mpq.types import LayerStats, MpqError, Params, QTensor, Scheme, WeightSpec
@@ -54,16 +55,24 @@ class Candidates:
         """The quantized weight.
 
         Raises:
-          MpqError: the weight is not one of this model's, or it or its gram holds NaN or infinity.
+          MpqError: the weight is not one of this model's, it or its gram holds NaN or infinity, or its rows do not fill
+            the blocks of the scheme.
         """
         key = (spec.path, scheme)
+        require_fit(scheme, spec.k, f"weight {spec.path}")
         if key not in self._qtensors:
             weight, gram = self._inputs(spec)
             self._qtensors[key] = self.quantizer(weight, scheme, gram)
         return self._qtensors[key]
 
     def dequantized(self, spec: WeightSpec, scheme: Scheme) -> jax.Array:
-        """What the quantized weight stands for, `float32[batch, k, n]`. Raises as `qtensor` does."""
+        """What the quantized weight stands for, `float32[batch, k, n]`. Raises as `qtensor` does.
+
+        Where a scheme does not fit the weight there is no candidate, and this is the weight itself: its entry in a
+        table is 0 and has no meaning, and no allocation may choose it.
+        """
+        if not scheme.fits(spec.k):
+            return self._inputs(spec)[0]
         return dequantize(self.qtensor(spec, scheme))
 
     def digest(self, spec: WeightSpec, scheme: Scheme) -> str:

@@ -16,25 +16,47 @@ Differences from the paper:
   text may excite them.
 - What all groups of a matrix share (a tensor scale, or the one scale of a scheme per tensor) is that of the original
   weights: it has to be known before the first row is rounded.
+- In blocks of ggml the groups of a block have their scales and minima, all at once, when its first row is reached.
 - Output columns are independent; one whose loss comes out above RTN's, because clipping made the greedy order fail,
   gets RTN's codes and scales. So the layer loss is never above RTN's, by construction.
 """
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpq.quantize import scales
+from mpq.formats.ggml import require_fit
+from mpq.quantize import block_scales, scales
 from mpq.quantize.rtn import RTN
 from mpq.quantize.widths import common, with_width
 from mpq.types import MpqError, QTensor, Scheme
 
-_Fit = tuple[jax.Array, jax.Array, jax.Array | None]  # qvalue, scale, zero point
+_Fit = tuple[jax.Array, jax.Array | None] | block_scales.BlockFit  # scale and zero point, or what blocks store
 _dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+class _Grid(NamedTuple):
+    """What rows are rounded to, `[rows, n]` each; None where the scheme has none."""
+
+    scale: jax.Array
+    zero_point: jax.Array | None
+    offset: jax.Array | None
+
+    def encode(self, x: jax.Array, scheme: Scheme) -> jax.Array:
+        if block_scales.applies(scheme):
+            return block_scales.encode(x, self.scale, self.offset, scheme)
+        shift = 0.0 if self.zero_point is None else scheme.format.decode(self.zero_point)
+        return scheme.format.encode(x / self.scale + shift)
+
+    def decode(self, qvalue: jax.Array, scheme: Scheme) -> jax.Array:
+        if block_scales.applies(scheme):
+            return block_scales.decode(qvalue, self.scale, self.offset, scheme)
+        shift = 0.0 if self.zero_point is None else scheme.format.decode(self.zero_point)
+        return (scheme.format.decode(qvalue) - shift) * self.scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +108,11 @@ class GPTQ:
           w: `float32[batch, k, n]`, finite.
           scheme: any scheme.
           gram: `float32[batch, k, k]`, E[x xT], finite and positive semidefinite; or None.
+
+        Raises:
+          MpqError: `k` does not fill the blocks of the scheme.
         """
+        require_fit(scheme, w.shape[-2])
         if gram is None or not scheme.has_scale:
             return RTN(self.scale)(w, scheme, gram)
         block, place = _places(gram, scheme, self)
@@ -117,11 +143,18 @@ def _places(gram: jax.Array, scheme: Scheme, options: GPTQ) -> tuple[int, jax.Ar
         block = min(options.block_size, k)
         order = jnp.argsort(-gram.diagonal(axis1=-2, axis2=-1), axis=-1, stable=True)
         return block, jnp.pad(order, ((0, 0), (0, -k % block)), constant_values=k)
-    groups, size = scheme.num_groups(k), min(scheme.group_size or k, k)
+    groups, size = _chunks(scheme, k)
     block = min(options.block_size, size)
     place = np.pad(np.arange(k), (0, groups * size - k), constant_values=k).reshape(groups, size)
     place = np.pad(place, ((0, 0), (0, -size % block)), constant_values=k)  # every group is whole blocks
     return block, jnp.broadcast_to(jnp.asarray(place.reshape(-1), jnp.int32), (batch, place.size))
+
+
+def _chunks(scheme: Scheme, k: int) -> tuple[int, int]:
+    """How many parts of `k` get their scales at once, and their rows: groups, or blocks of ggml."""
+    if scheme.blocks is not None:
+        return k // scheme.blocks.rows, scheme.blocks.rows
+    return scheme.num_groups(k), min(scheme.group_size or k, k)
 
 
 @jax.jit
@@ -192,11 +225,16 @@ def _one(
     nearest = scales.quantize(w, scheme, method, row_weight, shared)
     chain = factor.T / factor.diagonal()[:, None]  # [j, i] is R_ij / R_jj: what row j takes over of the error of row i
     if act_order:
-        qvalue, scale, zero_point = _in_order(_place(w, place), chain, nearest, place, block)
+        qvalue = _in_order(_place(w, place), chain, nearest, place, block)
+        got = dataclasses.replace(nearest, qvalue=_unplace(qvalue, place, k))
     else:
         placed = _place(w, place), _place(row_weight[:, None], place)
-        qvalue, scale, zero_point = _in_groups(*placed, chain, shared, scheme, scheme.num_groups(k), method, block)
-    got = QTensor(_unplace(qvalue, place, k), scale, zero_point, scheme, shared.tensor_scale)
+        qvalue, fit = _in_groups(*placed, chain, shared, scheme, _chunks(scheme, k)[0], method, block)
+        qvalue = _unplace(qvalue, place, k)
+        if isinstance(fit, block_scales.BlockFit):
+            got = block_scales.store(qvalue, fit, scheme)
+        else:
+            got = QTensor(qvalue, fit[0].astype(scheme.scale_dtype), fit[1], scheme, shared.tensor_scale)
     keep = _layer_loss(w, got, gram) < _layer_loss(w, nearest, gram)  # False where not finite
     return jax.tree.map(lambda a, b: jnp.where(keep[None], a, b), got, nearest)
 
@@ -207,16 +245,14 @@ def _layer_loss(w: jax.Array, qtensor: QTensor, gram: jax.Array) -> jax.Array:
     return jnp.sum(error * _dot(gram, error), axis=0)
 
 
-def _in_order(w: jax.Array, chain: jax.Array, nearest: QTensor, place: jax.Array, block: int) -> _Fit:
-    """Rows in any order, under the scales of `nearest`."""
+def _in_order(w: jax.Array, chain: jax.Array, nearest: QTensor, place: jax.Array, block: int) -> jax.Array:
+    """Codes of rows in any order, under the scales of `nearest`."""
     effective = nearest.effective_scale
     assert effective is not None
-    assert nearest.scale is not None
     k = nearest.qvalue.shape[0]
     group = jnp.minimum(place, k - 1) // (nearest.scheme.group_size or k)
-    scale, zero_point = jax.tree.map(lambda a: a[group], (effective, nearest.zero_point))
-    qvalue, _ = _round_rows(w, jnp.zeros_like(w), chain, scale, zero_point, block, nearest.scheme)
-    return qvalue, nearest.scale, nearest.zero_point
+    grid = jax.tree.map(lambda a: a[group], _Grid(effective, nearest.zero_point, nearest.offset))
+    return _round_rows(w, jnp.zeros_like(w), chain, grid, block, nearest.scheme)[0]
 
 
 def _in_groups(
@@ -228,34 +264,49 @@ def _in_groups(
     groups: int,
     method: str,
     block: int,
-) -> _Fit:
-    """Groups in storage order; each takes its scales when all earlier rows have had their effect on it."""
+) -> tuple[jax.Array, _Fit]:
+    """Codes and fit, in storage order; a group takes its scales when all earlier rows have had their effect on it."""
     size, n = w.shape[0] // groups, w.shape[1]
-    unit, whole, whole_zero = jax.tree.map(lambda a: a[0], shared)
+    shared = jax.tree.map(lambda a: a[0], shared)
 
-    def group(error: jax.Array, start: jax.Array) -> tuple[jax.Array, _Fit]:
+    def group(error: jax.Array, start: jax.Array) -> tuple[jax.Array, tuple[jax.Array, _Fit]]:
         rows = lambda a: jax.lax.dynamic_slice_in_dim(a, start, size)
         here = jax.lax.dynamic_slice_in_dim(rows(chain), start, size, axis=1)
         pull = _dot(rows(chain), error)  # rows not yet rounded have error 0
         updated = rows(w) + jax.scipy.linalg.solve_triangular(here, pull, lower=True, unit_diagonal=True)
-        scale, zero_point = whole, whole_zero
-        if scale is None:
-            scale, zero_point = scales.fit_group(updated, scheme, method, rows(row_weight), unit)
-        effective = scale if unit is None else scale * unit
-        each, zero = jax.tree.map(lambda a: jnp.broadcast_to(a, (size, n)), (effective, zero_point))
-        qvalue, new = _round_rows(rows(w), pull, here, each, zero, block, scheme)
-        return jax.lax.dynamic_update_slice_in_dim(error, new, start, 0), (qvalue, scale, zero_point)
+        fit, grid = _fit_rows(updated, rows(row_weight), shared, scheme, method)
+        qvalue, new = _round_rows(rows(w), pull, here, grid, block, scheme)
+        return jax.lax.dynamic_update_slice_in_dim(error, new, start, 0), (qvalue, fit)
 
-    _, (qvalue, scale, zero_point) = jax.lax.scan(group, jnp.zeros_like(w), jnp.arange(groups) * size)
-    return qvalue.reshape(-1, n), scale.astype(scheme.scale_dtype), zero_point
+    _, (qvalue, fit) = jax.lax.scan(group, jnp.zeros_like(w), jnp.arange(groups) * size)
+    return qvalue.reshape(-1, n), fit
+
+
+def _fit_rows(
+    w: jax.Array, row_weight: jax.Array, shared: scales.Shared, scheme: Scheme, method: str
+) -> tuple[_Fit, _Grid]:
+    """Scales of `w[rows, n]`, one group or one block of ggml and what fills it up, and the grid of each row."""
+    if block_scales.applies(scheme):
+        assert scheme.blocks is not None
+        size = scheme.blocks.rows
+        x, row = (block_scales.in_groups(a[:size], scheme)[0] for a in (w, row_weight))
+        fit = block_scales.fit_blocks(x, scheme, method, row)
+        spread = lambda a: jnp.pad(jnp.repeat(a, x.shape[1], axis=0), ((0, len(w) - size), (0, 0)))
+        step, offset = jax.tree.map(spread, (fit.step, fit.offset))
+        return fit, _Grid(step, None, offset)
+    scale, zero_point = shared.scale, shared.zero_point
+    if scale is None:
+        scale, zero_point = scales.fit_group(w, scheme, method, row_weight, shared.tensor_scale)
+    effective = scale if shared.tensor_scale is None else scale * shared.tensor_scale
+    each, zero = jax.tree.map(lambda a: jnp.broadcast_to(a, w.shape), (effective, zero_point))
+    return (scale, zero_point), _Grid(each, zero, None)
 
 
 def _round_rows(
     w: jax.Array,
     pull: jax.Array,
     chain: jax.Array,
-    scale: jax.Array,
-    zero_point: jax.Array | None,
+    grid: _Grid,
     block: int,
     scheme: Scheme,
 ) -> tuple[jax.Array, jax.Array]:
@@ -265,8 +316,7 @@ def _round_rows(
       w: `float32[rows, n]`.
       pull: `float32[rows, n]`, what rows outside add to the target of each row.
       chain: `float32[rows, rows]`, unit lower triangular: what row j takes over of the error of row i.
-      scale: `float32[rows, n]`.
-      zero_point: `int8[rows, n]` or None.
+      grid: what every row is rounded to.
       block: rows of a block; divides `rows`.
       scheme: the scheme.
 
@@ -275,10 +325,9 @@ def _round_rows(
     """
 
     def one_row(error: jax.Array, row: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
-        index, base, link, value, scale, zero_point = row
-        offset = 0.0 if zero_point is None else scheme.format.decode(zero_point)
-        qvalue = scheme.format.encode((base + _dot(link, error)) / scale + offset)
-        return error.at[index].set(value - (scheme.format.decode(qvalue) - offset) * scale), qvalue
+        index, base, link, value, grid = row
+        qvalue = grid.encode(base + _dot(link, error), scheme)
+        return error.at[index].set(value - grid.decode(qvalue, scheme)), qvalue
 
     def one_by_one(*table: Any) -> tuple[jax.Array, jax.Array]:
         return jax.lax.scan(one_row, jnp.zeros((block, w.shape[1])), (jnp.arange(block), *table))
@@ -287,11 +336,11 @@ def _round_rows(
         rows = lambda a: jax.lax.dynamic_slice_in_dim(a, start, block)
         here = jax.lax.dynamic_slice_in_dim(rows(chain), start, block, axis=1)
         base = rows(w) + rows(pull) + _dot(rows(chain), error)
-        new, qvalue = one_by_one(base, here, *jax.tree.map(rows, (w, scale, zero_point)))
+        new, qvalue = one_by_one(base, here, *jax.tree.map(rows, (w, grid)))
         return jax.lax.dynamic_update_slice_in_dim(error, new, start, 0), qvalue
 
     if block == len(w):  # nothing to collect from earlier blocks, and one loop less to compile
-        error, qvalue = one_by_one(w + pull, chain, w, scale, zero_point)
+        error, qvalue = one_by_one(w + pull, chain, w, grid)
         return qvalue, error
     error, qvalue = jax.lax.scan(one_block, jnp.zeros_like(w), jnp.arange(0, len(w), block))
     return qvalue.reshape(w.shape), error

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from mpq.formats.ggml import require_fit
 from mpq.quantize import scales
 from mpq.quantize.widths import common, with_width
 from mpq.types import QTensor, Scheme
@@ -42,7 +43,11 @@ class RTN:
           w: `float32[batch, k, n]`, finite.
           scheme: any scheme.
           gram: `float32[batch, k, k]`, E[x xT], or None; only its diagonal is read.
+
+        Raises:
+          MpqError: `k` does not fill the blocks of the scheme.
         """
+        require_fit(scheme, w.shape[-2])
         diagonal = None if gram is None else gram.diagonal(axis1=-2, axis2=-1)
         return dataclasses.replace(_rtn(w, diagonal, *common(scheme), self.scale), scheme=scheme)
 

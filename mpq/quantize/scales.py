@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpq.quantize import block_scales
+from mpq.quantize.rounding import round_scale
 from mpq.types import MpqError, QTensor, Scheme
 
 METHODS = ("absmax", "mse")
@@ -82,18 +84,6 @@ def row_weight(diagonal: jax.Array) -> jax.Array:
     return jnp.where(mean > 0, diagonal + _FLOOR * mean, 1.0)
 
 
-def round_scale(scale: jax.Array, dtype: str) -> jax.Array:
-    """`scale` rounded to `dtype`, as float32; finite and never zero: magnitudes are clamped to what `dtype` can hold.
-
-    Half precision and e4m3 keep their subnormals. What is below the normal numbers of float32 is not kept: processors
-    may flush it to zero.
-    """
-    info = jnp.finfo(dtype)
-    smallest = max(float(info.smallest_subnormal), float(jnp.finfo(jnp.float32).smallest_normal))
-    magnitude = jnp.clip(jnp.abs(scale), smallest, float(info.max)).astype(dtype).astype(jnp.float32)
-    return jnp.where(scale < 0, -magnitude, magnitude)
-
-
 def fit_matrix(w: jax.Array, scheme: Scheme, method: str, weight: jax.Array) -> Shared:
     """What the scheme lets all groups of `w` share.
 
@@ -146,7 +136,8 @@ def fit_group(
         propose = lambda ends: _affine(low * ends[..., 0], high * ends[..., 1], scheme, unit)
     else:
         base = _symmetric(jnp.abs(x).max(axis=-2), scheme) / unit
-        propose = lambda factor: (round_scale(jnp.where(base > 0, base * factor, 1.0), scheme.scale_dtype), None)
+        empty = 1.0 if scheme.blocks is None else 0.0  # IQ4_NL has no level 0: the smallest scale brings it closest
+        propose = lambda factor: (round_scale(jnp.where(base > 0, base * factor, empty), scheme.scale_dtype), None)
     candidates = _candidates(scheme) if method == "mse" else _candidates(scheme)[:1]
     if len(candidates) == 1:
         return propose(candidates[0])
@@ -168,7 +159,11 @@ def _candidates(scheme: Scheme) -> jax.Array:
     if scheme.scale_dtype == _POWER_OF_TWO:
         return jnp.array(_POWERS, jnp.float32)
     # By width, in a table: the width may be known only when the compiled function runs.
-    make = _ends if scheme.zero_point else functools.partial(_factors, mirrored=scheme.format.uniform)
+    make = (
+        _ends
+        if scheme.zero_point
+        else functools.partial(_factors, mirrored=scheme.format.uniform or scheme.blocks is not None)
+    )
     return jnp.asarray(np.stack([make(bits / 10) for bits in range(_MOST_BITS + 1)]))[scheme.format.bits]
 
 
@@ -182,7 +177,8 @@ def _factors(smallest: float, mirrored: bool) -> np.ndarray:
     """`float32[candidates]`.
 
     Integers reach one step further below than above (two's complement): a negative scale makes a different grid of
-    them, and is tried too. Other formats are the same on both sides, or have no such freedom.
+    them, and is tried too. Other formats are the same on both sides, or have no such freedom, except IQ4_NL,
+    which reaches further below too.
     """
     factors = np.linspace(smallest, _LARGEST, _NUM_FACTORS, dtype=np.float32)
     return np.concatenate([[np.float32(1)], factors, *([-factors] if mirrored else [])])
@@ -241,6 +237,8 @@ def quantize(w: jax.Array, scheme: Scheme, method: str, weight: jax.Array, share
     """
     if not scheme.has_scale:
         return QTensor(scheme.format.encode(w), None, None, scheme)
+    if block_scales.applies(scheme):
+        return block_scales.quantize(w, scheme, method, weight)
     k, n = w.shape[-2:]
     shared = fit_matrix(w, scheme, method, weight) if shared is None else shared
     groups, rows = scheme.num_groups(k), min(scheme.group_size or k, k)

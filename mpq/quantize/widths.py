@@ -12,6 +12,7 @@ from typing import cast
 import jax
 
 from mpq.formats.integer import Integer
+from mpq.quantize import block_scales
 from mpq.types import Scheme
 
 _COMMON = Integer(8)
@@ -20,11 +21,13 @@ _COMMON = Integer(8)
 def common(scheme: Scheme) -> tuple[Scheme, int | None]:
     """What to compile for, and the width to run it with; None: the scheme is its own common form.
 
-    Scales that are powers of two depend on the width in a way that is worked out before compilation.
+    Scales that are powers of two depend on the width in a way that is worked out before compilation, and so do those of
+    ggml's K-quants; its Q4_0, Q5_0 and Q8_0 are integers as any others.
     """
-    if not isinstance(scheme.format, Integer) or scheme.scale_dtype == "float8_e8m0fnu":
+    own = scheme.scale_dtype == "float8_e8m0fnu" or block_scales.applies(scheme)
+    if own or not isinstance(scheme.format, Integer):
         return scheme, None
-    return dataclasses.replace(scheme, format=_COMMON), scheme.format.bits
+    return dataclasses.replace(scheme, format=_COMMON, blocks=None), scheme.format.bits
 
 
 def with_width(scheme: Scheme, width: jax.Array | None) -> Scheme:
