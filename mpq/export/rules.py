@@ -27,6 +27,7 @@ import numpy as np
 
 from mpq.files import write_json, write_text
 from mpq.formats.ggml import GGML_SCHEMES, require_fit
+from mpq.gguf.names import gguf_name
 from mpq.types import MpqError, Scheme, WeightSpec
 
 Choices = Mapping[str, Scheme]
@@ -59,25 +60,6 @@ QWIX_TYPES: Mapping[str, str] = MappingProxyType(
 )
 """Number format -> `weight_qtype` of qwix."""
 
-GGUF_NAMES: Mapping[str, str] = MappingProxyType(
-    {
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "mlp.experts.gate_proj": "ffn_gate_exps",
-        "mlp.experts.up_proj": "ffn_up_exps",
-        "mlp.experts.down_proj": "ffn_down_exps",
-    }
-)
-"""Part of a decoder's layer -> its GGUF name, `blk.N.` before and `.weight` behind it (gguf-py, tensor_mapping.py)."""
-
-_GGUF_ENDS = {"embed_tokens.embedding": "token_embd.weight", "lm_head.kernel": "output.weight"}
-_LAYER = re.compile(r"layers\.(\d+)\.(.+)\.kernel")
-
 
 def llama_cpp(choices: Choices, weights: Weights) -> str:
     """Lines for `--tensor-type-file`, each `REGEX=TYPE`; `--tensor-type` before each makes an option of it.
@@ -92,7 +74,7 @@ def llama_cpp(choices: Choices, weights: Weights) -> str:
         require_fit(choices[spec.path], spec.k, spec.path)
         if spec.k % 32:
             raise MpqError(f"{spec.path} has rows of {spec.k}, and blocks of llama.cpp hold 32: pin it to bf16")
-        _set(named, _gguf_name(spec.path), kind, spec)
+        _set(named, gguf_name(spec.path), kind, spec)
     return "".join(f"^{pattern}$={kind}\n" for pattern, kind in fold(named, "."))
 
 
@@ -205,19 +187,6 @@ def _known(key: str, spec: WeightSpec, choices: Choices, types: Mapping[str, str
             "among these"
         )
     return types[key]
-
-
-def _gguf_name(path: str) -> str:
-    match = _LAYER.fullmatch(path)
-    name = GGUF_NAMES.get(match[2]) if match else None
-    if match and name:
-        return f"blk.{match[1]}.{name}.weight"
-    if path not in _GGUF_ENDS:
-        raise MpqError(
-            f"{path} has no GGUF name that is known here: Llama-like decoders have layers.N. with "
-            f"{', '.join(GGUF_NAMES)}, and {' and '.join(_GGUF_ENDS)}"
-        )
-    return _GGUF_ENDS[path]
 
 
 def _module(spec: WeightSpec) -> str:
