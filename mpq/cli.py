@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from mpq import commands, commands_scores, show, show_inspection
+from mpq import commands, commands_export, commands_scores, show, show_inspection
 from mpq.activations import KEYS_AND_VALUES
 from mpq.progress import shown
 from mpq.request import Request
@@ -238,6 +238,18 @@ def quantize(
     _answer(lambda: commands.quantize(model, plan, out, text, stats, method, distill), json, commands.show_written)
 
 
+def export(model: Source, out: Out, to: str = "gguf", json: Json = False) -> None:
+    """Write a quantized model as one file of another runtime; every bit stays as it is.
+
+    Args:
+      model: folder that `mpq quantize` wrote, of a plan among the types of ggml: q4_k, q6_k, q8_0, f16 and so on.
+      out: file to write.
+      to: gguf, for llama.cpp.
+      json: print one JSON object.
+    """
+    _answer(lambda: commands_export.export(Path(model), to, out), json, commands.show_written)
+
+
 def evaluate(
     model: Source,
     data: str,
@@ -291,6 +303,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "interactions": interactions,
     "allocate": allocate,
     "quantize": quantize,
+    "export": export,
     "evaluate": evaluate,
     "run": run,
 }

@@ -48,9 +48,7 @@ def tokenizer_metadata(tokenizer_json: str, vocab_size: int, eos: int | None) ->
     added = {entry["id"]: entry for entry in body.get("added_tokens", [])}
     tokens = {i: token for token, i in model["vocab"].items()} | {i: e["content"] for i, e in added.items()}
     if max(tokens) >= vocab_size:
-        raise MpqError(
-            f"the tokenizer has token {max(tokens)}, and the model {vocab_size} rows: give its own one"
-        )
+        raise MpqError(f"the tokenizer has token {max(tokens)}, and the model {vocab_size} rows: give its own one")
     if model.get("byte_fallback"):
         specific = _sentencepiece(body, merges)
         scores = {token.replace(" ", ""): -float(rank) for rank, token in enumerate(merges)}

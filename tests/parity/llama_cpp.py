@@ -79,7 +79,7 @@ class LlamaCpp:
         data = text.encode()
         ids = (ctypes.c_int32 * (len(data) + 16))()
         count = self._library.llama_tokenize(
-            self._vocab, data, len(data), ids, len(ids), ctypes.c_bool(True), ctypes.c_bool(False)
+            self._vocab, data, len(data), ids, len(ids), ctypes.c_bool(True), ctypes.c_bool(True)
         )
         assert count >= 0
         return list(ids[:count])
