@@ -2,5 +2,7 @@
 
 import importlib.util
 
-if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
-    collect_ignore_glob = ["test_*.py"]
+needed = {"test_*_transformers.py": ("torch", "transformers"), "test_llama_cpp.py": ("xllamacpp",)}
+collect_ignore_glob = [
+    pattern for pattern, names in needed.items() if not all(importlib.util.find_spec(name) for name in names)
+]

@@ -1,0 +1,156 @@
+"""What stock llama.cpp makes of exported files: tokens, logits, greedy text; and its own quantizer beside ours."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+
+from mpq import artifacts
+from mpq.export import orbax
+from mpq.export.orbax import Exported
+from mpq.formats import parse_scheme
+from mpq.formats.ggml import GGML_SCHEMES
+from mpq.gguf.export import save
+from mpq.gguf.layouts import row_bytes, unpack
+from mpq.models import Model, load
+from mpq.pipeline import export_arguments
+from mpq.quantize import RTN, Candidates
+from mpq.types import QTensor
+from tests.parity.llama_cpp import LlamaCpp, quantize
+
+pytestmark = pytest.mark.parity
+
+WINDOW = 192
+
+
+@pytest.fixture(scope="module")
+def reference() -> Model:
+    return load("reference")
+
+
+@pytest.fixture(scope="module")
+def text(root) -> str:
+    return (root / "mpq/assets/reference_lm/text/test.txt").read_text()
+
+
+def exported(model: Model, schemes: list, folder) -> Exported:
+    """The model with its weights at these schemes in turn."""
+    weights = model.trace(1, 16).weights
+    choice = {w.path: schemes[i % len(schemes)] for i, w in enumerate(weights)}
+    plan = artifacts.make_plan("mix", choice, None, weights, 0, model.digest)
+    qtensors = Candidates(model.params, weights, RTN("mse")).choose(choice)
+    orbax.save(folder, **export_arguments(model, weights, qtensors, plan))
+    return orbax.load(folder)
+
+
+@pytest.fixture(scope="module")
+def mixed(reference, tmp_path_factory) -> Exported:
+    """Every type of ggml, each in two weights or three."""
+    return exported(reference, list(GGML_SCHEMES.values()), tmp_path_factory.mktemp("mix") / "out")
+
+
+@pytest.fixture(scope="module")
+def opened(mixed, tmp_path_factory):
+    """`mixed` as it is, and with every weight in float32 at the value that its blocks stand for."""
+    folder, single = tmp_path_factory.mktemp("gguf"), parse_scheme("fp32")
+    plain = {path: QTensor(q.dequantize(), None, None, single) for path, q in mixed.qtensors.items()}
+    files = {}
+    for name, model in (("blocks", mixed), ("float32", dataclasses.replace(mixed, qtensors=plain))):
+        save(folder / name, model, name)
+        files[name] = LlamaCpp(folder / name, WINDOW)
+    yield files
+    for file in files.values():
+        file.close()
+
+
+@pytest.fixture(scope="module")
+def ours(reference, mixed):
+    """Logits of the dequantized model in JAX, of windows filled up to one length."""
+    params, apply = mixed.dequantized(), jax.jit(reference.apply)
+
+    def logits(tokens: list[int]) -> np.ndarray:
+        padded = jnp.asarray([tokens + [0] * (WINDOW - len(tokens))], jnp.int32)
+        return np.asarray(apply(params, padded), np.float64)[0, : len(tokens)]
+
+    return logits
+
+
+def log_softmax(z: np.ndarray) -> np.ndarray:
+    shifted = z - z.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def compare(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """Smallest cosine of two sets of logits, and mean KL in nats."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    p, q = log_softmax(a), log_softmax(b)
+    return float(cosine.min()), float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+def test_a_thousand_strings_are_tokenized_alike(reference, opened, text):
+    rng = np.random.default_rng(0)
+    pieces = [text[start : start + rng.integers(1, 200)] for start in rng.integers(0, len(text) - 200, 970)]
+    pieces += ["", " ", "\n\n\t x", "naïve — 你好 🙂", "<|endoftext|>a", "it's we'll 'x", "0123456789 3.14e-5"]
+    pieces += ["".join(map(chr, rng.integers(32, 0x2FFF, 20))) for _ in range(23)]
+    assert len(pieces) == 1000
+    for piece in pieces:
+        assert opened["blocks"].tokenize(piece) == reference.tokenizer.encode(piece).ids, piece
+
+
+@pytest.mark.parametrize("name", ["stories260k", "tiny1m"])
+def test_sentencepiece_style_tokens_are_alike(shared_data, tmp_path, name):
+    model = load(str(shared_data / "models" / name))
+    save(tmp_path / "model.gguf", exported(model, [parse_scheme("f16")], tmp_path / "out"), name)
+    file, rng = LlamaCpp(tmp_path / "model.gguf", 64), np.random.default_rng(1)
+    text = (shared_data / "text/tinystories_valid_head.txt").read_text()
+    pieces = [text[start : start + rng.integers(1, 200)] for start in rng.integers(0, len(text) - 200, 500)]
+    for piece in [*pieces, "", "naïve 你好", "  two  spaces "]:
+        assert file.tokenize(piece) == model.tokenizer.encode(piece).ids, piece
+    file.close()
+
+
+def test_logits_are_those_of_the_dequantized_model(opened, ours, reference, text):
+    tokens = reference.tokenizer.encode(text[:2000]).ids[:WINDOW]
+    want = ours(tokens)
+    # The same float32 values: what differs is the order of sums, and keys and values of half precision.
+    cosine, kl = compare(want, opened["float32"].logits(tokens))
+    assert cosine > 0.99999
+    assert kl < 1e-5
+    # llama.cpp multiplies blocks by inputs that it rounds to 8 bits, an error of about 2^-8 / sqrt(12) of the largest
+    # input in each of some forty matmuls. The exact values are what the comparison above is about.
+    cosine, kl = compare(want, opened["blocks"].logits(tokens))
+    assert cosine > 0.999
+    assert kl < 2e-3
+
+
+def test_greedy_text_is_the_same(opened, ours, reference, text):
+    start = reference.tokenizer.encode(text[:400]).ids[:64]
+    written = {"jax": list(start), "llama.cpp": list(start)}
+    for _ in range(60):
+        written["jax"].append(int(ours(written["jax"])[-1].argmax()))
+        written["llama.cpp"].append(int(opened["float32"].logits(written["llama.cpp"])[-1].argmax()))
+    assert written["jax"] == written["llama.cpp"]
+
+
+@pytest.mark.parametrize("name", GGML_SCHEMES)
+def test_rounding_loses_no_more_than_llama_cpp_s_own(reference, name):
+    scheme, path = GGML_SCHEMES[name], "layers.2.mlp.down_proj.kernel"
+    w = np.asarray(reference.params[path], np.float32)
+    importance = np.exp(np.random.default_rng(0).standard_normal(len(w))).astype(np.float32)
+
+    def error(parts: QTensor, weight: np.ndarray) -> float:
+        difference = np.asarray(parts.dequantize()[0], np.float64) - w
+        return float((weight[:, None] * difference**2).sum())
+
+    for weight in (None, importance):
+        rows = quantize(w, GGMLQuantizationType[name.upper()], row_bytes(scheme, len(w)), weight)
+        arrays = {part: jnp.asarray(array)[None] for part, array in unpack(rows, scheme, len(w)).items()}
+        theirs = QTensor(**arrays, zero_point=None, scheme=scheme)
+        gram = None if weight is None else jnp.diag(jnp.asarray(weight))[None]
+        got = RTN("mse")(jnp.asarray(w)[None], scheme, gram)
+        plain = np.ones(len(w)) if weight is None else weight.astype(np.float64)
+        assert error(got, plain) <= error(theirs, plain)
