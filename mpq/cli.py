@@ -102,7 +102,7 @@ def sensitivity(
       metric: of weights kl, loss, fisher, empirical_fisher, gauss_newton, hessian, hessian_trace, top_eigenvalue,
         aumann_shapley, higgs, first_order, delta_loss, modelopt_gradient, nncf, mlx_alignment, exllamav2, exllamav3,
         layer_error, imatrix, snr or weight_mse; of activations and kv kl or fisher.
-      method: rounding algorithm whose error is scored; gptq needs `stats`, or collects them itself.
+      method: rounding algorithm whose error is scored; all but rtn and hqq need `stats`, or collect them themselves.
       stats: what `mpq calibrate` wrote.
       schemes: candidates; of activations such as int8_token, of kv int4_head_asym. Default: a few usual ones.
       keys_values: regular expression for the weights that make keys and values.
@@ -146,7 +146,7 @@ def interactions(
       model: checkpoint folder, hub id, or `reference`.
       data: calibration text, or `reference`; of two documents or more.
       out: file to write.
-      method: rounding algorithm; gptq needs `stats`, or collects them itself.
+      method: rounding algorithm; all but rtn and hqq need `stats`, or collect them themselves.
       stats: what `mpq calibrate` wrote.
       schemes: candidates, those of the sensitivity table; default as there.
       num_probes: backward passes; more of them estimate pairs better.
@@ -224,9 +224,9 @@ def quantize(
       model: checkpoint folder, hub id, or `reference`.
       plan: plan file, or the name of a uniform scheme such as int4_g64.
       out: folder to write.
-      data: calibration text, or `reference`; gptq needs it or `stats`.
+      data: calibration text, or `reference`; all methods but rtn and hqq need it or `stats`.
       stats: what `mpq calibrate` wrote.
-      method: gptq or rtn.
+      method: rounding algorithm: gptq, rtn or hqq.
       distill: steps of training codes, scales and zero points to the outputs of the original on the text; interrupted,
         it continues when typed again.
       window: tokens a window; default 256, or the model's context if that is shorter.

@@ -183,11 +183,11 @@ def run(config_path: str, overrides: list[str], root: Path) -> dict[str, Any]:
 def make_candidates(
     model: Model, traced: Trace, method: str, data: Dataset | None, stats: Path | None, batch_size: int
 ) -> Candidates:
-    """Quantized weights; statistics come from the file, else from the text, and RTN needs none."""
+    """Quantized weights; statistics come from the file, else from the text; some algorithms need none."""
     collected: dict[str, LayerStats] = {}
     if stats is not None:
         collected = artifacts.load_stats(stats, model.digest)
-    elif method != "rtn":
+    elif QUANTIZERS[method].data_aware:
         if data is None:
             raise MpqError(f"method {method!r} needs calibration: give --data TEXT or --stats FILE")
         collected = run_calibration(traced, model.params, data, batch_size)

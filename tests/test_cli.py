@@ -158,7 +158,7 @@ def test_the_quantized_folder_is_what_the_plan_says_and_evaluates(mpq, stages):
 def test_a_finer_scheme_is_closer_to_the_original(mpq, stages):
     kl = {}
     for scheme in ("int2_g16", "int4_g16", "int8_channel"):
-        assert mpq("quantize", "model", scheme, "--method", "rtn", "-o", f"q-{scheme}", "--json")[0] == 0
+        assert mpq("quantize", "model", scheme, "--method", "hqq", "-o", f"q-{scheme}", "--json")[0] == 0
         kl[scheme] = mpq("evaluate", f"q-{scheme}", "--data", "test.txt", "--reference", "model", *WINDOW, "--json")[1][
             "kl"
         ]
@@ -192,7 +192,7 @@ BAD = {
     ),
     "unknown method": (
         ["quantize", "model", "int4_g32", "--method", "magic", "-o", "x"],
-        "the valid ones are rtn, gptq",
+        "the valid ones are rtn, gptq, hqq",
     ),
     "gptq without data": (["quantize", "model", "int4_g32", "-o", "x"], "needs calibration: give --data"),
     "no such plan": (["quantize", "model", "plam.json", "-o", "x"], "neither a file nor a scheme"),

@@ -7,7 +7,8 @@ from mpq.quantize.candidates import Candidates as Candidates
 from mpq.quantize.candidates import apply_plan as apply_plan
 from mpq.quantize.candidates import dequantize as dequantize
 from mpq.quantize.gptq import GPTQ
+from mpq.quantize.hqq import HQQ
 from mpq.quantize.quantizer import Quantizer
 from mpq.quantize.rtn import RTN
 
-QUANTIZERS: Mapping[str, Quantizer] = MappingProxyType({"rtn": RTN(), "gptq": GPTQ()})
+QUANTIZERS: Mapping[str, Quantizer] = MappingProxyType({"rtn": RTN(), "gptq": GPTQ(), "hqq": HQQ()})

@@ -145,7 +145,7 @@ def fit_group(
     def error(candidate: jax.Array) -> jax.Array:
         scale, zero_point = propose(candidate)
         scale = scale * unit
-        difference = _decode(_encode(x, scale, zero_point, scheme), scale, zero_point, scheme) - x
+        difference = decode(encode(x, scale, zero_point, scheme), scale, zero_point, scheme) - x
         return jnp.sum(weight * difference**2, axis=-2)
 
     chunk = max(1, min(len(candidates), _CHUNK // max(x.size, 1)))
@@ -209,7 +209,7 @@ def _affine(
     return scale, zero_point.astype(jnp.int8)
 
 
-def _encode(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, scheme: Scheme) -> jax.Array:
+def encode(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, scheme: Scheme) -> jax.Array:
     """Codes of `x[..., rows, n]` under `scale[..., n]`."""
     y = x / scale[..., None, :]
     if zero_point is not None:
@@ -217,8 +217,8 @@ def _encode(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, scheme
     return scheme.format.encode(y)
 
 
-def _decode(qvalue: jax.Array, scale: jax.Array, zero_point: jax.Array | None, scheme: Scheme) -> jax.Array:
-    """Inverse of `_encode`."""
+def decode(qvalue: jax.Array, scale: jax.Array, zero_point: jax.Array | None, scheme: Scheme) -> jax.Array:
+    """Inverse of `encode`."""
     y = scheme.format.decode(qvalue)
     if zero_point is not None:
         y = y - scheme.format.decode(zero_point)[..., None, :]
@@ -239,16 +239,41 @@ def quantize(w: jax.Array, scheme: Scheme, method: str, weight: jax.Array, share
         return QTensor(scheme.format.encode(w), None, None, scheme)
     if block_scales.applies(scheme):
         return block_scales.quantize(w, scheme, method, weight)
-    k, n = w.shape[-2:]
     shared = fit_matrix(w, scheme, method, weight) if shared is None else shared
-    groups, rows = scheme.num_groups(k), min(scheme.group_size or k, k)
-    fill = groups * rows - k
-    leading = [(0, 0)] * (w.ndim - 2)
-    x = jnp.pad(w, [*leading, (0, fill), (0, 0)]).reshape(*w.shape[:-2], groups, rows, n)
-    row = jnp.pad(weight, [*leading, (0, fill)]).reshape(*w.shape[:-2], groups, rows, 1)
+    x, row = grouped(w, scheme), grouped(weight[..., None], scheme)
     scale, zero_point = shared.scale, shared.zero_point
     if scale is None:
         scale, zero_point = fit_group(x, scheme, method, row, shared.tensor_scale)
-    effective = scale if shared.tensor_scale is None else scale * shared.tensor_scale
-    qvalue = _encode(x, effective, zero_point, scheme).reshape(*w.shape[:-2], groups * rows, n)[..., :k, :]
-    return QTensor(qvalue, scale.astype(scheme.scale_dtype), zero_point, scheme, shared.tensor_scale)
+    return rounded(x, w.shape[-2], scale, zero_point, scheme, shared.tensor_scale)
+
+
+def grouped(a: jax.Array, scheme: Scheme) -> jax.Array:
+    """`a[..., k, n]` as `[..., groups, rows, n]`; zeros fill up the last group."""
+    k = a.shape[-2]
+    groups, rows = scheme.num_groups(k), min(scheme.group_size or k, k)
+    padded = jnp.pad(a, [*[(0, 0)] * (a.ndim - 2), (0, groups * rows - k), (0, 0)])
+    return padded.reshape(*a.shape[:-2], groups, rows, a.shape[-1])
+
+
+def rounded(
+    x: jax.Array,
+    k: int,
+    scale: jax.Array,
+    zero_point: jax.Array | None,
+    scheme: Scheme,
+    tensor_scale: jax.Array | None = None,
+) -> QTensor:
+    """Groups rounded to nearest under given scales.
+
+    Args:
+      x: `float32[..., groups, rows, n]`, what `grouped` made of a weight.
+      k: rows of that weight.
+      scale: `float32`, `[..., groups, n]` or one of the matrix, exactly representable in the scheme's scale dtype.
+      zero_point: `int8` of that shape, or None.
+      scheme: a scheme with a scale.
+      tensor_scale: what the scales are factors of, or None.
+    """
+    effective = scale if tensor_scale is None else scale * tensor_scale
+    qvalue = encode(x, effective, zero_point, scheme)
+    qvalue = qvalue.reshape(*x.shape[:-3], -1, x.shape[-1])[..., :k, :]
+    return QTensor(qvalue, scale.astype(scheme.scale_dtype), zero_point, scheme, tensor_scale)
