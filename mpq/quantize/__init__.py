@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from mpq.quantize.best import Best
 from mpq.quantize.candidates import Candidates as Candidates
 from mpq.quantize.candidates import apply_plan as apply_plan
 from mpq.quantize.candidates import dequantize as dequantize
@@ -10,5 +11,8 @@ from mpq.quantize.gptq import GPTQ
 from mpq.quantize.hqq import HQQ
 from mpq.quantize.quantizer import Quantizer
 from mpq.quantize.rtn import RTN
+from mpq.quantize.signround import SignRound
 
-QUANTIZERS: Mapping[str, Quantizer] = MappingProxyType({"rtn": RTN(), "gptq": GPTQ(), "hqq": HQQ()})
+QUANTIZERS: Mapping[str, Quantizer] = MappingProxyType(
+    {"rtn": RTN(), "gptq": GPTQ(), "hqq": HQQ(), "signround": SignRound(), "best": Best()}
+)

@@ -31,12 +31,12 @@ import numpy as np
 
 from mpq.formats.ggml import require_fit
 from mpq.quantize import block_scales, scales
+from mpq.quantize.loss import better, dot
 from mpq.quantize.rtn import RTN
 from mpq.quantize.widths import common, with_width
 from mpq.types import MpqError, QTensor, Scheme
 
 _Fit = tuple[jax.Array, jax.Array | None] | block_scales.BlockFit  # scale and zero point, or what blocks store
-_dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class _Grid(NamedTuple):
@@ -235,14 +235,7 @@ def _one(
             got = block_scales.store(qvalue, fit, scheme)
         else:
             got = QTensor(qvalue, fit[0].astype(scheme.scale_dtype), fit[1], scheme, shared.tensor_scale)
-    keep = _layer_loss(w, got, gram) < _layer_loss(w, nearest, gram)  # False where not finite
-    return jax.tree.map(lambda a, b: jnp.where(keep[None], a, b), got, nearest)
-
-
-def _layer_loss(w: jax.Array, qtensor: QTensor, gram: jax.Array) -> jax.Array:
-    """`float32[n]`: eT gram e of every output column."""
-    error = w - qtensor.dequantize()
-    return jnp.sum(error * _dot(gram, error), axis=0)
+    return better(got, nearest, w, gram)
 
 
 def _in_order(w: jax.Array, chain: jax.Array, nearest: QTensor, place: jax.Array, block: int) -> jax.Array:
@@ -272,7 +265,7 @@ def _in_groups(
     def group(error: jax.Array, start: jax.Array) -> tuple[jax.Array, tuple[jax.Array, _Fit]]:
         rows = lambda a: jax.lax.dynamic_slice_in_dim(a, start, size)
         here = jax.lax.dynamic_slice_in_dim(rows(chain), start, size, axis=1)
-        pull = _dot(rows(chain), error)  # rows not yet rounded have error 0
+        pull = dot(rows(chain), error)  # rows not yet rounded have error 0
         updated = rows(w) + jax.scipy.linalg.solve_triangular(here, pull, lower=True, unit_diagonal=True)
         fit, grid = _fit_rows(updated, rows(row_weight), shared, scheme, method)
         qvalue, new = _round_rows(rows(w), pull, here, grid, block, scheme)
@@ -326,7 +319,7 @@ def _round_rows(
 
     def one_row(error: jax.Array, row: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
         index, base, link, value, grid = row
-        qvalue = grid.encode(base + _dot(link, error), scheme)
+        qvalue = grid.encode(base + dot(link, error), scheme)
         return error.at[index].set(value - grid.decode(qvalue, scheme)), qvalue
 
     def one_by_one(*table: Any) -> tuple[jax.Array, jax.Array]:
@@ -335,7 +328,7 @@ def _round_rows(
     def one_block(error: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows = lambda a: jax.lax.dynamic_slice_in_dim(a, start, block)
         here = jax.lax.dynamic_slice_in_dim(rows(chain), start, block, axis=1)
-        base = rows(w) + rows(pull) + _dot(rows(chain), error)
+        base = rows(w) + rows(pull) + dot(rows(chain), error)
         new, qvalue = one_by_one(base, here, *jax.tree.map(rows, (w, grid)))
         return jax.lax.dynamic_update_slice_in_dim(error, new, start, 0), qvalue
 

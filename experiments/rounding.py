@@ -1,0 +1,134 @@
+r"""What each rounding algorithm leaves of a model: KL, perplexity and layer losses under uniform schemes.
+
+Run:     python -m experiments.rounding --model DIR --data TEXT --test TEXT --out experiments/results/rounding/NAME.json
+Expect:  KL falls from rtn over hqq and rtn_mse to gptq; a smaller layer loss mostly means a smaller KL, and not always
+Resume:  type the same command again: rows that the file holds are not computed again
+Writes:  one JSON object: by algorithm, scheme and part of the model, bits per weight, KL to the original and excess
+         loss, nats per token; the layer loss, summed over the weights; and the seconds that the algorithm took, with
+         compilation, 0 where the other part of the model had it rounded already
+
+`blocks` are the weights whose path matches `--only`, `all` every one. Text, windows and sizes are those of
+`experiments.distillation`.
+"""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+
+from experiments.distillation import Comparison
+from experiments.distillation import Options as Text
+from mpq.calibrate import calibrate
+from mpq.files import canonical_json, read_json, write_json
+from mpq.formats import parse_scheme
+from mpq.quantize import GPTQ, QUANTIZERS, RTN, Candidates
+from mpq.quantize.quantizer import Quantizer
+from mpq.quantize.signround import SignRound
+from mpq.record import RunRecord
+from mpq.types import LayerStats, MpqError, QTensor
+
+ALGORITHMS: Mapping[str, Quantizer] = {
+    **QUANTIZERS,
+    "rtn_mse": RTN("mse"),
+    "gptq_act_order": GPTQ(act_order=True),
+    "signround_from_rtn": SignRound(start=RTN("mse")),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    Attributes:
+      model: a folder, or `reference`.
+      data, test: calibration and held-out text.
+      out: JSON file.
+      only: regular expression of the weights that `blocks` are.
+      schemes: for all weights alike.
+      algorithms: of `ALGORITHMS`.
+      windows: of either text, `window` tokens each, `batch_size` a pass.
+    """
+
+    model: str
+    data: Path
+    test: Path
+    out: Path
+    only: str = "layers"
+    schemes: tuple[str, ...] = ("int2_g32", "int3_g32", "int4_g32", "int2_g32_zp", "int3_g32_zp", "int4_g32_zp")
+    algorithms: tuple[str, ...] = tuple(ALGORITHMS)
+    windows: int = 64
+    window: int = 256
+    batch_size: int = 8
+
+
+def comparisons(options: Options) -> dict[str, Comparison]:
+    """Part of the model -> what measures it."""
+    shared = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name in Text.__annotations__}
+    text = Text(**shared)
+    return {"blocks": Comparison(text), "all": Comparison(dataclasses.replace(text, only=""))}
+
+
+def layer_loss(comparison: Comparison, qtensors: Mapping[str, QTensor], stats: Mapping[str, LayerStats]) -> float:
+    """Sum of tr(eT gram e) over the weights that are multiplied."""
+    total = 0.0
+    for spec in comparison.weights:
+        if spec.path in stats:
+            error = np.asarray(spec.read(comparison.model.params), np.float64)
+            error -= np.asarray(qtensors[spec.path].dequantize(), np.float64)
+            total += float(np.sum(error * (stats[spec.path].gram.astype(np.float64) @ error)))
+    return total
+
+
+def rows(options: Options, parts: Mapping[str, Comparison], done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """One an algorithm, scheme and part, those in `done` left out."""
+    known = {(row["algorithm"], row["scheme"], row["part"]) for row in done}
+    first = parts["blocks"]
+    stats = calibrate(first.traced, first.model.params, first.calibration, options.batch_size)
+    for algorithm in options.algorithms:
+        candidates = Candidates(first.model.params, first.traced.weights, ALGORITHMS[algorithm], stats)
+        for scheme, part in itertools.product(options.schemes, parts):
+            if (algorithm, scheme, part) in known:
+                continue
+            start = time.perf_counter()
+            choice = {w.path: parse_scheme(scheme) for w in parts[part].weights}
+            qtensors = jax.block_until_ready(candidates.choose(choice))
+            seconds = time.perf_counter() - start
+            row = parts[part].row(qtensors)
+            del row["schemes"]
+            named = {"algorithm": algorithm, "scheme": scheme, "part": part, **row}
+            yield named | {"layer_loss": layer_loss(parts[part], qtensors, stats), "seconds": round(seconds, 2)}
+
+
+def main(options: Options) -> None:
+    """Measure, print, write after every row.
+
+    Raises:
+      MpqError: an algorithm is not among those there are, or the model or a text is wrong.
+    """
+    if unknown := [name for name in options.algorithms if name not in ALGORITHMS]:
+        raise MpqError(f"unknown algorithm {unknown[0]!r}: the valid ones are {', '.join(ALGORITHMS)}")
+    parts = comparisons(options)
+    done = read_json(options.out, "results of a comparison")["rows"] if options.out.exists() else []
+    first = parts["blocks"]
+    inputs = {"data": first.calibration.digest, "model": first.model.digest, "test": first.reference.data.digest}
+    config = dataclasses.asdict(options) | {key: getattr(options, key).name for key in ("data", "test", "out")}
+    record = RunRecord.collect(config | {"model": first.model.name}, seeds={}, inputs=inputs)
+    head = {
+        "algorithms": {name: repr(ALGORITHMS[name]) for name in options.algorithms},
+        "perplexity": first.original.summary().quality,
+        "record": record.to_json(),
+    }
+    for row in rows(options, parts, done):
+        print(canonical_json(row), end="", flush=True)
+        done.append(row)
+        write_json(options.out, head | {"rows": done})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

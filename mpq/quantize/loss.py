@@ -1,0 +1,27 @@
+"""The layer loss, and choices by it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from mpq.types import QTensor
+
+dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+"""Matrix product in full single precision on every device."""
+
+
+def layer_loss(w: jax.Array, qtensor: QTensor, gram: jax.Array) -> jax.Array:
+    """`float32[..., n]`: eT gram e of every output column, e = w - quantized; `w[..., k, n]`, `gram[..., k, k]`."""
+    error = w - qtensor.dequantize()
+    return jnp.sum(error * dot(gram, error), axis=-2)
+
+
+def better(first: QTensor, second: QTensor, w: jax.Array, gram: jax.Array) -> QTensor:
+    """Every output column from `first` where that leaves the smaller layer loss, else (also if NaN) from `second`.
+
+    What all columns share is one value in both: a tensor scale, or the scale and zero point of a scheme per tensor.
+    """
+    keep = layer_loss(w, first, gram) < layer_loss(w, second, gram)
+    choose = lambda a, b: jnp.where(keep[..., None, :], a, b) if a.shape[-1] == keep.shape[-1] else b
+    return jax.tree.map(choose, first, second)
