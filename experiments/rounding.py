@@ -27,7 +27,7 @@ from experiments.distillation import Options as Text
 from mpq.calibrate import calibrate
 from mpq.files import canonical_json, read_json, write_json
 from mpq.formats import parse_scheme
-from mpq.quantize import GPTQ, QUANTIZERS, RTN, Candidates
+from mpq.quantize import QUANTIZERS, RTN, Candidates
 from mpq.quantize.quantizer import Quantizer
 from mpq.quantize.signround import SignRound
 from mpq.record import RunRecord
@@ -36,7 +36,6 @@ from mpq.types import LayerStats, MpqError, QTensor
 ALGORITHMS: Mapping[str, Quantizer] = {
     **QUANTIZERS,
     "rtn_mse": RTN("mse"),
-    "gptq_act_order": GPTQ(act_order=True),
     "signround_from_rtn": SignRound(start=RTN("mse")),
 }
 

@@ -226,7 +226,7 @@ def quantize(
       out: folder to write.
       data: calibration text, or `reference`; all methods but rtn and hqq need it or `stats`.
       stats: what `mpq calibrate` wrote.
-      method: rounding algorithm: gptq, best, signround, hqq or rtn.
+      method: rounding algorithm: gptq, gptq_act_order, best, signround, hqq or rtn.
       distill: steps of training codes, scales and zero points to the outputs of the original on the text; interrupted,
         it continues when typed again.
       window: tokens a window; default 256, or the model's context if that is shorter.

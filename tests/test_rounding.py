@@ -69,6 +69,6 @@ def test_the_layer_loss_is_the_mean_square_of_what_outputs_change_by() -> None:
 
 
 def test_an_unknown_algorithm_is_refused(options: Options) -> None:
-    with pytest.raises(MpqError, match="unknown algorithm 'magic': the valid ones are rtn, gptq"):
+    with pytest.raises(MpqError, match="unknown algorithm 'magic': the valid ones are rtn, hqq, gptq"):
         rounding.main(dataclasses.replace(options, algorithms=("magic",)))
     assert {"rtn", "gptq", "hqq", "signround", "best"} < set(rounding.ALGORITHMS)

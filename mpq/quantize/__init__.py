@@ -14,5 +14,12 @@ from mpq.quantize.rtn import RTN
 from mpq.quantize.signround import SignRound
 
 QUANTIZERS: Mapping[str, Quantizer] = MappingProxyType(
-    {"rtn": RTN(), "gptq": GPTQ(), "hqq": HQQ(), "signround": SignRound(), "best": Best()}
+    {
+        "rtn": RTN(),
+        "hqq": HQQ(),
+        "gptq": GPTQ(),
+        "gptq_act_order": GPTQ(act_order=True),
+        "signround": SignRound(),
+        "best": Best(),
+    }
 )

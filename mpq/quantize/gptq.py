@@ -93,8 +93,8 @@ class GPTQ:
 
     @property
     def name(self) -> str:
-        """`gptq`."""
-        return "gptq"
+        """`gptq`, or `gptq_act_order`."""
+        return "gptq_act_order" if self.act_order else "gptq"
 
     @property
     def data_aware(self) -> bool:

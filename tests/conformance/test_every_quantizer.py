@@ -18,8 +18,9 @@ BATCH, K, N = 2, 40, 6
 TEXTS = ("int2_g16", "int3_g24_zp", "int4_channel", "nf4_g16", "fp8_e4m3_channel", "bf16")
 TEXTS += ("fp4_g16_sfp8", "fp4_g32_se8m0", "int3_tensor_zp")  # NVFP4, MXFP4, and one scale for all
 SCHEMES = {text: parse_scheme(text) for text in TEXTS}
-# What asks others is asked for few: the others are tested with all.
-FEW = {"best": ("int2_g16", "fp4_g16_sfp8", "int3_tensor_zp")}
+# What compiles long is asked for few, those that it treats differently.
+FEW = dict.fromkeys(("best", "gptq_act_order"), ("int2_g16", "fp4_g16_sfp8", "int3_tensor_zp"))
+FEW["signround"] = ("int2_g16", "int3_g24_zp", "nf4_g16", "fp4_g16_sfp8", "int3_tensor_zp")
 PAIRS = [(q, s) for q in QUANTIZERS for s in FEW.get(q, SCHEMES)]
 GRAMS = pytest.mark.parametrize("with_gram", [True, False], ids=["gram", "no gram"])
 # What fits scales of its own: a diagonal gram does not make it RTN.
@@ -211,8 +212,7 @@ class TestEveryQuantizer:
             assert_equal(run(quantizer, text, w, gram), run(quantizer, text, w, None))
 
 
-@pytest.mark.parametrize("text", SCHEMES)
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@EVERY
 def test_quantizing_again_changes_nothing(quantizer, text):
     """With absmax scales, for every symmetric scheme; affine ones reach both ends only by chance, else lose a code."""
     scheme, (w, _) = SCHEMES[text], problem()
