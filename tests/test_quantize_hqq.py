@@ -80,7 +80,7 @@ def test_it_is_the_best_round_of_the_two_steps(text):
                 moved += not np.allclose(value, nearest[rows, column], rtol=1e-4)
                 np.testing.assert_allclose(got[rows, column], value, rtol=1e-5, atol=1e-6 * np.abs(x).max())
     assert compared > 0.7 * N * 3
-    assert moved > 0.5 * compared
+    assert moved > 0.2 * compared  # the start of nf4 is mostly the best already
 
 
 # Scales of e4m3 are coarse: where the start is good, as that of nf4 is, a fit seldom reaches the next one.

@@ -120,16 +120,26 @@ def test_it_is_the_best_step_of_the_descent(text: str, start: RTN | GPTQ) -> Non
     assert moved > 0.15 * compared
 
 
-def test_it_is_better_than_its_start_and_than_rounding_alone() -> None:
-    scheme, (w, gram) = parse_scheme("int2_g8_zp"), problem(1)
+def test_it_is_better_than_its_start() -> None:
+    scheme, (w, gram) = parse_scheme("int2_g8_zp_sfloat32"), problem(1)
     loss = lambda quantizer: layer_loss(w, quantizer(jnp.asarray(w), scheme, jnp.asarray(gram)), gram)
-    nearest, learned = loss(RTN("mse")), loss(SignRound(100, start=RTN("mse")))
+    nearest, learned = loss(RTN("mse")), loss(SignRound(12, start=RTN("mse")))
     # The float32 choice between two sums of k * k terms, each within 2 k eps of its size.
     slack = 1 + 4 * K * np.finfo(np.float32).eps
     assert (learned <= nearest * slack).all()
-    assert learned.sum() < 0.9 * nearest.sum()
-    assert (loss(SignRound(100)) <= loss(GPTQ()) * slack).all()
-    assert learned.sum() < loss(SignRound(100, ranges=False, start=RTN("mse"))).sum()
+    assert learned.sum() < 0.95 * nearest.sum()
+    assert (loss(SignRound(12)) <= loss(GPTQ()) * slack).all()
+
+
+def test_without_ranges_only_codes_are_learned() -> None:
+    scheme, (w, gram) = parse_scheme("int2_g8_zp_sfloat32"), problem(1)
+    arguments = jnp.asarray(w), scheme, jnp.asarray(gram)
+    got, start = SignRound(12, ranges=False, start=RTN("mse"))(*arguments), RTN("mse")(*arguments)
+    assert layer_loss(w, got, gram).sum() < 0.95 * layer_loss(w, start, gram).sum()
+    for a, b in ((got.scale, start.scale), (got.zero_point, start.zero_point)):
+        assert a is not None
+        assert b is not None
+        np.testing.assert_array_equal(a, b)
 
 
 def test_columns_computed_at_once_change_nothing_and_share_a_compilation() -> None:
@@ -137,7 +147,7 @@ def test_columns_computed_at_once_change_nothing_and_share_a_compilation() -> No
     quantize = SignRound(8, start=RTN("mse"), columns=16)
     whole = quantize(jnp.asarray(w), scheme, jnp.asarray(gram))
     compiled = signround._learn._cache_size()
-    for n in (9, 16, 31):
+    for n in (9, 16):
         for text in ("int3_g8", "int4_g8"):
             part = quantize(jnp.asarray(w[..., :n]), parse_scheme(text), jnp.asarray(gram))
             if text == "int3_g8":
@@ -179,20 +189,12 @@ class TestBest:
                 members[chosen],
             )
 
-    @pytest.mark.parametrize("text", ["int3_tensor", "nf4_g8_sfp8"])
-    def test_a_member_with_another_scale_of_the_matrix_is_left_out(self, text: str) -> None:
-        scheme = parse_scheme(text)
-        w, gram, got, members = self.results(scheme, 5)
-        same = [
-            m
-            for m in members
-            if (
-                m.tensor_scale == members[0].tensor_scale if m.tensor_scale is not None else m.scale == members[0].scale
-            )
-        ]
+    def test_a_member_with_another_scale_of_the_matrix_is_left_out(self) -> None:
+        w, gram, got, members = self.results(parse_scheme("int3_tensor"), 5)
+        same = members[:2]  # HQQ's one scale is that of absmax
+        assert [bool((m.scale == members[0].scale).all()) for m in members] == [True, True, False]
         losses = np.stack([layer_loss(w, member, gram) for member in same])
         np.testing.assert_allclose(layer_loss(w, got, gram), losses.min(axis=0), rtol=1e-5)
-        assert len(same) == (2 if scheme.per_tensor else 3)  # HQQ's one scale is that of absmax
 
     def test_the_first_member_says_how_scales_are_chosen(self) -> None:
         assert [Best(m).scale for m in ((RTN("mse"), HQQ()), (HQQ(), RTN("mse")))] == ["mse", "absmax"]

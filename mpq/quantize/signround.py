@@ -93,7 +93,7 @@ class SignRound:
         part = lambda a, at: a if a.shape[-1] == 1 < n else jax.lax.dynamic_slice_in_dim(a, at, tile, axis=2)
         w, start = pad(w), jax.tree.map(pad, start)
         parts = [
-            _learn(part(w, at), jax.tree.map(lambda a, at=at: part(a, at), start), gram, width, self)
+            _learn(part(w, at), jax.tree.map(lambda a, at=at: part(a, at), start), gram, width, self.steps, self.ranges)
             for at in range(0, n, tile)
         ]
         join = lambda *a: a[0] if a[0].shape[-1] == 1 < n else jnp.concatenate(a, axis=-1)[..., :n]
@@ -145,12 +145,12 @@ class _Codes(NamedTuple):
     zero_point: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("options",))
-def _learn(w: jax.Array, start: QTensor, gram: jax.Array, width: jax.Array | None, options: SignRound) -> QTensor:
+@functools.partial(jax.jit, static_argnames=("steps", "ranges"))
+def _learn(w: jax.Array, start: QTensor, gram: jax.Array, width: jax.Array | None, steps: int, ranges: bool) -> QTensor:
     """The best of all steps from `start` for every output column of `w[batch, k, n]`."""
     scheme = with_width(start.scheme, width)
     begin = _begin(w, start, scheme)
-    ranges = options.ranges and not scheme.per_tensor
+    ranges = ranges and not scheme.per_tensor
 
     def error(learned: _Learned) -> jax.Array:
         """`float32[batch, k, n]`."""
@@ -166,14 +166,14 @@ def _learn(w: jax.Array, start: QTensor, gram: jax.Array, width: jax.Array | Non
         loss = jnp.sum(difference * pull, axis=-2)
         lower = loss < least
         best = jax.tree.map(lambda new, old: jnp.where(lower[:, None, None], new, old), learned, best)
-        rate = (1 - index.astype(jnp.float32) / options.steps) / options.steps
+        rate = (1 - index.astype(jnp.float32) / steps) / steps
         offset, ends = jax.tree.map(lambda a, b: a + rate * jnp.sign(b), learned, slope)
         moved = _Learned(jnp.clip(offset, -0.5, 0.5), jnp.clip(ends, _LEAST, _MOST))
         return moved, best, jnp.where(lower, loss, least)
 
     ends = jnp.ones((len(w), 1 + scheme.zero_point, begin.x.shape[1], w.shape[-1]))
     first, least = _Learned(jnp.zeros_like(begin.x), ends), jnp.full((len(w), w.shape[-1]), jnp.inf)
-    best = jax.lax.fori_loop(0, options.steps, one_step, (first, first, least))[1]
+    best = jax.lax.fori_loop(0, steps, one_step, (first, first, least))[1]
     return better(_stored(_codes(begin, best, scheme, ranges), start, scheme), start, w, gram)
 
 
