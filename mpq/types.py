@@ -8,7 +8,7 @@ Sizes are Python ints in bits. Arrays that enter a table are NumPy float64. Ever
 import dataclasses
 import enum
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Protocol, Self
 
@@ -386,11 +386,6 @@ class QTensor:
             return per_block
         repeats = integer.shape[-2] // per_block.shape[-2]
         return jax.numpy.repeat(per_block, repeats, axis=-2) * integer.astype(np.float32)
-
-    def columns(self, select: Callable[[jax.Array], jax.Array]) -> "QTensor":
-        """Some output columns: `select` takes them from any array `[..., n]`. What the whole matrix shares stays."""
-        n = self.qvalue.shape[-1]
-        return jax.tree.map(lambda a: select(a) if a.shape[-1] == n else a, self)
 
     def spread(self, per_group: jax.Array) -> jax.Array:
         """One number a group to one a row: `[batch, groups, n]` to `[batch, k, n]`."""

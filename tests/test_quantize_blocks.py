@@ -10,7 +10,7 @@ import pytest
 from mpq.allocate import Problem
 from mpq.export import orbax
 from mpq.formats.ggml import GGML_SCHEMES, sub_range
-from mpq.quantize import GPTQ, RTN, Candidates
+from mpq.quantize import GPTQ, QUANTIZERS, RTN, Candidates
 from mpq.types import MpqError, QTensor, SensitivityTable, Use, WeightSpec
 
 K, N = 512, 8
@@ -185,3 +185,10 @@ def test_the_orbax_export_keeps_every_bit_in_the_bytes_that_the_plan_says(tmp_pa
     for name in TWO_LEVELS:
         for a, b in zip(jax.tree.leaves(read[name]), jax.tree.leaves(qtensors[name]), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("name", "start"), [("hqq", "rtn"), ("signround", "gptq")])
+def test_integers_of_groups_are_learned_by_none(name, start):
+    w, gram = problem()
+    got, want = (QUANTIZERS[method](w, GGML_SCHEMES["q4_k"], gram) for method in (name, start))
+    jax.tree.map(np.testing.assert_array_equal, got, want)

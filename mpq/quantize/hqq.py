@@ -15,7 +15,8 @@ Differences from the paper:
   depend on the size of the weights.
 - Of all rounds, the absmax start among them, a group keeps the one of the smallest norm whose squared error is not
   above the start's. So the squared error is never above that of RTN, by construction.
-- What all groups of a matrix share (a tensor scale, or the one scale of a scheme per tensor) is RTN's.
+- What all groups of a matrix share (a tensor scale, or the one scale of a scheme per tensor) is RTN's, and so is all of
+  a block of ggml with integers of groups or a minimum.
 
 It knows nothing of the inputs, so where some of them are much larger than others, algorithms that see a gram do better.
 """
@@ -27,7 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mpq.quantize import scales
+from mpq.quantize import block_scales, scales
 from mpq.quantize.rtn import RTN
 from mpq.quantize.widths import common, with_width
 from mpq.types import MpqError, QTensor, Scheme
@@ -77,7 +78,7 @@ class HQQ:
           scheme: any scheme.
           gram: not read.
         """
-        if not scheme.has_scale or scheme.per_tensor:
+        if not scheme.has_scale or scheme.per_tensor or block_scales.applies(scheme):
             return RTN()(w, scheme)
         return dataclasses.replace(_hqq(w, *common(scheme), self), scheme=scheme)
 

@@ -17,7 +17,8 @@ Differences from the paper:
 - Output columns are independent. Each keeps the best of all its steps, the start among them; so the layer loss is never
   above that of GPTQ, nor of RTN, by construction.
 - For formats with uneven levels v counts in the mean distance of the nearest level to its neighbours.
-- What all groups of a matrix share (a tensor scale, or the one scale of a scheme per tensor) is that of the start.
+- What all groups of a matrix share (a tensor scale, or the one scale of a scheme per tensor) is that of the start, and
+  so is all of a block of ggml with integers of groups or a minimum.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mpq.quantize import scales
+from mpq.quantize import block_scales, scales
 from mpq.quantize.gptq import GPTQ
 from mpq.quantize.loss import better, dot
 from mpq.quantize.rtn import RTN
@@ -84,7 +85,7 @@ class SignRound:
           gram: `float32[batch, k, k]`, E[x xT], finite and positive semidefinite; or None.
         """
         start = self.start(w, scheme, gram)
-        if gram is None or not scheme.has_scale:
+        if gram is None or not scheme.has_scale or block_scales.applies(scheme):
             return start
         form, width = common(scheme)
         start, n = dataclasses.replace(start, scheme=form), w.shape[-1]

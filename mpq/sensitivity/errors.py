@@ -103,13 +103,19 @@ class StoredErrors:
         """The candidates dequantized, minus the weight."""
         weight, stored = self.spec.to_matrix(self.param.astype(np.float32)), self.stored
         if select is not None:
-            weight, stored = select(weight), [candidate.columns(select) for candidate in stored]
+            weight, stored = select(weight), [_columns(candidate, select) for candidate in stored]
         return _dequantized(stored) - weight
 
     def columns_at_once(self, beside: int) -> int:
         """Half of them at most: what is worked out in a loop is not worked out before it."""
         of_column = (len(self) + beside) * self.spec.batch * self.spec.k
         return max(1, min(self.spec.n // 2, self.num_values // of_column))
+
+
+def _columns(candidate: QTensor, select: Select) -> QTensor:
+    """Some output columns; what the whole matrix shares stays."""
+    n = candidate.qvalue.shape[-1]
+    return jax.tree.map(lambda a: select(a) if a.shape[-1] == n else a, candidate)
 
 
 def _dequantized(stored: Sequence[QTensor]) -> jax.Array:
