@@ -1,20 +1,25 @@
-"""Time of every backend that runs here, beside a dense float32 dot, as a table and as JSON.
+"""Time of every backend that runs here, beside a dense dot, as a table and as JSON.
 
-    python -m kernels_pallas.bench --out FILE [--only w4a16] [--repeats 20] [--megabytes 128]
+    python -m kernels_pallas.bench --out FILE [--only w4a16] [--repeats 20] [--megabytes 128] [--chain 1]
+
+The dense dot is of float32 on a CPU, elsewhere of the activations' type. The file is written after every case.
 
 Random data of `cases`. Every function of a case takes its turn in every repeat, so that other work on the machine hits
 all alike. Weights are copied until they fill `--megabytes`, and a call takes the next copy, so that none is found in a
-cache. The ceilings, bandwidth and dots of large squares, are measured in the same run; a roofline is what they allow
-for the bytes and operations of a case. Errors are against float64, relative to the largest output, with activations
-rounded as the contract says.
+cache. On an accelerator, where the launch of a call can take longer than the matmul, `--chain 8` compiles that many
+into one function and divides its time. The ceilings, bandwidth and dots of large squares, are measured in the same run;
+a roofline is what they allow for the bytes and operations of a case. Errors are against float64, relative to the
+largest output, with activations rounded as the contract says.
 """
 
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import platform
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,24 +32,32 @@ from jax import lax
 
 from kernels_pallas import compat
 from kernels_pallas.backend import Problem, dot_type
-from kernels_pallas.cases import CONFORMANCE, SPEED, Case, draw
+from kernels_pallas.cases import CONFORMANCE, DECODE, SPEED, Case, draw
 from kernels_pallas.devices import Device
-from kernels_pallas.dispatch import BACKENDS
+from kernels_pallas.dispatch import BACKENDS, refusal
+from kernels_pallas.errors import KernelError
 from kernels_pallas.matmul import describe, quantized_matmul
-from kernels_pallas.packed import Packed, dequantize
+from kernels_pallas.packed import Packed, dequantize, relayout
 from kernels_pallas.reference import quantize_tokens
 
-DENSE = "dense_float32"
 COLUMNS = ("case", "backend", "p50", "p10", "p90", "gb_per_s", "speedup", "roofline_percent", "max_error")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is measured: turns of every function, bytes that copies of a weight fill, and a part of the cases' names."""
+    """What is measured.
+
+    Attributes:
+      repeats: turns of every function.
+      megabytes: that copies of a weight fill.
+      only: regular expression; cases in whose names it is found.
+      chain: matmuls of one call, each with another copy of the weight.
+    """
 
     repeats: int = 20
     megabytes: int = 128
     only: str = ""
+    chain: int = 1
 
 
 def times(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, np.ndarray]:
@@ -61,26 +74,20 @@ def times(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, np.ndar
 
 
 def ceilings(repeats: int) -> Device:
-    """What this machine reaches: reading 256 MB, and dots of squares of 1024, the best of the repeats."""
-    side, words = 1024, 2**26
-    key = jax.random.key(0)
-    dot = lambda a, b, out: lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=out)
-    square = jax.random.normal(key, (side, side))
-    bytes_ = jnp.clip(jnp.round(40 * square), -127, 127).astype(jnp.int8)
-    dots = {name: jax.jit(functools.partial(dot, out=out)) for name, out in (("float32", "float32"), ("int8", "int32"))}
-    add = jax.jit(jnp.sum)
-    array = jnp.ones((words,), jnp.float32)
-    taken = times(
-        {
-            "read": lambda: add(array),
-            "float32": lambda: dots["float32"](square, square),
-            "int8": lambda: dots["int8"](bytes_, bytes_),
-        },
-        repeats,
-    )
+    """What this machine reaches: reading memory, and dots of large squares, the best of the repeats."""
+    side, words = (1024, 2**26) if compat.platform() == "cpu" else (8192, 2**30)
+    square = jax.random.normal(jax.random.key(0), (side, side))
+    dot = lambda a, out: lax.dot_general(a, a, (((1,), (1,)), ((), ())), preferred_element_type=out)
+    operands = {
+        "float32": (square, "float32"),
+        "bfloat16": (square.astype(jnp.bfloat16), "float32"),
+        "int8": (jnp.clip(jnp.round(40 * square), -127, 127).astype(jnp.int8), "int32"),
+    }
+    dots = {name: functools.partial(jax.jit(dot, static_argnums=1), *pair) for name, pair in operands.items()}
+    add, array = jax.jit(jnp.sum), jnp.ones((words,), jnp.float32)
+    taken = times({"read": lambda: add(array), **dots}, repeats)
     rate = lambda name, amount: amount / (1e-6 * float(np.min(taken[name])))
-    macs = {name: rate(name, side**3) for name in ("float32", "int8")}
-    return Device(rate("read", 4 * words), macs, math.inf, 0)
+    return Device(rate("read", 4 * words), {name: rate(name, side**3) for name in dots}, math.inf, 0)
 
 
 def oracle(x: jax.Array, packed: Packed, activation_bits: int | None) -> np.ndarray:
@@ -96,45 +103,50 @@ def oracle(x: jax.Array, packed: Packed, activation_bits: int | None) -> np.ndar
 def measure(case: Case, options: Options, limits: Device) -> list[dict[str, Any]]:
     """One row a backend that runs here, the dense dot first."""
     here = compat.platform()
-    names = [name for name, backend in BACKENDS.items() if not backend.platforms or here in backend.platforms]
-    weights, runs, rows = {}, {}, []
-    for name in names:
-        layout = (BACKENDS[name].layouts or ("plain",))[0]
-        try:
-            x, weights[name], _ = draw(case, layout, 0, exact=False)
-        except ValueError:
-            continue  # the layout does not hold this format
-        arguments = {"activation_bits": case.activation_bits, "backend": name, "out_dtype": jnp.float32}
-        run = jax.jit(functools.partial(quantized_matmul, **arguments))
-        runs[name] = _rotating(run, x, weights[name], weights[name].size_bits // 8, options.megabytes)
     x, plain = draw(case, "plain", 0, exact=False)[:2]
-    dense = jax.jit(dequantize)(plain)
-    multiply = jax.jit(lambda x, w: jnp.matmul(x.astype(jnp.float32), w, precision=lax.Precision.HIGHEST))
-    runs = {DENSE: _rotating(multiply, x, dense, dense.nbytes, options.megabytes), **runs}
+    dtype = jnp.dtype("float32") if here == "cpu" else x.dtype
+    dense = jax.jit(lambda packed: dequantize(packed).astype(dtype))(plain)
+    exact = lax.Precision.HIGHEST
+    product = functools.partial(jnp.matmul, precision=exact, preferred_element_type=jnp.float32)
+    runs = {f"dense_{dtype}": _rotating(lambda x, w: product(x.astype(dtype), w), x, dense, dense.nbytes, options)}
+    for name, backend in BACKENDS.items():
+        try:
+            packed = relayout(plain, (backend.layouts or ("plain",))[0])
+        except KernelError:
+            continue  # the layout does not hold this format
+        if refusal(backend, describe(x, packed, case.activation_bits), here, interpret=False) is None:
+            arguments = {"activation_bits": case.activation_bits, "backend": name, "out_dtype": jnp.float32}
+            run = functools.partial(quantized_matmul, **arguments)
+            runs[name] = _rotating(run, x, packed, packed.size_bits // 8, options)
     want = oracle(x, plain, case.activation_bits)
-    taken = times(runs, options.repeats)
-    problem = describe(x, plain, case.activation_bits)
+    taken = {name: micro / options.chain for name, micro in times(runs, options.repeats).items()}
+    problem, first = describe(x, plain, case.activation_bits), next(iter(runs))
+    rows = []
     for name, micro in taken.items():
-        got = np.asarray(runs[name](), np.float64)
+        got = np.asarray(runs[name]()[0], np.float64)
         error = float(np.max(np.abs(got - want)) / np.max(np.abs(want)))
-        rows.append(_row(case, name, problem, micro, taken[DENSE], limits, error))
+        rows.append(_row(case, name, problem, micro, taken[first], limits, error))
     return rows
 
 
-def _rotating(run: Callable[..., Any], x: jax.Array, weight: Any, size: int, megabytes: int) -> Callable[[], Any]:
-    """Calls with the next of enough copies of a weight to fill so many megabytes, at most 64."""
-    copies = [jax.tree.map(jnp.copy, weight) for _ in range(min(64, max(1, -(-megabytes * 10**6 // max(size, 1)))))]
-    turn = iter(range(10**9))
-    return lambda: run(x, copies[next(turn) % len(copies)])
+def _rotating(run: Callable[..., Any], x: jax.Array, weight: Any, size: int, options: Options) -> Callable[[], Any]:
+    """Calls with the next of enough copies of a weight to fill so many megabytes, at most 64; they return lists."""
+    count = min(64, max(options.chain, -(-options.megabytes * 10**6 // max(size, 1))))
+    copies = [jax.tree.map(jnp.copy, weight) for _ in range(count)]
+    chained = jax.jit(lambda x, weights: [run(x, weight) for weight in weights])
+    turn = itertools.count()
+    take = lambda first: [copies[(first + i) % count] for i in range(options.chain)]
+    return lambda: chained(x, take(next(turn) * options.chain))
 
 
 def _row(
     case: Case, name: str, problem: Problem, micro: np.ndarray, dense: np.ndarray, limits: Device, error: float
 ) -> dict[str, Any]:
     p10, p50, p90 = (float(np.percentile(micro, q)) for q in (10, 50, 90))
-    quantized = name != DENSE
+    quantized = name in BACKENDS
     moved = problem.num_bytes if quantized else problem.num_bytes + 4 * problem.batch * problem.k * problem.n
-    least = 1e6 * limits.seconds(moved, problem.macs, dot_type(problem) if quantized else "float32")
+    kind = dot_type(problem) if quantized else "float32"
+    least = 1e6 * limits.seconds(moved, problem.macs, kind if kind in limits.macs else "float32")
     return {
         "case": str(case),
         "backend": name,
@@ -178,17 +190,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = given.pop("out")
     options = Options(**given)
     limits = ceilings(options.repeats)
-    chosen = [case for case in (*CONFORMANCE, *SPEED) if options.only in str(case)]
-    rows = [row for case in chosen for row in measure(case, options, limits)]
-    print(show(rows))
-    body = {
-        "environment": environment(),
-        "options": dataclasses.asdict(options),
-        "ceilings": {"bytes_per_s": limits.bandwidth, "macs_per_s": dict(limits.macs)},
-        "rows": rows,
-    }
+    suite = (*CONFORMANCE, *(SPEED if compat.platform() == "cpu" else DECODE))
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    rows: list[dict[str, Any]] = []
+    for case in suite:
+        if not re.search(options.only, str(case)):
+            continue
+        rows += measure(case, options, limits)
+        body = {
+            "environment": environment(),
+            "options": dataclasses.asdict(options),
+            "ceilings": {"bytes_per_s": limits.bandwidth, "macs_per_s": dict(limits.macs)},
+            "rows": rows,
+        }
+        out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    print(show(rows))
 
 
 if __name__ == "__main__":

@@ -72,6 +72,14 @@ SPEED = tuple(
 )
 """A layer of a model of 7 billion parameters, for one token, a few and many."""
 
+DECODE = tuple(
+    Case(m, side, side, bits, group)
+    for side in (4096, 8192)
+    for m in (1, 16, 64)
+    for bits, group in ((4, 128), (8, None))
+)
+"""For accelerators: layers of models of 7 and of 70 billion parameters and a few tokens, activations in bfloat16."""
+
 
 def draw(case: Case, layout: str, seed: int, exact: bool) -> tuple[jax.Array, Packed, dict[str, np.ndarray]]:
     """Activations, the packed weight, and the logical arrays behind it.
