@@ -1,6 +1,7 @@
 """Formats given by a short list of levels."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -76,9 +77,9 @@ class Codebook:
     def encode(self, x: jax.Array) -> jax.Array:
         """Index of the nearest level of each element of `x`, already divided by its scale. `int8`, same shape."""
         levels = jnp.asarray(self.levels, x.dtype)
-        middle = (levels[1:] + levels[:-1]) / 2
-        # A few comparisons an element are one fused loop; a search is a loop over gathers.
-        return jnp.searchsorted(middle, x, method="compare_all").astype(jnp.int8)
+        # A few comparisons an element, added up as they are made; a search would be a loop over gathers.
+        above = [(x > middle).astype(jnp.int8) for middle in (levels[1:] + levels[:-1]) / 2]
+        return functools.reduce(jnp.add, above)
 
     def decode(self, qvalue: jax.Array) -> jax.Array:
         """Level of each qvalue. `float32`, same shape."""
