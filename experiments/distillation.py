@@ -10,6 +10,7 @@ alone are quantized. A text is one stream of tokens, cut into windows; the first
 count codes, scales and zero points. The excess is the rise of the loss; `*_stderr` are over windows.
 """
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -87,12 +88,18 @@ class Comparison:
         self.traced = self.model.trace(options.batch_size, options.window)
         self.calibration, test = (windows_of(self.model, path, options) for path in (options.data, options.test))
         self.reference = Reference(self.model, test, options.batch_size)
-        stats = calibrate(self.traced, self.model.params, self.calibration, options.batch_size)
-        self.candidates = Candidates(self.model.params, self.traced.weights, GPTQ(), stats)
+        self.stats = calibrate(self.traced, self.model.params, self.calibration, options.batch_size)
+        self.candidates = Candidates(self.model.params, self.traced.weights, GPTQ(), self.stats)
         self.weights = tuple(w for w in self.traced.weights if re.search(options.only, w.path))
         if not self.weights:
             raise MpqError(f"no weight matches {options.only!r}: name some of {self.traced.weights[0].path} ...")
         self.original = self.scores({})
+
+    def of_all_weights(self) -> "Comparison":
+        """The same of every weight, before any table or plan was asked for: nothing is read or measured again."""
+        whole = copy.copy(self)
+        whole.options, whole.weights = dataclasses.replace(self.options, only=""), self.traced.weights
+        return whole
 
     def scores(self, qtensors: dict[str, QTensor]) -> DocumentScores:
         """On the held-out text."""

@@ -24,7 +24,6 @@ import tyro
 
 from experiments.distillation import Comparison
 from experiments.distillation import Options as Text
-from mpq.calibrate import calibrate
 from mpq.files import canonical_json, read_json, write_json
 from mpq.formats import parse_scheme
 from mpq.quantize import QUANTIZERS, RTN, Candidates
@@ -69,8 +68,8 @@ class Options:
 def comparisons(options: Options) -> dict[str, Comparison]:
     """Part of the model -> what measures it."""
     shared = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name in Text.__annotations__}
-    text = Text(**shared)
-    return {"blocks": Comparison(text), "all": Comparison(dataclasses.replace(text, only=""))}
+    blocks = Comparison(Text(**shared))
+    return {"blocks": blocks, "all": blocks.of_all_weights()}
 
 
 def layer_loss(comparison: Comparison, qtensors: Mapping[str, QTensor], stats: Mapping[str, LayerStats]) -> float:
@@ -88,9 +87,8 @@ def rows(options: Options, parts: Mapping[str, Comparison], done: list[dict[str,
     """One an algorithm, scheme and part, those in `done` left out."""
     known = {(row["algorithm"], row["scheme"], row["part"]) for row in done}
     first = parts["blocks"]
-    stats = calibrate(first.traced, first.model.params, first.calibration, options.batch_size)
     for algorithm in options.algorithms:
-        candidates = Candidates(first.model.params, first.traced.weights, ALGORITHMS[algorithm], stats)
+        candidates = Candidates(first.model.params, first.traced.weights, ALGORITHMS[algorithm], first.stats)
         for scheme, part in itertools.product(options.schemes, parts):
             if (algorithm, scheme, part) in known:
                 continue
@@ -101,7 +99,7 @@ def rows(options: Options, parts: Mapping[str, Comparison], done: list[dict[str,
             row = parts[part].row(qtensors)
             del row["schemes"]
             named = {"algorithm": algorithm, "scheme": scheme, "part": part, **row}
-            yield named | {"layer_loss": layer_loss(parts[part], qtensors, stats), "seconds": round(seconds, 2)}
+            yield named | {"layer_loss": layer_loss(parts[part], qtensors, first.stats), "seconds": round(seconds, 2)}
 
 
 def main(options: Options) -> None:
