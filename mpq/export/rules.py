@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from mpq.files import write_json, write_text
-from mpq.formats.ggml import GGML_SCHEMES, require_fit
+from mpq.formats.ggml import FLOAT_TYPES, GGML_SCHEMES, require_fit
 from mpq.gguf.names import gguf_name
 from mpq.types import MpqError, Scheme, WeightSpec
 
@@ -40,9 +40,7 @@ GGML_TYPES: Mapping[str, str] = MappingProxyType(
         "int5_g32": "q5_0",
         "int5_g32_zp": "q5_1",
         "int8_g32": "q8_0",
-        "bf16": "bf16",
-        "fp16": "f16",
-        "fp32": "f32",
+        **FLOAT_TYPES,
         **{name: name for name in GGML_SCHEMES},
     }
 )

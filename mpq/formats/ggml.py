@@ -97,6 +97,10 @@ GGML_SCHEMES: Mapping[str, Scheme] = MappingProxyType(
 """Name -> scheme."""
 
 
+FLOAT_TYPES: Mapping[str, str] = MappingProxyType({"bf16": "bf16", "fp16": "f16", "fp32": "f32"})
+"""Plain float scheme -> what ggml calls it."""
+
+
 def sub_range(blocks: Blocks) -> tuple[int, int]:
     """Least and largest integer of a group: signed where there is no minimum."""
     assert blocks.sub_bits is not None

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mpq.export.orbax import Exported
-from mpq.formats.ggml import GGML_SCHEMES
+from mpq.formats.ggml import FLOAT_TYPES
 from mpq.gguf.container import Tensor, Value, predicted_bytes, require_gguf, write
 from mpq.gguf.layouts import pack, require_ggml, row_bytes
 from mpq.gguf.names import gguf_name
@@ -26,7 +26,6 @@ from mpq.types import MpqError, QTensor, Scheme, WeightSpec
 ARCHITECTURES = ("llama",)
 """`model_type` of the models that can be written; llama.cpp has an architecture of the same name."""
 
-_FLOATS = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
 _QUANTIZATION_VERSION = 2  # of ggml's blocks, since 2023
 
 
@@ -121,7 +120,7 @@ def _weight(spec: WeightSpec, qtensor: QTensor, decoder: DecoderConfig) -> Tenso
 
 def kind_of(scheme: Scheme) -> str:
     """Ggml's name of the type of a scheme that `require_ggml` takes."""
-    return str(scheme) if str(scheme) in GGML_SCHEMES else _FLOATS[str(scheme)]
+    return str(scheme) if scheme.blocks is not None else FLOAT_TYPES[str(scheme)]
 
 
 def interleaved(heads: int, head_dim: int) -> np.ndarray:
