@@ -70,7 +70,10 @@ def test_a_missing_config_file_is_refused():
         ({"refine_rounds": -1}, "refine_rounds is -1: it must be at least 0"),
         ({"refine_windows": 0}, "refine_windows is 0: it must be at least 1"),
         ({"metrics": ("kl", "magic")}, "unknown metric 'magic': the valid ones are kl, fisher, hessian_trace"),
-        ({"method": "magic"}, "unknown method 'magic': the valid ones are rtn, hqq, gptq, gptq_act"),
+        (
+            {"method": "magic"},
+            "unknown method 'magic': the valid ones are rtn, hqq, gptq, gptq_act_order, signround, best$",
+        ),
         ({"compare_methods": ("magic",)}, "unknown method 'magic'"),
         ({"metrics": ("fisher",)}, "allocate_by 'kl' is not among the metrics"),
         ({"hand_out": "9bpw"}, "hand_out '9bpw' is not among the budgets"),
