@@ -16,13 +16,8 @@ from tests import tiny
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
     root = tmp_path_factory.mktemp("distillation")
-    tiny.write_folder(root / "model")
-    for name in ("calibration", "test"):
-        (root / f"{name}.txt").write_text(tiny.text(documents=30))
     return Options(
-        model=str(root / "model"),
-        data=root / "calibration.txt",
-        test=root / "test.txt",
+        **tiny.model_and_texts(root),
         out=root / "tiny.json",
         budgets=(3.5, 4.4),
         uniform=("int2_g16", "int3_g16", "int4_g16"),

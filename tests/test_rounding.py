@@ -20,13 +20,8 @@ from tests import tiny
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
     root = tmp_path_factory.mktemp("rounding")
-    tiny.write_folder(root / "model")
-    for name in ("calibration", "test"):
-        (root / f"{name}.txt").write_text(tiny.text(documents=30))
     return Options(
-        model=str(root / "model"),
-        data=root / "calibration.txt",
-        test=root / "test.txt",
+        **tiny.model_and_texts(root),
         out=root / "tiny.json",
         schemes=("int2_g16", "int4_g16"),
         algorithms=("rtn", "rtn_mse"),

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -91,3 +92,12 @@ def write_folder(path: Path, config: dict = CONFIG, weights: dict[str, np.ndarra
     save_file(tensors(config) if weights is None else weights, path / "model.safetensors")
     tokenizer(config["vocab_size"]).save(str(path / "tokenizer.json"))
     return path
+
+
+def model_and_texts(root: Path) -> dict[str, Any]:
+    """A model, text to calibrate on and text to judge by, as options of an experiment."""
+    write_folder(root / "model")
+    texts = {"data": root / "calibration.txt", "test": root / "test.txt"}
+    for path in texts.values():
+        path.write_text(text(documents=30))
+    return {"model": str(root / "model"), **texts}
