@@ -13,17 +13,13 @@ from mpq.quantize.gptq import GPTQ
 from mpq.quantize.rtn import RTN
 from mpq.quantize.widths import common
 from mpq.types import QTensor
+from tests.quantize_cases import assert_equal
 
 K, N = 24, 5
 
 
 def drawn(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
-
-
-def assert_equal(a: QTensor, b: QTensor) -> None:
-    assert a.scheme == b.scheme
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 @pytest.mark.parametrize("rest", ["g8", "channel", "g8_zp", "tensor", "g8_sfp8"])

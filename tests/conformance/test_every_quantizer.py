@@ -12,6 +12,7 @@ from mpq.formats import parse_scheme
 from mpq.quantize import QUANTIZERS
 from mpq.quantize.rtn import RTN
 from mpq.types import QTensor, Scheme
+from tests.quantize_cases import assert_equal
 
 BATCH, K, N = 2, 40, 6
 # k is no multiple of 16 or 24: the last group is shorter. One shape throughout, so each pair is compiled once.
@@ -40,11 +41,6 @@ def problem(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 def run(quantizer: str, text: str, w: np.ndarray, gram: np.ndarray | None) -> QTensor:
     return QUANTIZERS[quantizer](jnp.asarray(w), SCHEMES[text], None if gram is None else jnp.asarray(gram))
-
-
-def assert_equal(a: QTensor, b: QTensor) -> None:
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
 def layer_loss(w: np.ndarray, qtensor: QTensor, gram: np.ndarray) -> np.ndarray:
