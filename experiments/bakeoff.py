@@ -37,7 +37,7 @@ from scipy.stats import kendalltau
 from mpq.allocate import PowerLaw, Problem, refit
 from mpq.artifacts import load_table, save_table
 from mpq.calibrate import calibrate
-from mpq.data import require_disjoint, take
+from mpq.data import divide, require_disjoint, take
 from mpq.data.sources import read_set, read_sets
 from mpq.evaluate import Reference
 from mpq.files import digest_json, read_json, write_json
@@ -70,7 +70,8 @@ class Options:
       granularity: of the schemes int2 to int8: `g32`, `channel`.
       metrics: names, kl among them; a name with `:N` sees the first N rows only.
       window: tokens a row.
-      calibration_rows: of the calibration set.
+      calibration_rows: that metrics see.
+      statistics_rows: further ones of the same source, that rounding sees.
       test_rows: of the test set.
       batch_size: rows a pass.
       plans: measured on the test set, a band.
@@ -88,6 +89,7 @@ class Options:
     metrics: tuple[str, ...] = tuple(METRICS)
     window: int | None = None
     calibration_rows: int = 32
+    statistics_rows: int = 64
     test_rows: int = 64
     batch_size: int = 8
     plans: int = 200
@@ -107,13 +109,15 @@ class Bakeoff:
         if "kl" not in options.metrics:
             raise MpqError("metrics lack kl, which two predictors are made of: add it")
         self.options, self.model = options, load(options.model)
-        self.calibration, self.test = _sets(self.model, options)
+        calibration, self.test = _sets(self.model, options)
+        self.calibration, statistics = divide(calibration, options.calibration_rows)
         self.traced = self.model.trace(options.batch_size, options.window)
         self.schemes = tuple(parse_scheme(f"int{bits}_{options.granularity}") for bits in (2, 3, 4, 5, 6, 8))
-        stats = calibrate(self.traced, self.model.params, self.calibration, options.batch_size)
+        stats = calibrate(self.traced, self.model.params, statistics, options.batch_size)
         self.candidates = Candidates(self.model.params, self.traced.weights, METHODS[options.method], stats)
+        self.statistics_rows = len(statistics.inputs)
         shown_options = dataclasses.asdict(options) | {"out": "", "work": "", "metrics": "", "plans": 0, "fit_plans": 0}
-        inputs = [shown_options, self.model.digest, self.calibration.digest, self.test.digest]
+        inputs = [shown_options, self.model.digest, calibration.digest, self.test.digest]
         self.digest = digest_json(inputs)[:12]
         self.folder = options.work / f"{options.out.stem}-{self.digest}"
         self.store = score_store(self.folder / "scores")
@@ -224,6 +228,7 @@ def main(options: Options) -> None:
             "model": run.model.name,
             "data": [run.calibration.source, run.test.source],
             "rows": [len(run.calibration.inputs), len(run.test.inputs)],
+            "statistics_rows": run.statistics_rows,
             "method": options.method,
             "schemes": [str(s) for s in run.schemes],
             "groups": len(any_problem.names),
@@ -274,7 +279,8 @@ def agreement(predicted: np.ndarray, measured: np.ndarray) -> dict[str, float]:
 
 
 def _sets(model: Model, options: Options) -> tuple[Dataset, Dataset]:
-    limits = {"calibration": options.calibration_rows, "selection": 2, "test": options.test_rows}
+    rows = options.calibration_rows + options.statistics_rows
+    limits = {"calibration": rows, "selection": 2, "test": options.test_rows}
     if options.test is None:
         sets = read_sets(model, options.data, window=options.window, limits=limits, windows_per_document=None)
         return sets["calibration"], sets["test"]

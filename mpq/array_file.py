@@ -12,7 +12,7 @@ from safetensors.numpy import save
 from mpq.files import digest_arrays, digest_json, write_bytes
 from mpq.types import MpqError
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def write_arrays(path: Path, kind: str, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq.array_file import read_arrays, write_arrays
+from mpq.data import row_digests
 from mpq.evaluate import DocumentScores
 from mpq.files import read_json, write_json
 from mpq.formats import parse_scheme
+from mpq.inputs import Dataset
 from mpq.models import Model
 from mpq.sensitivity.interactions import InteractionTable
 from mpq.tasks import Task
@@ -187,8 +189,8 @@ def table_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def save_stats(path: Path, stats: Mapping[str, LayerStats], model_digest: str, data_digest: str) -> None:
-    """Write calibration statistics; weights that share an input share one stored gram."""
+def save_stats(path: Path, stats: Mapping[str, LayerStats], model_digest: str, data: Dataset) -> None:
+    """Write calibration statistics made of `data`; weights that share an input share one stored gram."""
     arrays: dict[str, np.ndarray] = {}
     index: dict[str, Any] = {}
     stored: dict[int, str] = {}
@@ -198,22 +200,27 @@ def save_stats(path: Path, stats: Mapping[str, LayerStats], model_digest: str, d
             arrays[f"gram/{owner}"] = np.asarray(s.gram, np.float32)
             arrays[f"absmax/{owner}"] = np.asarray(s.absmax, np.float32)
         index[weight_path] = {"owner": owner, "num_tokens": s.num_tokens}
-    header = {"model_digest": model_digest, "data_digest": data_digest, "weights": index}
+    made_of = {"model_digest": model_digest, "data_digest": data.digest, "windows": row_digests(data)}
+    header = {**made_of, "weights": index}
     write_arrays(path, "statistics", header, arrays)
 
 
-def load_stats(path: Path, model_digest: str) -> dict[str, LayerStats]:
+def load_stats(path: Path, model_digest: str) -> tuple[dict[str, LayerStats], frozenset[str]]:
     """Read calibration statistics made for the model with this digest.
+
+    Returns:
+      Path of the weight -> statistics, and the `row_digests` of the windows that they were made of.
 
     Raises:
       MpqError: damaged, no statistics, or made for another model.
     """
     header, arrays = read_arrays(path, "statistics", "mpq calibrate")
     require_model(path, header["model_digest"], model_digest)
-    return {
+    stats = {
         weight: LayerStats(arrays[f"gram/{e['owner']}"], arrays[f"absmax/{e['owner']}"], e["num_tokens"])
         for weight, e in header["weights"].items()
     }
+    return stats, frozenset(header["windows"])
 
 
 def save_interactions(path: Path, table: InteractionTable) -> None:

@@ -35,12 +35,12 @@ def check(run: Run) -> list[str]:
     smallest = schemes[by_size(weights, schemes)[0]]
     require_counted_once(run.traced)
     require_executed(weights, run.stats)
-    require_orderless(run.traced, run.model.params, run.sets["calibration"], run.stats, config.batch_size)
-    require_calibrated(run.candidates[config.method], weights, run.stats, smallest)
     tables = [(metric, config.method, table) for metric, table in run.tables.items()]
     tables += [(config.compare_by, m, table) for m, table in run.allocation_tables.items() if m != config.method]
     for metric, method, table in tables:
         require_current(table, run, metric, method)
+    require_orderless(run.traced, run.model.params, run.divided[1], run.stats, config.batch_size)
+    require_calibrated(run.candidates[config.method], weights, run.stats, smallest)
     for method, table in run.allocation_tables.items():
         require_effect(table, run.candidates[method])
     for method, plans in run.separable.items():

@@ -71,7 +71,7 @@ def calibrate(model_source: str, text: Data, out: Path) -> dict[str, Any]:
     model = load(model_source)
     data = text.dataset(model, "calibration")
     stats = run_calibration(text.trace(model), model.params, data, text.batch_size)
-    artifacts.save_stats(out, stats, model.digest, data.digest)
+    artifacts.save_stats(out, stats, model.digest, data)
     return {"out": str(out), "weights": len(stats), "num_rows": len(data.inputs), "size_bytes": out.stat().st_size}
 
 
@@ -186,7 +186,7 @@ def make_candidates(
     """Quantized weights; statistics come from the file, else from the text; some algorithms need none."""
     collected: dict[str, LayerStats] = {}
     if stats is not None:
-        collected = artifacts.load_stats(stats, model.digest)
+        collected, _ = artifacts.load_stats(stats, model.digest)
     elif QUANTIZERS[method].data_aware:
         if data is None:
             raise MpqError(f"method {method!r} needs calibration: give --data TEXT or --stats FILE")

@@ -1,5 +1,6 @@
 """What `mpq sensitivity` and `mpq interactions` do: everything that is scored. Plain data comes back."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from mpq.activations import (
 from mpq.budget import budget_bits
 from mpq.commands import Data, make_candidates
 from mpq.config import known
+from mpq.data import divide, take, unseen
 from mpq.formats import parse_scheme
-from mpq.models import load
+from mpq.inputs import Dataset
+from mpq.models import Model, load
 from mpq.pipeline import score_store
-from mpq.quantize import QUANTIZERS
+from mpq.quantize import QUANTIZERS, Candidates
 from mpq.sensitivity import METRICS, Interactions
 from mpq.sensitivity.racing import Race
+from mpq.trace import Trace
 from mpq.types import MpqError
 
 SCHEMES = {
@@ -31,6 +35,9 @@ SCHEMES = {
     "kv": ("int2_head_asym", "int4_head", "int4_head_asym", "int8_head"),
 }
 """What is scored, and by which schemes unless others are asked for."""
+
+STATISTICS_WINDOWS = 64
+"""Read beside those that are scored, for a rounding algorithm that needs statistics and is given none."""
 
 
 def sensitivity(
@@ -54,9 +61,8 @@ def sensitivity(
     known("method", method, QUANTIZERS)
     parsed = tuple(parse_scheme(s) for s in schemes or SCHEMES["weights"])
     model = load(model_source)
-    data = text.dataset(model, "calibration")
     traced = text.trace(model)
-    candidates = make_candidates(model, traced, method, data, stats, text.batch_size)
+    data, candidates = _apart(model, traced, text, method, stats)
     options = _options(text, out, seed)
     if race:
         uniform = {str(s): artifacts.uniform_plan(s, model, traced.weights) for s in parsed}
@@ -89,9 +95,8 @@ def interactions(
     known("method", method, QUANTIZERS)
     parsed = tuple(parse_scheme(s) for s in schemes or SCHEMES["weights"])
     model = load(model_source)
-    data = text.dataset(model, "calibration")
     traced = text.trace(model)
-    candidates = make_candidates(model, traced, method, data, stats, text.batch_size)
+    data, candidates = _apart(model, traced, text, method, stats)
     options = _options(text, out, seed)
     table = Interactions(num_probes)(model, traced, parsed, candidates, data, **options)
     artifacts.save_interactions(out, table)
@@ -141,6 +146,20 @@ def activations(
         "bytes_per_token": [[row.size_bits(s) / 8 for s in parsed] for row in rows],
         **_numbers(table),
     }
+
+
+def _apart(model: Model, traced: Trace, text: Data, method: str, stats: Path | None) -> tuple[Dataset, Candidates]:
+    """What to score on, and candidates: an algorithm that sees data sees other windows than those."""
+    more = lambda windows: dataclasses.replace(text, max_windows=text.max_windows + windows)
+    if not QUANTIZERS[method].data_aware:
+        data = rest = text.dataset(model, "calibration")
+    elif stats is None:
+        data, rest = divide(more(STATISTICS_WINDOWS).dataset(model, "calibration"), text.max_windows)
+    else:
+        _, seen = artifacts.load_stats(stats, model.digest)
+        rest = unseen(more(len(seen)).dataset(model, "calibration"), seen, str(stats))
+        data = take(rest, text.max_windows)
+    return data, make_candidates(model, traced, method, rest, stats, text.batch_size)
 
 
 def _options(text: Data, out: Path, seed: int) -> dict[str, Any]:

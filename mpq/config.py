@@ -31,8 +31,9 @@ class RunConfig:
       budgets: `3.5bpw`, a whole-model size such as `4MB`, or a scheme: the exact size of that uniform scheme.
       hand_out: the budget whose winner is exported.
       window: tokens a window; `batch_size`: windows a batch.
-      calibration_windows: for the statistics that rounding uses.
-      sensitivity_windows: of the calibration set, for the metrics by name; `(name, windows)` pairs.
+      calibration_windows: those of the metrics and of `refine_windows`, and all others, for the statistics that
+        rounding uses: an error that was minimized on a text looks smaller there than anywhere else.
+      sensitivity_windows: of the calibration set, for the metrics by name; `(name, windows)` pairs. Default: one batch.
       selection_windows: for the choice between the solution and uniform schemes.
       test_windows: for every number reported.
       windows_per_document: at most so many of one document, so that standard errors see many documents; None: all.
@@ -66,6 +67,16 @@ class RunConfig:
     refine_windows: int = 16
     distill_steps: int = 0
     seed: int = 0
+
+    def windows_of(self, metric: str) -> int:
+        """Windows that a metric is measured on."""
+        return dict(self.sensitivity_windows).get(metric, self.batch_size)
+
+    @property
+    def scored_windows(self) -> int:
+        """Windows of the calibration set on which losses are measured; statistics are made of the others."""
+        metrics = {*self.metrics, *([self.compare_by] if self.compare_methods else [])}
+        return max(*map(self.windows_of, metrics), self.refine_windows if self.refine_rounds else 0)
 
     def check(self) -> None:
         """Refuse unknown names before anything is computed.

@@ -37,7 +37,7 @@ from mpq.artifacts import (
 from mpq.budget import budget_bits
 from mpq.calibrate import calibrate
 from mpq.config import RunConfig
-from mpq.data import take
+from mpq.data import divide, take
 from mpq.data.sources import read_sets
 from mpq.distill import Distill
 from mpq.estimate import mean_over_documents
@@ -99,12 +99,18 @@ class Run:
     @functools.cached_property
     def stats(self) -> dict[str, LayerStats]:
         """Second moments of every weight's input."""
+        data = self.divided[1]
         return self._stage(
             "stats.safetensors",
-            lambda path: load_stats(path, self.model.digest),
-            lambda: calibrate(self.traced, self.model.params, self.sets["calibration"], self.config.batch_size),
-            lambda path, s: save_stats(path, s, self.model.digest, self.sets["calibration"].digest),
+            lambda path: load_stats(path, self.model.digest)[0],
+            lambda: calibrate(self.traced, self.model.params, data, self.config.batch_size),
+            lambda path, s: save_stats(path, s, self.model.digest, data),
         )
+
+    @functools.cached_property
+    def divided(self) -> tuple[Dataset, Dataset]:
+        """The calibration set in two: what losses are measured on, and what rounding's statistics are made of."""
+        return divide(self.sets["calibration"], self.config.scored_windows)
 
     @functools.cached_property
     def candidates(self) -> dict[str, Candidates]:
@@ -282,14 +288,13 @@ class Run:
     @functools.cached_property
     def _plan_loss(self) -> PlanLoss:
         """Measured KL of the main method's plans on calibration data."""
-        data = take(self.sets["calibration"], self.config.refine_windows)
+        data = take(self.divided[0], self.config.refine_windows)
         reference = Reference(self.model, data, min(self.config.batch_size, len(data.inputs)))
         return PlanLoss(self.model, self.traced, self.candidates[self.config.method], reference, self.store)
 
     def sensitivity_data(self, metric: str) -> Dataset:
         """The part of the calibration set that a metric is measured on."""
-        windows = dict(self.config.sensitivity_windows).get(metric, self.config.batch_size)
-        return take(self.sets["calibration"], windows)
+        return take(self.divided[0], self.config.windows_of(metric))
 
     def _table(self, metric: str, method: str) -> SensitivityTable:
         data = self.sensitivity_data(metric)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mpq import artifacts
+from mpq.data import new_dataset, row_digests
 from mpq.evaluate import DocumentScores
 from mpq.formats import parse_scheme
 from mpq.models import load
@@ -77,20 +78,23 @@ def test_statistics_survive_the_disk_and_share_what_was_shared(tmp_path, model, 
     shared = LayerStats(gram, rng.random((1, 4), np.float32), 10)
     own = LayerStats(gram + 1, shared.absmax, 12)
     path = tmp_path / "stats.safetensors"
-    artifacts.save_stats(path, {"a": shared, "b": shared, "c": own}, model.digest, "data")
-    again = artifacts.load_stats(path, model.digest)
+    data = new_dataset(np.arange(12).reshape(3, 4), np.ones((3, 4), bool), np.arange(3), "text")
+    artifacts.save_stats(path, {"a": shared, "b": shared, "c": own}, model.digest, data)
+    again, windows = artifacts.load_stats(path, model.digest)
+    assert windows == {*row_digests(data)}
+    assert len(windows) == 3
     assert again["a"].gram is again["b"].gram
     np.testing.assert_array_equal(again["a"].gram, gram)
     np.testing.assert_array_equal(again["c"].gram, gram + 1)
     assert again["c"].num_tokens == 12
     with pytest.raises(MpqError, match="made for another model"):
         artifacts.load_stats(path, "other")
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 1
-    path.write_bytes(data)
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
     with pytest.raises(MpqError, match="damaged or no file of statistics"):
         artifacts.load_stats(path, model.digest)
-    path.write_bytes(data[:-8])
+    path.write_bytes(content[:-8])
     with pytest.raises(MpqError, match="truncated or no file of statistics"):
         artifacts.load_stats(path, model.digest)
 

@@ -27,6 +27,7 @@ def options(tmp_path_factory):
         metrics=("kl", "weight_mse", "imatrix:2", "first_order"),
         window=32,
         calibration_rows=8,
+        statistics_rows=16,
         test_rows=6,
         batch_size=2,
         plans=12,

@@ -1,11 +1,21 @@
 """Text to windows: BOS, masks, documents, splits."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
-from mpq.data import make_dataset, read_documents, require_disjoint, split_documents, take
+from mpq.data import (
+    divide,
+    make_dataset,
+    read_documents,
+    require_disjoint,
+    row_digests,
+    split_documents,
+    take,
+    unseen,
+)
 from mpq.tasks import CausalLM
 from mpq.types import MpqError
 from tests import tiny
@@ -75,6 +85,37 @@ def test_take_goes_round_the_documents():
     assert sorted(take(data, 5).document.tolist()) == [0, 0, 1, 1, 2]
     np.testing.assert_array_equal(take(data, 3).inputs[1], data.inputs[counts[0]])
     assert take(data, len(data.inputs)) is data
+
+
+def different_windows():
+    """Windows of five documents, no two alike."""
+    rng = np.random.default_rng(0)
+    return windows([" ".join(rng.choice(["x", "y", "z", "=", "+"], size=40)) for _ in range(5)])
+
+
+def test_what_is_divided_is_whole_and_shares_no_window():
+    data = different_windows()
+    first, rest = divide(data, 4)
+    assert first.inputs.tolist() == take(data, 4).inputs.tolist()
+    assert sorted(first.inputs.tolist() + rest.inputs.tolist()) == sorted(data.inputs.tolist())
+    require_disjoint(first=first, rest=rest)
+    assert [len(part.inputs) for part in divide(data, 1000)] == [len(data.inputs) // 2, -(-len(data.inputs) // 2)]
+    single = take(data, 1)
+    assert divide(single, 3) == (single, single)
+
+
+def test_windows_that_were_seen_are_left_out():
+    data = different_windows()
+    first, rest = divide(data, 4)
+    left = unseen(data, frozenset(row_digests(first)), "stats")
+    assert (left.digest, left.document.tolist()) == (rest.digest, rest.document.tolist())
+    assert unseen(rest, frozenset(row_digests(first)), "stats") is rest
+    message = (
+        "all 4 windows of text are among those that stats was made of, on which rounding errors are smaller than "
+        "elsewhere: give other text, or use fewer windows there (mpq calibrate --max-windows)"
+    )
+    with pytest.raises(MpqError, match=f"^{re.escape(message)}$"):
+        unseen(first, frozenset(row_digests(data)), "stats")
 
 
 @pytest.mark.parametrize("documents", [["x y z\n" * 400], ["a b"] * 100, ["x y\n" * 50, "z\n" * 10] * 3])

@@ -70,7 +70,7 @@ def traced(model):
 def make_run(folder, make=make_model, seed=0, **changes):
     """A run whose parameters and data the seed decides."""
     data = random_data if make is make_model else image_data
-    sizes = {"calibration": 14, "selection": 6, "test": 6}
+    sizes = {"calibration": 22, "selection": 6, "test": 6}  # 8 for losses, 14 for statistics
     sets = {name: data(size, seed=3 * seed + i) for i, (name, size) in enumerate(sizes.items())}
     rng = np.random.default_rng(seed)
     params = {name: p * jnp.float32(rng.uniform(0.5, 1.5)) for name, p in make().params.items()}

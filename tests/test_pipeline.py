@@ -10,10 +10,11 @@ import pytest
 from rich.console import Console
 
 from mpq import files, pipeline, results, show
-from mpq.artifacts import uniform_plan
+from mpq.artifacts import load_stats, uniform_plan
 from mpq.budget import budget_bits
 from mpq.certainty import certainty
 from mpq.config import RunConfig
+from mpq.data import row_digests
 from mpq.export import orbax
 from mpq.formats import parse_scheme
 from mpq.store import FolderStore
@@ -64,6 +65,14 @@ def test_a_plan_that_stores_the_original_bit_for_bit_is_not_run_again(finished, 
     got = run.scores(plan, "gptq", "test")
     assert (got.summary().kl, got.summary().agreement) == (0.0, 1.0)
     assert got.summary() == run.reference_scores("test").summary()
+
+
+def test_statistics_are_of_other_windows_than_losses(finished):
+    run, _ = finished
+    _, seen = load_stats(run.folder / "stats.safetensors", run.model.digest)
+    assert len(seen) == run.config.calibration_windows - run.config.scored_windows
+    for metric in run.config.metrics:
+        assert seen.isdisjoint(row_digests(run.sensitivity_data(metric)))
 
 
 def test_every_file_is_there(finished):

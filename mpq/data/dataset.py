@@ -25,7 +25,7 @@ def require_disjoint(**datasets: Dataset) -> None:
     Raises:
       MpqError: names the two sets and how many windows they share.
     """
-    rows = {name: {hashlib.sha256(row.tobytes()).digest() for row in d.inputs} for name, d in datasets.items()}
+    rows = {name: set(row_digests(data)) for name, data in datasets.items()}
     names = list(rows)
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
@@ -33,11 +33,43 @@ def require_disjoint(**datasets: Dataset) -> None:
                 raise MpqError(f"the {a} and {b} sets share {shared} windows: give data that do not overlap")
 
 
+def row_digests(data: Dataset) -> list[str]:
+    """Of every window's input, 128 bits of sha256 in hexadecimal."""
+    return [hashlib.sha256(np.ascontiguousarray(row).tobytes()).hexdigest()[:32] for row in data.inputs]
+
+
+def unseen(data: Dataset, seen: frozenset[str], by: str) -> Dataset:
+    """The windows whose `row_digests` are not among `seen`.
+
+    Raises:
+      MpqError: there is none; `by` says what saw them all.
+    """
+    keep = np.asarray([digest not in seen for digest in row_digests(data)])
+    if not keep.any():
+        raise MpqError(
+            f"all {len(keep)} windows of {data.source} are among those that {by} was made of, on which rounding errors "
+            "are smaller than elsewhere: give other text, or use fewer windows there (mpq calibrate --max-windows)"
+        )
+    return data if keep.all() else _rows(data, np.flatnonzero(keep))
+
+
 def take(data: Dataset, windows: int) -> Dataset:
     """`windows` of the windows, from as many documents as there are: a first one of each, then a second, and so on."""
     if windows >= len(data.inputs):
         return data
     return _rows(data, np.sort(_by_document(data)[:windows]))
+
+
+def divide(data: Dataset, windows: int) -> tuple[Dataset, Dataset]:
+    """What `take` takes, and all other windows: for two purposes that must not see the same data.
+
+    The first part has at most half of the windows, and at least one; a single window is both parts.
+    """
+    if len(data.inputs) == 1:
+        return data, data
+    order = _by_document(data)
+    first = min(windows, len(order) // 2)
+    return _rows(data, np.sort(order[:first])), _rows(data, np.sort(order[first:]))
 
 
 def by_document(data: Dataset) -> Dataset:
