@@ -71,3 +71,10 @@ def tiny_llama():
         params[path] = jnp.asarray(value, jnp.float32)
     params["embed_tokens.embedding"] *= np.sqrt(TINY.vocab_size / TINY.hidden_size)  # k is its second axis
     return apply, params
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled():
+    """Give a file's compiled programs back: they stay on disk, and a process that keeps thousands slows down."""
+    yield
+    jax.clear_caches()
