@@ -103,13 +103,28 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class FrontierInfo:
-    """Predicted loss of every point of the exact frontier, sizes ascending; `metric` is the one that allocates."""
+    """Predicted loss of every point of the exact frontier, sizes ascending; `metric` is the one that allocates.
+
+    `predicted_kl` are sums over weights, `corrected_kl` the same corrected by plans measured on the selection set.
+    """
 
     metric: str
     bits_per_weight: tuple[float, ...]
     size_bytes: tuple[int, ...]
     predicted_kl: tuple[float, ...]
     predicted_stderr: tuple[float | None, ...] | None = None
+    corrected_kl: tuple[float, ...] | None = None
+    corrected_stderr: tuple[float | None, ...] | None = None
+
+    @property
+    def best_kl(self) -> tuple[float, ...]:
+        """Corrected, where it could be."""
+        return self.corrected_kl or self.predicted_kl
+
+    @property
+    def best_stderr(self) -> tuple[float | None, ...] | None:
+        """Of `best_kl`."""
+        return self.corrected_stderr if self.corrected_kl else self.predicted_stderr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +139,7 @@ class PlanResult:
       nll: None without labels, and for embeddings, which have no right answer.
       agreement: with the original; 1 where both decide alike.
       choices: path of the weight -> scheme.
+      predicted_kl, corrected_kl: sum over weights; the same corrected by the other plans measured on the selection set.
     """
 
     name: str
@@ -144,6 +160,8 @@ class PlanResult:
     scheme: str | None = None
     predicted_kl: float | None = None
     predicted_stderr: float | None = None
+    corrected_kl: float | None = None
+    corrected_stderr: float | None = None
     quality_stderr: float | None = dataclasses.field(default=None, metadata=_BY_TASK)
 
 
@@ -337,7 +355,7 @@ def _frontier_contradictions(frontier: FrontierInfo) -> Iterator[tuple[str, str]
     length = len(frontier.bits_per_weight)
     if length == 0:
         yield "frontier.bits_per_weight", "is empty: a frontier has at least one point"
-    for field in ("size_bytes", "predicted_kl", "predicted_stderr"):
+    for field in ("size_bytes", "predicted_kl", "predicted_stderr", "corrected_kl", "corrected_stderr"):
         column = getattr(frontier, field)
         if column is not None and len(column) != length:
             yield f"frontier.{field}", f"has {len(column)} numbers, bits_per_weight {length}"

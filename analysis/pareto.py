@@ -9,7 +9,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.axes import beside_bytes, bpw_range, draw_plans, kl_ticks, legend_entries, marks, plan_labels, size_axes
+from analysis.axes import (
+    DASHES,
+    beside_bytes,
+    bpw_range,
+    draw_plans,
+    kl_ticks,
+    legend_entries,
+    marks,
+    plan_labels,
+    size_axes,
+)
 from analysis.figure import MIXED, MUTED, PREDICTED, Label, place_labels, save
 from analysis.load import PlanResult, Result
 from analysis.text import megabytes, significant, thin
@@ -68,8 +78,9 @@ def frontier_figure(result: Result) -> Figure:
     undrawn = sorted({plan.name for plan in result.plans if plan.kl <= 0})
     lines = [f"original: {megabytes(result.model.reference_size_bytes)} at KL 0, below any log axis"]
     lines += [f"not above 0 either: {', '.join(undrawn)}"] if undrawn else []
-    band = "" if result.frontier.predicted_stderr is None else " and band"
-    lines += [f"predicted by {result.frontier.metric}", f"bars{band}: ± 2 standard errors"]
+    band = "" if result.frontier.best_stderr is None else " and band"
+    corrected = ", corrected by plans of the selection set" if result.frontier.corrected_kl else ""
+    lines += [f"predicted by {result.frontier.metric}{corrected}", f"bars{band}: ± 2 standard errors"]
     lines += ["dashes: best uniform scheme that fits"]
     panels[0].text(
         0.02, 0.02, "\n".join(lines), transform=panels[0].transAxes, fontsize=8, color=MUTED, linespacing=1.5
@@ -86,7 +97,11 @@ def _frontier_panel(
     size_axes(ax, limits, result.model.weights, beside_bytes(result))
     ax.set_yscale("log")
     frontier = result.frontier
-    line = _draw_line(ax, frontier.bits_per_weight, frontier.predicted_kl, frontier.predicted_stderr)
+    line = _draw_line(ax, frontier.bits_per_weight, frontier.best_kl, frontier.best_stderr)
+    if frontier.corrected_kl:
+        kept = [i for i in thin(frontier.bits_per_weight, _MAX_POINTS) if frontier.predicted_kl[i] > 0]
+        x, y = ([column[i] for i in kept] for column in (frontier.bits_per_weight, frontier.predicted_kl))
+        ax.plot(x, y, color=PREDICTED, linewidth=0.8, linestyle=DASHES, label="sum over weights", zorder=1)
     draw_plans(ax, result, drawn, lambda plan: plan.kl, lambda plan: 2 * (plan.kl_stderr or 0.0))
     inside = [(plan.bits_per_weight, plan.kl) for plan in drawn if limits[0] <= plan.bits_per_weight <= limits[1]]
     floor = 0.5 * min((y for _, y in inside), default=0.0)  # the frontier goes on to zero: no reason to follow it

@@ -142,19 +142,22 @@ def prediction_section(result: Result, drawings: Drawings) -> list[str]:
     text = "The prediction adds up what each weight loses alone; the measurement has all of them quantized at once. "
     if ratios:
         low, high = significant(ratios[0], 2), significant(ratios[-1], 2)
-        text += f"Measured over predicted lies between {low} and {high} over {len(ratios)} plans."
+        text += f"Measured over predicted lies between {low} and {high} over {len(ratios)} plans. "
+    if any(plan.corrected_kl for plan in plans):
+        text += "Corrected: what the other plans, measured on the selection set, say of sums of this size."
     label = "Predicted over measured KL of every plan"
     drawn = figure(drawings["agreement"], "agreement", label, "On the dashed line the prediction is right.")
     rows = [
         [
             escape(plan.name),
             with_error(plan.predicted_kl, plan.predicted_stderr),
+            with_error(plan.corrected_kl, plan.corrected_stderr),
             with_error(plan.kl, plan.kl_stderr),
-            significant(plan.kl / plan.predicted_kl if plan.predicted_kl else None, 2),
+            significant(plan.kl / best if (best := plan.corrected_kl or plan.predicted_kl) else None, 2),
         ]
         for plan in handed_out_plans(result)
     ]
-    head = ["plan handed out", "predicted KL", "measured KL", "measured / predicted"]
+    head = ["plan handed out", "predicted KL, summed", "corrected", "measured KL", "measured / predicted"]
     title = f"KL of what is handed out, {result.task.nats}, ± one standard error"
     return [paragraph(text), table(title, head, rows), f'<div class="small">{drawn}</div>']
 
@@ -241,12 +244,12 @@ def provenance_section(result: Result, record: Mapping[str, Any] | None) -> list
 def slider_data(result: Result) -> dict[str, Any]:
     """What the page's script reads: frontier points and uniform baselines."""
     frontier = result.frontier
-    errors = frontier.predicted_stderr or (None,) * len(frontier.bits_per_weight)
+    errors = frontier.best_stderr or (None,) * len(frontier.bits_per_weight)
     chosen = {plan.size_bytes for plan in handed_out_plans(result)}
     kept = {*thin(frontier.bits_per_weight, _MAX_SLIDER_POINTS)}
     kept |= {i for i, size in enumerate(frontier.size_bytes) if size in chosen}
     points = [
-        [round(frontier.bits_per_weight[i], 4), frontier.size_bytes[i], frontier.predicted_kl[i], errors[i]]
+        [round(frontier.bits_per_weight[i], 4), frontier.size_bytes[i], frontier.best_kl[i], errors[i]]
         for i in sorted(kept)
     ]
     uniform = [

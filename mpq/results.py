@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from scipy import stats as scipy_stats
 
-from mpq.allocate import Frontier, Refine
 from mpq.allocate.heuristic import NAME as HEURISTIC
 from mpq.artifacts import Plan, other_bits, save_plan
 from mpq.certainty import certainty, unknown
@@ -17,6 +16,7 @@ from mpq.evaluate import DocumentScores, counts_of, score
 from mpq.export import orbax
 from mpq.files import write_json
 from mpq.pipeline import Run
+from mpq.predict import Predictor, number
 from mpq.progress import track
 from mpq.record import Costs, RunRecord, timed
 from mpq.types import MpqError, SensitivityTable
@@ -77,6 +77,7 @@ def collect(run: Run) -> dict[str, Any]:
     tables, _ = run.tables, run.frontiers  # in this order, so that costs are booked to the stage that causes them
     winners = {budget: run.winner(budget) for budget in run.config.budgets}
     handed_out = {winner.name for winner, _ in winners.values()}
+    predicted = predictors(run, winners)
     pairs = [(plan, m) for m in run.methods for plan in (*run.mixed[m].values(), *run.uniform.values())]
     beside = {p.name: p for p in (*run.heuristics.values(), *(winner for winner, _ in winners.values()))}
     listed = {plan.name for plan, _ in pairs}
@@ -110,9 +111,10 @@ def collect(run: Run) -> dict[str, Any]:
             for name, data in run.sets.items()
         },
         "reference": evaluation(run.reference_scores("test")),
-        "frontier": frontier(run),
+        "frontier": frontier(run, predicted[run.config.method]),
         "plans": [
-            plan_entry(run, plan, m, scores[plan.name, m], is_handed_out(run, plan, m, handed_out)) for plan, m in pairs
+            plan_entry(run, plan, m, scores[plan.name, m], predicted, is_handed_out(run, plan, m, handed_out))
+            for plan, m in pairs
         ],
         "distilled": distillation(run),
         "winners": {budget: {"plan": winner.name, "selection_kl": kl} for budget, (winner, kl) in winners.items()},
@@ -127,19 +129,24 @@ def collect(run: Run) -> dict[str, Any]:
     }
 
 
-def plan_entry(run: Run, plan: Plan, method: str, scores: DocumentScores, handed_out: bool) -> dict[str, Any]:
+def plan_entry(
+    run: Run,
+    plan: Plan,
+    method: str,
+    scores: DocumentScores,
+    predicted: Mapping[str, Predictor],
+    handed_out: bool,
+) -> dict[str, Any]:
     """One row: a plan, rounded by one method, measured on the test set."""
     distilled = method == run.distilled_method
     kind = "distilled" if distilled else kind_of(plan)
-    predicted, stderr = predict(plan, run.allocation_tables[run.config.method if distilled else method])
     return {
         "name": plan.name,
         "kind": kind,
         "scheme": plan.name if kind == "uniform" else None,
         "method": method,
         "handed_out": handed_out,
-        "predicted_kl": predicted,
-        "predicted_stderr": stderr,
+        **predicted[run.config.method if distilled else method].of(plan),
         **evaluation(scores),
         "size_bytes": plan.size_bytes,
         "bits_per_weight": plan.bits_per_weight,
@@ -184,20 +191,6 @@ def evaluation(scores: DocumentScores) -> dict[str, Any]:
     return scores.summary().to_json()
 
 
-def predict(plan: Plan, table: SensitivityTable) -> tuple[float, float | None]:
-    """Predicted loss increase of a plan, and its standard error.
-
-    The sum over weights, whose errors are taken as independent; of a plan that was searched on, what the search
-    measured.
-    """
-    if plan.prediction is not None and plan.prediction["solver"] == Refine().name:
-        return plan.prediction["predicted_kl"], _number(plan.prediction["predicted_stderr"])
-    column = {str(scheme): i for i, scheme in enumerate(table.schemes)}
-    picks = [(row, column[str(plan.choices[w.path])]) for row, w in enumerate(table.weights)]
-    loss = float(sum(table.loss_increase[pick] for pick in picks))
-    return loss, _number(float(np.sqrt(sum(table.stderr[pick] ** 2 for pick in picks))))
-
-
 def compare(run: Run, budget: str, method: str, scores: Mapping[tuple[str, str], DocumentScores]) -> dict[str, Any]:
     """The mixed plan of a budget against the best uniform one that fits, by KL on the test set, paired by document."""
     plan = run.mixed[method][budget]
@@ -224,12 +217,22 @@ def compare(run: Run, budget: str, method: str, scores: Mapping[tuple[str, str],
         "baseline_kl": kl[baseline.name],
         "plan_kl": scores[plan.name, method].summary().kl,
         "kl_difference": difference,
-        "stderr": _number(stderr),
-        "z": _number(difference / stderr) if stderr and stderr > 0 else None,
+        "stderr": number(stderr),
+        "z": number(difference / stderr) if stderr and stderr > 0 else None,
     }
 
 
-def frontier(run: Run) -> dict[str, Any]:
+def predictors(run: Run, winners: Mapping[str, tuple[Plan, Mapping[str, float]]]) -> dict[str, Predictor]:
+    """By rounding algorithm; that of the main one knows the plans that were measured on the selection set."""
+    found = {method: Predictor(table) for method, table in run.allocation_tables.items()}
+    main = run.config.method
+    known = {p.name: p for p in (*run.uniform.values(), *run.mixed[main].values(), *run.heuristics.values())}
+    measured = {name: kl for _, by_name in winners.values() for name, kl in by_name.items() if name in known}
+    plans = {name: known[name] for name in measured}
+    return found | {main: Predictor(run.allocation_tables[main], measured, plans)}
+
+
+def frontier(run: Run, predictor: Predictor) -> dict[str, Any]:
     """Predicted loss of every point of the exact frontier."""
     values = sum(w.size for w in run.traced.weights)
     beside = other_bits(run.model, run.traced.weights)
@@ -239,20 +242,8 @@ def frontier(run: Run) -> dict[str, Any]:
         "metric": run.tables[run.config.allocate_by].metric,
         "bits_per_weight": [bits / values for bits in size],
         "size_bytes": [(bits + beside) // 8 for bits in size],
-        "predicted_kl": [float(loss) for loss in front.loss],
-        "predicted_stderr": frontier_stderr(front),
+        **predictor.frontier(front),
     }
-
-
-def frontier_stderr(front: Frontier, chunk: int = 4096) -> list[float | None]:
-    """Standard error of the predicted loss of every point, errors of weights taken as independent."""
-    groups = np.arange(len(front.problem.names))
-    result: list[float | None] = []
-    for start in range(0, len(front), chunk):
-        choices = front.choices(np.arange(start, min(start + chunk, len(front))))
-        errors = np.sqrt(front.problem.variance[groups, choices].sum(axis=1))
-        result += [_number(error) for error in errors.tolist()]
-    return result
 
 
 def table_entry(table: SensitivityTable) -> dict[str, Any]:
@@ -262,7 +253,7 @@ def table_entry(table: SensitivityTable) -> dict[str, Any]:
         "weights": [w.path for w in table.weights],
         "schemes": [str(s) for s in table.schemes],
         "loss_increase": table.loss_increase.tolist(),
-        "stderr": [[_number(v) for v in row] for row in table.stderr.tolist()],
+        "stderr": [[number(v) for v in row] for row in table.stderr.tolist()],
     }
 
 
@@ -275,12 +266,7 @@ def agreement(tables: Mapping[str, SensitivityTable]) -> dict[str, dict[str, flo
         tau: Any = scipy_stats.kendalltau(x[keep], y[keep])  # scipy ships no types
         rho: Any = scipy_stats.spearmanr(x[keep], y[keep])
         result[f"{b} vs {a}"] = {
-            "kendall_tau": _number(float(tau.statistic)),
-            "spearman": _number(float(rho.statistic)),
+            "kendall_tau": number(float(tau.statistic)),
+            "spearman": number(float(rho.statistic)),
         }
     return result
-
-
-def _number(value: Any) -> Any:
-    """None for what JSON cannot say (NaN, infinity)."""
-    return None if isinstance(value, float) and not np.isfinite(value) else value

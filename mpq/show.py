@@ -183,9 +183,12 @@ def _distilled(plan: str, method: str, steps: int, selection_kl: dict[str, float
 
 def _prediction(plan: dict[str, Any]) -> str:
     """Predicted against measured loss."""
-    predicted = _with_error(plan["predicted_kl"], plan["predicted_stderr"])
+    summed = _with_error(plan["predicted_kl"], plan["predicted_stderr"])
     measured = _with_error(plan["kl"], plan["kl_stderr"])
-    return f"predicted {predicted}, measured {measured} nats"
+    if plan["corrected_kl"] is None:
+        return f"predicted {summed}, measured {measured} nats"
+    corrected = _with_error(plan["corrected_kl"], plan["corrected_stderr"])
+    return f"predicted {corrected} (sum over weights {summed}), measured {measured} nats"
 
 
 def _with_error(value: float | None, error: float | None) -> str:

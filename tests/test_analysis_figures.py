@@ -1,5 +1,6 @@
 """Figures: drawn from made-up runs of plausible numbers, every point where it belongs, the same twice."""
 
+import dataclasses
 import itertools
 import math
 import struct
@@ -85,6 +86,21 @@ class TestFigures:
         texts = {text.get_text() for text in whole.texts}
         assert {"int2_g64", "int3_g64", "int4_g64", "int8_channel"} <= texts
         assert any("14.71 MB at KL 0" in text and "not above 0 either: bf16" in text for text in texts)
+
+    def test_a_corrected_frontier_is_drawn_over_the_sums(self, result):
+        frontier = dataclasses.replace(
+            result.frontier,
+            corrected_kl=tuple(1.5 * loss for loss in result.frontier.predicted_kl),
+            corrected_stderr=(0.01,) * len(result.frontier.predicted_kl),
+        )
+        with style():
+            ax = frontier_figure(dataclasses.replace(result, frontier=frontier)).axes[0]
+        for label, column in (("predicted frontier", "corrected_kl"), ("sum over weights", "predicted_kl")):
+            exact = dict(zip(frontier.bits_per_weight, getattr(frontier, column), strict=True))
+            curve = next(line for line in ax.lines if line.get_label() == label).get_xydata()
+            assert len(curve) > 1
+            assert all(exact[x] == y for x, y in curve)
+        assert any("corrected by plans of the selection set" in text.get_text() for text in ax.texts)
 
     def test_a_heuristic_has_a_series_of_its_own(self):
         body = make_result(layers=1)

@@ -8,17 +8,19 @@ import re
 import sys
 
 import pytest
+from matplotlib.figure import Figure
 
 from analysis import html as html_pieces
 from analysis import report
 from analysis import sections as report_sections
 from analysis.__main__ import main
+from analysis.figure import render
 from analysis.findings import headline
 from analysis.load import StabilityInfo, Winner, parse_result
 from analysis.measures import counted
 from analysis.report import draw, report_html, write_report
-from analysis.sections import mixing_section, weights_section
-from analysis.text import with_error
+from analysis.sections import mixing_section, prediction_section, weights_section
+from analysis.text import significant, with_error
 from mpq.files import write_json
 from tests.analysis_cases import RECORD, SCHEMES, drawn, make_result, parsed
 
@@ -147,12 +149,26 @@ class TestReport:
         plans = [plan for plan in result.plans if plan.handed_out]
         assert set(rows) == {plan.name for plan in plans}
         for plan in plans:
-            predicted, measured, ratio = rows[plan.name]
+            predicted, corrected, measured, ratio = rows[plan.name]
             assert predicted == with_error(plan.predicted_kl, plan.predicted_stderr)
+            assert corrected == significant(None)
             assert measured == with_error(plan.kl, plan.kl_stderr)
             assert "±" in predicted
             assert "±" in measured
             assert float(ratio) == pytest.approx(plan.kl / plan.predicted_kl, rel=0.05)  # two digits
+
+    def test_a_corrected_prediction_is_what_measurement_is_held_against(self, result):
+        plans = [dataclasses.replace(p, corrected_kl=1.1 * p.kl, corrected_stderr=0.01 * p.kl) for p in result.plans]
+        section = "".join(
+            prediction_section(dataclasses.replace(result, plans=tuple(plans)), {"agreement": render(Figure)})
+        )
+        rows = [re.findall(r">([^<]+)</t[hd]>", row) for row in section.split("<tr>")[2:]]
+        by_name = {plan.name: plan for plan in plans if plan.handed_out}
+        assert {row[0] for row in rows} == set(by_name)
+        for name, _, corrected, _, ratio in rows:
+            assert corrected == with_error(by_name[name].corrected_kl, by_name[name].corrected_stderr)
+            assert ratio == significant(1 / 1.1, 2)
+        assert "Corrected: what the other plans" in section
 
     def test_choices_that_are_not_distinguishable_are_marked(self, result):
         paths = [weight.path for weight in result.weights]

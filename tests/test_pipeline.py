@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from mpq import files, pipeline, results, show
+from mpq.allocate.correction import Correction
 from mpq.artifacts import load_stats, uniform_plan
 from mpq.budget import budget_bits
 from mpq.certainty import certainty
@@ -17,6 +18,7 @@ from mpq.config import RunConfig
 from mpq.data import row_digests
 from mpq.export import orbax
 from mpq.formats import parse_scheme
+from mpq.predict import Predictor
 from mpq.store import FolderStore
 from mpq.types import MpqError
 from tests import tiny
@@ -137,6 +139,30 @@ def test_how_sure_the_choices_are_is_said_of_every_winner(finished, monkeypatch)
     assert "none of its choices rests on the sensitivities" in sure["statement"]
 
 
+def test_predictions_are_corrected_by_the_other_plans_on_the_selection_set(finished):
+    _, body = finished
+    measured = {k: v for winner in body["winners"].values() for k, v in winner["selection_kl"].items()}
+    rows = {p["name"]: p for p in body["plans"] if p["method"] == "gptq"}
+    for name, row in rows.items():
+        others = [p for p in rows.values() if p["name"] in measured and p["choices"] != row["choices"]]
+        correct = Correction.fit([p["predicted_kl"] for p in others], [measured[p["name"]] for p in others])
+        loss, spread = correct(np.array([row["predicted_kl"]]))
+        stderr = loss[0] * np.hypot(row["predicted_stderr"] / row["predicted_kl"], spread[0])
+        assert (row["corrected_kl"], row["corrected_stderr"]) == pytest.approx((loss[0], stderr), rel=1e-9), name
+    front = body["frontier"]
+    assert len(front["corrected_kl"]) == len(front["corrected_stderr"]) == len(front["predicted_kl"])
+    assert all(p["corrected_kl"] is None for p in body["plans"] if p["method"] == "rtn")  # none was measured
+
+
+def test_too_few_plans_correct_nothing(finished):
+    run, _ = finished
+    plan = run.uniform["int4_g16"]
+    three = {p.name: p for p in [*run.uniform.values()][:3]}
+    predictor = Predictor(run.allocation_tables["gptq"], dict.fromkeys(three, 0.1), three)
+    assert predictor.of(plan)["corrected_kl"] is None
+    assert predictor.frontier(run.frontiers["gptq"])["corrected_kl"] is None
+
+
 def test_what_is_handed_out_has_prediction_and_measurement_with_errors(finished):
     _, body = finished
     rows = [p for p in body["plans"] if p["handed_out"]]
@@ -144,7 +170,8 @@ def test_what_is_handed_out_has_prediction_and_measurement_with_errors(finished)
     text = shown(body)
     for row in rows:
         assert min(row["predicted_kl"], row["predicted_stderr"], row["kl"], row["kl_stderr"]) > 0
-        predicted = f"predicted {row['predicted_kl']:.4g} ± {row['predicted_stderr']:.1g}"
+        summed = f"(sum over weights {row['predicted_kl']:.4g} ± {row['predicted_stderr']:.1g})"
+        predicted = f"predicted {row['corrected_kl']:.4g} ± {row['corrected_stderr']:.1g} {summed}"
         assert f"{predicted}, measured {row['kl']:.4g} ± {row['kl_stderr']:.1g} nats" in text
 
 
