@@ -17,10 +17,12 @@ from mpq.evaluate import Reference, score
 from mpq.export import orbax, rules
 from mpq.files import read_json
 from mpq.formats import parse_scheme
+from mpq.gguf.load import open_gguf
+from mpq.gguf.reader import is_gguf
 from mpq.inputs import Dataset, Tokens
 from mpq.inspect import inspect as inspect_model
 from mpq.inspect import parse_bpw
-from mpq.models import Model, load, resolve
+from mpq.models import FAMILIES, Model, load, resolve
 from mpq.pipeline import export_arguments
 from mpq.quantize import QUANTIZERS, Candidates
 from mpq.request import Request
@@ -153,8 +155,13 @@ def evaluate(model_source: str, text: Data, reference_source: str | None) -> dic
     reference = None
     if reference_source is not None:
         original = load(reference_source)
-        if original.config != model.config:
-            raise MpqError(f"{reference_source} is no reference for {model_source}: their configs differ")
+        # A GGUF file's config is put together from what llama.cpp needs: with it, the same tokens have to do.
+        if is_gguf(model_source) or is_gguf(reference_source):
+            what, same = "tokens of this text", text.dataset(original, "test").digest == data.digest
+        else:
+            what, same = "configs", original.config == model.config
+        if not same:
+            raise MpqError(f"{reference_source} is no reference for {model_source}: their {what} differ")
         reference = Reference(original, data, text.batch_size)
     result = score(model, model.params, data, reference=reference, batch_size=text.batch_size).summary()
     body = result.to_json()
@@ -203,10 +210,14 @@ def _scheme_or_plan(text: str) -> Any:
 
 def _sizes(model: Model, source: str) -> tuple[int, float]:
     """Bytes of the whole model, and bits per quantized weight (for an unquantized model: as stored)."""
+    weights = model.trace().weights
+    if is_gguf(source):
+        opened = open_gguf(source, FAMILIES)
+        bits = sum(8 * opened.stored[w.param].nbytes for w in weights)
+        return opened.file.size_bytes, bits / sum(w.size for w in weights)
     manifest = resolve(source) / orbax.MANIFEST
     if manifest.exists():
         plan = read_json(manifest, "the quantized model's manifest")["plan"]
         return plan["size_bytes"], plan["bits_per_weight"]
-    weights = model.trace().weights
     bits = 8 * model.size_bytes - artifacts.other_bits(model, weights)
     return model.size_bytes, bits / sum(w.size for w in weights)

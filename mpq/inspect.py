@@ -14,8 +14,10 @@ from mpq.artifacts import other_bits
 from mpq.export import orbax
 from mpq.files import read_json
 from mpq.formats import parse_scheme
+from mpq.gguf.load import open_gguf
+from mpq.gguf.reader import is_gguf
 from mpq.inputs import Images, Tokens
-from mpq.models import Model, load_shapes, resolve
+from mpq.models import FAMILIES, Model, load_shapes, resolve
 from mpq.trace import Trace
 from mpq.types import MpqError, WeightSpec
 from mpq.units import bpw_to_bits
@@ -39,12 +41,12 @@ def inspect(source: str, *, strict: bool = False, bpw: Sequence[float] = BPW) ->
     traced = model.trace()
     if strict:
         refuse_unclaimed(model, traced)
-    schemes, plan = _plan(source)
+    kinds, size = _stored(source, traced.weights)
     unit, units = unit_of(model)
     return {
         "model": model.name,
         "parameters": model.num_parameters,
-        "size_bytes": plan["size_bytes"] if plan else model.size_bytes,
+        "size_bytes": model.size_bytes if size is None else size,
         "unit": unit,
         "weights": [
             {
@@ -56,8 +58,8 @@ def inspect(source: str, *, strict: bool = False, bpw: Sequence[float] = BPW) ->
                 "uses": len(w.uses),
                 f"macs_per_{unit}": w.macs / units,
                 "group": w.group,
-                "stored": schemes.get(w.path, model.stored[w.param]),
-                "size_bytes": _stored_bits(model, w, schemes.get(w.path)) // 8,
+                "stored": kinds[w.path][0] if w.path in kinds else model.stored[w.param],
+                "size_bytes": kinds[w.path][1] if w.path in kinds else _bytes_as_stored(model, w),
             }
             for w in traced.weights
         ],
@@ -138,18 +140,22 @@ def refuse_unclaimed(model: Model, traced: Trace) -> None:
         raise MpqError(f"{len(left)} matrices are not quantized, first {first}; without --strict they stay as they are")
 
 
-def _plan(source: str) -> tuple[dict[str, str], dict[str, Any] | None]:
-    """Of a folder that `mpq quantize` wrote: the scheme of every weight, and its plan."""
+def _stored(source: str, weights: Sequence[WeightSpec]) -> tuple[dict[str, tuple[str, int]], int | None]:
+    """Of what holds quantized weights: scheme, or type in a GGUF file, and bytes of each; and the size of it all."""
+    if is_gguf(source):
+        opened = open_gguf(source, FAMILIES)
+        found = {w.path: opened.stored[w.param] for w in weights}
+        return {path: (t.kind, t.nbytes) for path, t in found.items()}, opened.file.size_bytes
     if Path(source).is_file():
         return {}, None
     manifest = resolve(source, weights=False) / orbax.MANIFEST
     if not manifest.exists():
         return {}, None
     body = read_json(manifest, "the quantized model's manifest")
-    return {w["path"]: w["scheme"] for w in body["weights"]}, body["plan"]
+    schemes = {w["path"]: w["scheme"] for w in body["weights"]}
+    sizes = {w.path: w.size_bits(parse_scheme(schemes[w.path])) // 8 for w in weights}
+    return {path: (schemes[path], size) for path, size in sizes.items()}, body["plan"]["size_bytes"]
 
 
-def _stored_bits(model: Model, weight: WeightSpec, scheme: str | None) -> int:
-    if scheme is not None:
-        return weight.size_bits(parse_scheme(scheme))
-    return 8 * weight.size * jnp.dtype(model.stored[weight.param]).itemsize
+def _bytes_as_stored(model: Model, weight: WeightSpec) -> int:
+    return weight.size * jnp.dtype(model.stored[weight.param]).itemsize

@@ -9,48 +9,28 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, processors
 
 from mpq import artifacts
 from mpq.export import orbax
 from mpq.export.orbax import Exported
 from mpq.formats import parse_scheme
 from mpq.gguf import container
-from mpq.gguf.export import interleaved, save, size_bytes
+from mpq.gguf.architectures import architecture_of, interleaved
+from mpq.gguf.export import save, size_bytes
 from mpq.gguf.names import gguf_name
 from mpq.gguf.tokenizer import tokenizer_metadata
-from mpq.models import load
+from mpq.models import FAMILIES, load
 from mpq.pipeline import export_arguments
 from mpq.quantize import RTN, Candidates
 from mpq.types import MpqError
 from tests import tiny
 from tests.command import exit_code
+from tests.gguf_cases import CONFIGS, byte_level, sentencepiece
 
 CONFIG = tiny.CONFIG | {"vocab_size": 288, "tie_word_embeddings": False}
 SCHEMES = [parse_scheme(text) for text in ("q8_0", "q4_0", "q5_0", "bf16", "f16", "f32")]
 KEY = "tokenizer.ggml."
-
-
-def byte_level() -> Tokenizer:
-    """Byte-level BPE as of GPT-2, with a BOS in front of every text, and ids that it leaves free."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(("<|bos|>", "<|endoftext|>", *alphabet, "de", "def"))}
-    result = Tokenizer(models.BPE(vocab, [("d", "e"), ("de", "f")]))
-    result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    result.add_special_tokens(["<|bos|>", "<|endoftext|>"])
-    result.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
-    return result
-
-
-def sentencepiece(vocab: tuple[str, ...] = ("ab", "abc"), merges: tuple = (("a", "b"), ("ab", "c"))) -> Tokenizer:
-    """BPE with byte fallback on text whose spaces are U+2581."""
-    tokens = ("<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "c", *vocab)
-    ids = {token: i for i, token in enumerate(tokens)}
-    result = Tokenizer(models.BPE(ids, list(merges), unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    result.normalizer = normalizers.Sequence(steps)
-    result.add_special_tokens(["<unk>"])
-    return result
 
 
 @pytest.fixture(scope="module")
@@ -166,13 +146,50 @@ class TestWhatCannotBeWritten:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"model_type": "opt"}, "models of type 'opt' have no mapping to GGUF yet: it takes llama"),
-            ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "scaled or partial rotary positions"),
+            (
+                {"model_type": "opt"},
+                "models of type 'opt' have no mapping to GGUF yet: it takes llama, mistral, qwen2, qwen3, gemma2, "
+                "gemma3_text, phi3, gpt2",
+            ),
+            (
+                {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+                "partial, dynamic or yarn rotary positions have no mapping to GGUF yet: export a model without",
+            ),
+            (
+                {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
+                "rotary positions that change with the window's length have no mapping to GGUF yet: export a model "
+                "without",
+            ),
+            (
+                {"hidden_act": "gelu"},
+                "the model has an activation other than its own, with which llama.cpp's llama would compute another "
+                "one: it has no place in GGUF",
+            ),
         ],
     )
     def test_an_architecture_without_a_mapping(self, exported, change, message):
-        with pytest.raises(MpqError, match=message):
+        with pytest.raises(MpqError) as raised:
             size_bytes(dataclasses.replace(exported, config=exported.config | change), "model")
+        assert str(raised.value) == message
+
+    @pytest.mark.parametrize(
+        ("name", "change", "what"),
+        [
+            ("gemma2", {"query_pre_attn_scalar": 7}, "another factor on attention scores"),
+            ("gemma2", {"tie_word_embeddings": False}, "a head of its own"),
+            ("gemma2", {"layer_types": ["full_attention"] * 2}, "another pattern of windows"),
+            ("gemma3", {"final_logit_softcapping": 3.0}, "soft caps"),
+            ("gemma3", {"rope_local_base_freq": 7.0}, "other local rotary positions"),
+            ("qwen3", {"attention_bias": True}, "other biases"),
+            ("qwen2", {"use_sliding_window": True, "max_window_layers": 0}, "a sliding window"),
+        ],
+    )
+    def test_what_llama_cpp_would_compute_otherwise(self, name, change, what):
+        config = CONFIGS[name] | change
+        family = FAMILIES[config["model_type"]]
+        decoder = family.parse(config | {"architectures": list(family.architectures)})
+        with pytest.raises(MpqError, match=f"the model has {what}, with which llama.cpp's {name} would compute"):
+            architecture_of(config).metadata(decoder)
 
     def test_a_model_without_tokenizer(self, exported):
         with pytest.raises(MpqError, match=r"no tokenizer\.json"):
@@ -191,7 +208,7 @@ class TestWhatCannotBeWritten:
 
 class TestTokenizers:
     def test_a_sentencepiece_style_one_gets_scores_by_the_ranks_of_its_merges(self):
-        body = tokenizer_metadata(sentencepiece().to_str(), 263, None)
+        body = tokenizer_metadata(sentencepiece().to_str(), 264, None)
         assert body[f"{KEY}model"] == "llama"
         assert body[f"{KEY}add_space_prefix"] is True
         assert body[f"{KEY}add_bos_token"] is False

@@ -88,7 +88,7 @@ def require_gguf() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise MpqError("GGUF files are written by the package gguf: pip install 'mpq[gguf]'") from error
+        raise MpqError("GGUF files are read and written by the package gguf: pip install 'mpq[gguf]'") from error
     return gguf
 
 

@@ -2,7 +2,7 @@
 
 Two kinds of tokenizer have a counterpart in llama.cpp that gives the same tokens:
 
-- byte-level BPE (`gpt2`), where the way text is cut before merging has a name there: `gpt-2` for GPT-2's expression;
+- byte-level BPE (`gpt2`), where the way text is cut before merging has a name there (`mpq.gguf.pre_tokenizers`);
 - BPE with byte fallback on text whose spaces are U+2581 (`llama`, SentencePiece style). llama.cpp has no list of merges
   for it but joins the two neighbours whose token has the best score; a token's score is minus the rank of the merge
   that makes it. Both give the same tokens as long as whatever two tokens join to a third is a merge, and the merges
@@ -18,14 +18,15 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from mpq.gguf.container import Value
+from mpq.gguf.pre_tokenizers import PRE_TOKENIZERS, name_of
 from mpq.types import MpqError
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
-_SPACE = "\u2581"
+SPACE = "\u2581"
 _SPM_NORMALIZERS = [
-    {"type": "Prepend", "prepend": _SPACE},
-    {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+    {"type": "Prepend", "prepend": SPACE},
+    {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
 ]
 
 
@@ -74,27 +75,33 @@ def tokenizer_metadata(tokenizer_json: str, vocab_size: int, eos: int | None) ->
 
 def _kind(i: int, tokens: Mapping[int, str], added: Mapping[int, Mapping[str, Any]], model: Mapping[str, Any]) -> int:
     if i not in tokens:
-        return _UNUSED
+        return UNUSED
     if model.get("unk_token") == tokens[i]:
-        return _UNKNOWN
+        return UNKNOWN
     if i in added:
-        return _CONTROL if added[i]["special"] else _USER_DEFINED
-    return _BYTE if model.get("byte_fallback") and tokens[i] in _BYTES else _NORMAL
+        return CONTROL if added[i]["special"] else USER_DEFINED
+    return BYTE if model.get("byte_fallback") and tokens[i] in _BYTES else NORMAL
 
 
 def _pre(body: Mapping[str, Any]) -> str:
     """llama.cpp's name of the way that text is cut before merging."""
-    pre = body.get("pre_tokenizer") or {}
-    plain = pre.get("type") == "ByteLevel" and pre.get("use_regex", True) and not pre.get("add_prefix_space")
-    if not plain or body.get("normalizer") is not None or body["model"].get("ignore_merges"):
-        raise _refused(f"it cuts text by {json.dumps(pre)[:120]}, normalized by {body.get('normalizer')}")
-    return "gpt-2"
+    name = name_of(body)
+    if name is None:
+        pre = json.dumps(body.get("pre_tokenizer") or {})
+        raise _refused(f"it cuts text by {pre[:120]}, normalized by {body.get('normalizer')}")
+    return name
+
+
+def sentencepiece_normalizer(prefix: bool) -> dict[str, Any]:
+    """How text becomes pieces in the SentencePiece style, with a space put in front or not."""
+    return {"type": "Sequence", "normalizers": _SPM_NORMALIZERS} if prefix else _SPM_NORMALIZERS[1]
 
 
 def _sentencepiece(body: Mapping[str, Any], merges: list[str]) -> dict[str, Value]:
     normalizer = body.get("normalizer") or {}
     steps = normalizer.get("normalizers", [normalizer])
-    if body.get("pre_tokenizer") is not None or steps not in (_SPM_NORMALIZERS, _SPM_NORMALIZERS[1:]):
+    idle = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    if body.get("pre_tokenizer") not in (None, idle) or steps not in (_SPM_NORMALIZERS, _SPM_NORMALIZERS[1:]):
         raise _refused(f"it has byte fallback, and text is normalized by {json.dumps(normalizer)[:120]}")
     special = {entry["content"] for entry in body.get("added_tokens", [])}
     vocab, pairs = body["model"]["vocab"], set(merges)
@@ -116,6 +123,6 @@ def _sentencepiece(body: Mapping[str, Any], merges: list[str]) -> dict[str, Valu
 
 def _refused(why: str) -> MpqError:
     return MpqError(
-        f"llama.cpp has no tokenizer that gives the same tokens: {why}; known are byte-level BPE cut as in GPT-2, and "
-        "BPE with byte fallback and spaces as U+2581"
+        f"llama.cpp has no tokenizer that gives the same tokens: {why}; known are byte-level BPE cut as by "
+        f"{', '.join(PRE_TOKENIZERS)}, and BPE with byte fallback and spaces as U+2581"
     )

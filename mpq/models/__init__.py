@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from mpq.export import orbax
 from mpq.files import read_json
+from mpq.gguf.reader import is_gguf
 from mpq.models import (
     bert,
     gemma2,
@@ -81,14 +82,18 @@ def load(source: str) -> Model:
 
     Args:
       source: `reference`; a folder with `config.json` and safetensors, or an Orbax checkpoint in `params/`; a folder
-        that `mpq quantize` wrote, whose weights come dequantized; a hub id `owner/name[@revision]`; or a Python file
-        that defines `MODEL`.
+        that `mpq quantize` wrote, or a GGUF file, whose weights come dequantized; a hub id `owner/name[@revision]`; or
+        a Python file that defines `MODEL`.
 
     Raises:
       MpqError: what is missing or wrong, by name.
     """
     if is_python(source):
         return load_python(Path(source))
+    if is_gguf(source):
+        from mpq.gguf.load import load_gguf  # it imports this package
+
+        return load_gguf(source, FAMILIES)
     folder = resolve(str(source))
     name = model_name(str(source), folder)
     if (folder / orbax.MANIFEST).exists():
@@ -107,6 +112,10 @@ def load_shapes(source: str) -> Model:
     """
     if is_python(source):
         return load_python(Path(source))
+    if is_gguf(source):
+        from mpq.gguf.load import load_gguf_shapes
+
+        return load_gguf_shapes(source, FAMILIES)
     path = Path(source)
     if path.is_file():
         folder = path.parent if path.name == "config.json" else path

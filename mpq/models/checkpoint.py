@@ -29,6 +29,7 @@ SIDECARS = {
 }
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in FLOATS.values()}
 """Dtypes in which parameters may be stored, by name."""
+CHAT_TEMPLATE, CHAT_TEMPLATE_FILE = "chat_template", "chat_template.jinja"
 _MASKS = {"float32": (0x7FFF_FFFF, 0x7F80_0000), "float16": (0x7FFF, 0x7C00), "bfloat16": (0x7FFF, 0x7F80)}
 """All bits but the sign, and those of the exponent: a value whose exponent is all ones is NaN or infinite."""
 _ALIGNMENT = 64
@@ -106,7 +107,9 @@ def save_orbax(model: Model, folder: Path) -> None:
         for key in beside:
             (sibling / SIDECARS[key]).parent.mkdir(exist_ok=True)
             (sibling / SIDECARS[key]).write_text(canonical_json(model.config[key]))
-        config = {key: value for key, value in model.config.items() if key not in beside}
+        if template := model.config.get(CHAT_TEMPLATE):
+            (sibling / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
+        config = {key: value for key, value in model.config.items() if key not in {*beside, CHAT_TEMPLATE}}
         (sibling / "config.json").write_text(canonical_json(config))
         if model.tokenizer is not None:
             (sibling / "tokenizer.json").write_bytes(model.tokenizer.to_str().encode())
@@ -117,6 +120,8 @@ def save_orbax(model: Model, folder: Path) -> None:
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json`, and under the keys of `SIDECARS` the files beside it that decide what the model computes.
 
+    The chat template, which is kept for exports, is under `CHAT_TEMPLATE`.
+
     Raises:
       MpqError: no `config.json`, or a file that is not JSON.
     """
@@ -124,7 +129,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     for key, file in SIDECARS.items():
         if (folder / file).exists():
             config[key] = read_json(folder / file, f"the model's {key}", list if key == "modules" else dict)
+    if template := _chat_template(folder):
+        config[CHAT_TEMPLATE] = template
     return config
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The Jinja text that makes one text of a chat: a file of its own, or a part of `tokenizer_config.json`."""
+    if (folder / CHAT_TEMPLATE_FILE).exists():
+        return (folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
+    if not (folder / "tokenizer_config.json").exists():
+        return None
+    found = read_json(folder / "tokenizer_config.json", "the tokenizer's config").get(CHAT_TEMPLATE)
+    if isinstance(found, list):  # several by name
+        found = next((entry["template"] for entry in found if entry.get("name") == "default"), None)
+    return found
 
 
 def make_model(

@@ -18,6 +18,7 @@ NEUTRAL_KEYS = frozenset(
         "_name_or_path",
         "architectures",
         "attention_dropout",
+        "chat_template",
         "dtype",
         "eos_token_id",
         "id2label",

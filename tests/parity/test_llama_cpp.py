@@ -8,17 +8,15 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from mpq import artifacts
-from mpq.export import orbax
 from mpq.export.orbax import Exported
 from mpq.formats import parse_scheme
 from mpq.formats.ggml import GGML_SCHEMES
 from mpq.gguf.export import save
 from mpq.gguf.layouts import row_bytes, unpack
 from mpq.models import Model, load
-from mpq.pipeline import export_arguments
-from mpq.quantize import RTN, Candidates
+from mpq.quantize import RTN
 from mpq.types import QTensor
+from tests.gguf_cases import CONFIGS, quantized, random_model
 from tests.parity.llama_cpp import LlamaCpp, quantize
 
 pytestmark = pytest.mark.parity
@@ -36,20 +34,10 @@ def text(root) -> str:
     return (root / "mpq/assets/reference_lm/text/test.txt").read_text()
 
 
-def exported(model: Model, schemes: list, folder) -> Exported:
-    """The model with its weights at these schemes in turn."""
-    weights = model.trace(1, 16).weights
-    choice = {w.path: schemes[i % len(schemes)] for i, w in enumerate(weights)}
-    plan = artifacts.make_plan("mix", choice, None, weights, 0, model.digest)
-    qtensors = Candidates(model.params, weights, RTN("mse")).choose(choice)
-    orbax.save(folder, **export_arguments(model, weights, qtensors, plan))
-    return orbax.load(folder)
-
-
 @pytest.fixture(scope="module")
 def mixed(reference, tmp_path_factory) -> Exported:
     """Every type of ggml, each in two weights or three."""
-    return exported(reference, list(GGML_SCHEMES.values()), tmp_path_factory.mktemp("mix") / "out")
+    return quantized(reference, list(GGML_SCHEMES.values()), tmp_path_factory.mktemp("mix") / "out")
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +92,7 @@ def test_a_thousand_strings_are_tokenized_alike(reference, opened, text):
 @pytest.mark.parametrize("name", ["stories260k", "tiny1m"])
 def test_sentencepiece_style_tokens_are_alike(shared_data, tmp_path, name):
     model = load(str(shared_data / "models" / name))
-    save(tmp_path / "model.gguf", exported(model, [parse_scheme("f16")], tmp_path / "out"), name)
+    save(tmp_path / "model.gguf", quantized(model, [parse_scheme("f16")], tmp_path / "out"), name)
     file, rng = LlamaCpp(tmp_path / "model.gguf", 64), np.random.default_rng(1)
     text = (shared_data / "text/tinystories_valid_head.txt").read_text()
     pieces = [text[start : start + rng.integers(1, 200)] for start in rng.integers(0, len(text) - 200, 500)]
@@ -134,6 +122,23 @@ def test_greedy_text_is_the_same(opened, ours, reference, text):
         written["jax"].append(int(ours(written["jax"])[-1].argmax()))
         written["llama.cpp"].append(int(opened["float32"].logits(written["llama.cpp"])[-1].argmax()))
     assert written["jax"] == written["llama.cpp"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_architecture_computes_and_cuts_text_as_here(name, tmp_path):
+    model, rng = random_model(name), np.random.default_rng(0)
+    save(tmp_path / "model.gguf", quantized(model, [parse_scheme("fp32")], tmp_path / "out"), "tiny")
+    file, tokens = LlamaCpp(tmp_path / "model.gguf", 48), rng.integers(2, 280, 40).tolist()
+    want = np.asarray(jax.jit(model.apply)(model.params, jnp.asarray([tokens])))[0]
+    # Other positions, windows, biases or norms change a cosine in its first digits; keys of half precision as above.
+    cosine, kl = compare(want, file.logits(tokens))
+    assert cosine > 0.99999
+    assert kl < 1e-5
+    letters = [*"abcdef   \n\t.,'123", "def", "abc", "  ", "'ll", "é", "你", "🙂", "\r\n", "<s>", "<|bos|>"]
+    for _ in range(1000):
+        piece = "".join(rng.choice(letters, rng.integers(0, 30)))
+        assert file.tokenize(piece) == model.tokenizer.encode(piece).ids, piece
+    file.close()
 
 
 @pytest.mark.parametrize("name", GGML_SCHEMES)
