@@ -154,7 +154,9 @@ class Trace:
 
         return self._run(params, inputs, visit, ())[0]
 
-    def accumulate(self, params: Params, inputs: Any, state: Any, update: Update) -> tuple[Any, Any]:
+    def accumulate(
+        self, params: Params, inputs: Any, state: Any, update: Update, after: Update | None = None
+    ) -> tuple[Any, Any]:
         """The function's output, and `state` after every read of a weight has updated it.
 
         Args:
@@ -163,6 +165,7 @@ class Trace:
           state: a pytree of arrays.
           update: `(site, x, state) -> state` of the same structure, shapes and dtypes; called in the order of
             execution, in every step of a loop, and only in the branches that run.
+          after: the same with the operation's output in place of its input, called next.
 
         Returns:
           `(output, state)`.
@@ -172,7 +175,8 @@ class Trace:
         """
 
         def visit(site: Site, x: jax.Array, w: jax.Array, default: Default, state: Any) -> tuple[jax.Array, Any]:
-            return default(x, w), update(site, x, state)
+            y, state = default(x, w), update(site, x, state)
+            return y, state if after is None else after(site, y, state)
 
         return self._run(params, inputs, visit, state)
 

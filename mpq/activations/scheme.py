@@ -5,11 +5,12 @@ Of every group of values that shares a scale, with b bits, lo = min(0, min x) an
     symmetric    s = fp16(max |x| / (2^(b-1) - 1))   x' = s clip(round(x/s), 1 - 2^(b-1), 2^(b-1) - 1)
     asymmetric   s = fp16((hi - lo) / (2^b - 1))     x' = s (clip(round(x/s) + z, 0, 2^b - 1) - z),  z = round(-lo/s)
 
-Ranges are dynamic: those of the very values that are rounded, which needs no calibration. 0 stays 0. It is the dynamic
-per-token quantization of ZeroQuant (Yao et al. 2022, arXiv:2206.01861) and the integer affine mapping of
-Jacob et al. 2018 (arXiv:1712.05877, eq. 1), simulated in float32. Nothing is executed in integers.
+A *dynamic* range is that of the very values that are rounded, which needs no calibration. A *static* one, [lo, hi], was
+chosen from calibration data by a method of `mpq.activations.clip`; values beyond it are clipped. 0 stays 0. It is the
+dynamic per-token quantization of ZeroQuant (Yao et al. 2022, arXiv:2206.01861) and the integer affine mapping of
+Jacob et al. 2018 (arXiv:1712.05877, eq. 1), simulated in float32; `mpq.packed` executes it in integers.
 
-Cost: a few operations for every value.
+Cost: a few operations for every value; of a dynamic range a reduction beside them.
 Fails on: single values far above the rest of their group, which leave it few levels; that is what the scores measure.
 """
 
@@ -27,8 +28,14 @@ GRANULARITIES = ("token", "head", "tensor")
 SCALE_DTYPE = "float16"
 """Of stored scales, as in `mpq.types.Scheme`."""
 
+METHODS = ("mse", "absmax", "moving_average", "percentile", "entropy")
+"""How a static range is chosen, see `mpq.activations.clip`; the first is meant where a text names none."""
+
 _SCALE_BITS = 16
-_TEXT = re.compile(r"int(?P<bits>[2-8])_(?P<granularity>token|head|tensor)(?P<asymmetric>_asym)?")
+_TEXT = re.compile(
+    r"int(?P<bits>[2-8])_(?P<granularity>token|head|tensor)"
+    rf"(?P<static>_static(_(?P<method>{'|'.join(METHODS)}))?)?(?P<asymmetric>_asym)?"
+)
 
 
 class Kind(NamedTuple):
@@ -36,6 +43,7 @@ class Kind(NamedTuple):
 
     granularity: str
     asymmetric: bool
+    static: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,21 +53,25 @@ class ActivationScheme:
     Attributes:
       bits: of every value, 2 to 8.
       granularity: what shares a scale. `token`: all features of a position. `head`: those of one attention head, of
-        keys and values. `tensor`: all real positions of a window, the input of one request.
+        keys and values. `tensor`: all real positions of a window, the input of one request; if static, all values.
       asymmetric: with a zero point.
+      static: one of `METHODS`, by which the range is chosen from calibration data; None: dynamic.
     """
 
     bits: int
     granularity: str
     asymmetric: bool = False
+    static: str | None = None
 
     def __str__(self) -> str:
-        return f"int{self.bits}_{self.granularity}{'_asym' if self.asymmetric else ''}"
+        method = "" if self.static in (None, METHODS[0]) else f"_{self.static}"
+        static = "" if self.static is None else f"_static{method}"
+        return f"int{self.bits}_{self.granularity}{static}{'_asym' if self.asymmetric else ''}"
 
     @property
     def kind(self) -> Kind:
         """The scheme without its bits."""
-        return Kind(self.granularity, self.asymmetric)
+        return Kind(self.granularity, self.asymmetric, self.static is not None)
 
     @property
     def top(self) -> int:
@@ -75,18 +87,39 @@ def parse_activation_scheme(text: str) -> ActivationScheme:
     """The scheme that `text` names; `str()` of the result gives `text` back.
 
     Raises:
-      MpqError: the text is not of the form intB_GRANULARITY[_asym].
+      MpqError: the text is not of the form intB_GRANULARITY[_static[_METHOD]][_asym], or its parts do not go together.
     """
     match = _TEXT.fullmatch(text)
     if match is None:
         raise MpqError(
             f"unknown activation scheme {text!r}: allowed is int2 to int8 with _{', _'.join(GRANULARITIES)}, and _asym "
-            "for a zero point: int8_token, int4_head_asym"
+            "for a zero point: int8_token, int4_head_asym; _static after tensor or head, and a method of "
+            f"{', '.join(METHODS)}: int8_tensor_static, int8_head_static_percentile"
         )
-    return ActivationScheme(int(match["bits"]), match["granularity"], match["asymmetric"] is not None)
+    static = None if match["static"] is None else match["method"] or METHODS[0]
+    if static is not None and match["granularity"] == "token":
+        raise MpqError(f"{text!r}: tokens to come are not known in advance; a static range is of a tensor or a head")
+    if static == "entropy" and match["asymmetric"]:
+        raise MpqError(f"{text!r}: entropy chooses a range symmetric about 0; leave out _asym, or take mse")
+    return ActivationScheme(int(match["bits"]), match["granularity"], match["asymmetric"] is not None, static)
 
 
-def fake_quantize(x: jax.Array, kind: Kind, top: Any, *, heads: int, real: jax.Array) -> jax.Array:
+def scale_and_zero(low: jax.Array, high: jax.Array, asymmetric: bool, top: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Scale and zero point of ranges `[low, high]`, 0 among them; the zero point of a symmetric range is 0."""
+    span = high - low if asymmetric else jnp.maximum(high, -low)
+    scale = round_scale(span / top, SCALE_DTYPE)
+    return scale, jnp.round(-low / scale) if asymmetric else jnp.zeros_like(scale)
+
+
+def fake_quantize(
+    x: jax.Array,
+    kind: Kind,
+    top: Any,
+    *,
+    heads: int,
+    real: jax.Array,
+    limits: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
     """`x` rounded and scaled back, by the formulas of the module's docstring.
 
     Args:
@@ -96,6 +129,7 @@ def fake_quantize(x: jax.Array, kind: Kind, top: Any, *, heads: int, real: jax.A
       heads: parts of `width` for granularity `head`.
       real: `bool[windows, time]`, or `bool[windows]`; padding is not part of a tensor. Where the positions of a window
         are not its `time`, all positions of a window with anything real are.
+      limits: of a static kind, lowest and highest value, `float32[parts]` each, a part a head or 1 for the tensor.
 
     Returns:
       Of the shape and dtype of `x`.
@@ -103,11 +137,31 @@ def fake_quantize(x: jax.Array, kind: Kind, top: Any, *, heads: int, real: jax.A
     Raises:
       MpqError: the positions cannot be divided among the windows, whose tensors are wanted.
     """
+    codes, scale = quantize(x, kind, top, heads=heads, real=real, limits=limits)
+    return (codes * scale).reshape(x.shape).astype(x.dtype)
+
+
+def quantize(
+    x: jax.Array,
+    kind: Kind,
+    top: Any,
+    *,
+    heads: int,
+    real: jax.Array,
+    limits: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Codes less their zero point, whole numbers in float32, and scales: arguments are those of `fake_quantize`.
+
+    Returns:
+      `float32[batch, rows, parts, values]` and scales that broadcast to it: the values of `x` in their order, divided
+      into what shares a scale.
+    """
     batch, positions, width = x.shape
     windows = len(real)
     values = x.astype(jnp.float32)
     inside = values
-    if kind.granularity == "tensor":
+    dynamic_tensor = kind.granularity == "tensor" and not kind.static
+    if dynamic_tensor:
         if positions % windows:
             raise MpqError(f"{positions} positions are not those of {windows} windows: use a scale for every token")
         rows = real if real.ndim == 2 and real.size == positions else real.reshape(windows, -1).any(axis=1)[:, None]
@@ -116,13 +170,16 @@ def fake_quantize(x: jax.Array, kind: Kind, top: Any, *, heads: int, real: jax.A
     groups = {
         "token": (batch, positions, 1, width),
         "head": (batch, positions, heads, width // max(heads, 1)),
-        "tensor": (batch, windows, 1, positions // windows * width),
+        "tensor": (batch, windows, 1, positions // windows * width) if dynamic_tensor else (batch, positions, 1, width),
     }[kind.granularity]
-    low = inside.reshape(groups).min(axis=-1, keepdims=True, initial=0.0)
-    high = inside.reshape(groups).max(axis=-1, keepdims=True, initial=0.0)
+    if kind.static:
+        assert limits is not None  # whoever makes a static kind has its range
+        low, high = (jnp.reshape(limit, (1, 1, -1, 1)) for limit in limits)
+        low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+    else:
+        low = inside.reshape(groups).min(axis=-1, keepdims=True, initial=0.0)
+        high = inside.reshape(groups).max(axis=-1, keepdims=True, initial=0.0)
     top = jnp.asarray(top, jnp.float32)
-    span = high - low if kind.asymmetric else jnp.maximum(high, -low)
-    scale = round_scale(span / top, SCALE_DTYPE)
-    zero, least = (jnp.round(-low / scale), 0.0) if kind.asymmetric else (0.0, -top)
-    codes = jnp.clip(jnp.round(values.reshape(groups) / scale) + zero, least, top) - zero
-    return (codes * scale).reshape(x.shape).astype(x.dtype)
+    scale, zero = scale_and_zero(low, high, kind.asymmetric, top)
+    least = 0.0 if kind.asymmetric else -top
+    return jnp.clip(jnp.round(values.reshape(groups) / scale) + zero, least, top) - zero, scale
