@@ -45,11 +45,11 @@ from mpq.formats import parse_scheme
 from mpq.inputs import Dataset
 from mpq.measure import PlanLoss
 from mpq.models import Model, load
-from mpq.pipeline import score_store
 from mpq.progress import shown, track
 from mpq.quantize import GPTQ, RTN, Candidates
 from mpq.sensitivity import METRICS
 from mpq.sensitivity.interactions import Interactions, InteractionTable
+from mpq.store import score_store
 from mpq.types import MpqError, Scheme, SensitivityTable
 
 BANDS = ((2, 4), (3, 5), (4, 8))

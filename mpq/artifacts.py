@@ -40,6 +40,8 @@ class Plan:
       num_weights: number of quantized values.
       prediction: numbers of the allocation (`predicted_kl`, `lower_bound`, ...); None in a uniform plan.
       model_digest: the model it was made for.
+      activations: path -> what `RoundedActivation.to_json` gives, of the activations and the parts of the KV cache that
+        are rounded; their static ranges count among `other_bits`.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Plan:
     num_weights: int
     prediction: Mapping[str, Any] | None
     model_digest: str
+    activations: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
@@ -59,6 +62,12 @@ class Plan:
     def bits_per_weight(self) -> float:
         """All bits of the quantized weights over their number."""
         return self.size_bits / self.num_weights
+
+    def with_activations(self, activations: Mapping[str, Mapping[str, Any]]) -> "Plan":
+        """The same weights beside other activations."""
+        held = lambda rows: sum(entry["range_bits"] for entry in rows.values())
+        beside = self.other_bits - held(self.activations) + held(activations)
+        return dataclasses.replace(self, other_bits=beside, activations=dict(activations))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, the shape of `plan.json`."""
@@ -73,6 +82,7 @@ class Plan:
             "other_bits": self.other_bits,
             "num_weights": self.num_weights,
             "model_digest": self.model_digest,
+            **({"activations": dict(self.activations)} if self.activations else {}),
         }
 
 
@@ -100,11 +110,15 @@ def plan_of_allocation(name: str, allocation: Allocation, table: SensitivityTabl
     return make_plan(name, allocation.choice, prediction, table.weights, beside, table.model_digest)
 
 
-def uniform_plan(scheme: Scheme, model: Model, weights: tuple[WeightSpec, ...]) -> Plan:
+def uniform_plan(
+    scheme: Scheme,
+    model: Model,
+    weights: tuple[WeightSpec, ...],
+    activations: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Plan:
     """Every weight under one scheme."""
-    return make_plan(
-        str(scheme), {w.path: scheme for w in weights}, None, weights, other_bits(model, weights), model.digest
-    )
+    choices, beside = {w.path: scheme for w in weights}, other_bits(model, weights)
+    return make_plan(str(scheme), choices, None, weights, beside, model.digest, activations)
 
 
 def make_plan(
@@ -114,10 +128,12 @@ def make_plan(
     weights: tuple[WeightSpec, ...],
     beside: int,
     model_digest: str,
+    activations: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Plan:
-    """A plan with its sizes counted from the weights."""
-    size = sum(w.size_bits(choices[w.path]) for w in weights)
-    return Plan(name, dict(choices), size, beside, sum(w.size for w in weights), prediction, model_digest)
+    """A plan with its sizes counted from the weights; `beside` is without ranges of activations."""
+    size, values = sum(w.size_bits(choices[w.path]) for w in weights), sum(w.size for w in weights)
+    plan = Plan(name, dict(choices), size, beside, values, prediction, model_digest)
+    return plan.with_activations(activations or {})
 
 
 def save_plan(path: Path, plan: Plan) -> None:
@@ -143,7 +159,8 @@ def load_plan(path: Path, model: Model, weights: tuple[WeightSpec, ...]) -> Plan
             f"(digest {body['model_digest'][:12]}, this one {model.digest[:12]}); allocate again for this model"
         )
     prediction = None if body["predicted_kl"] is None else {key: body[key] for key in PREDICTION_KEYS}
-    return make_plan(body["name"], choices, prediction, weights, other_bits(model, weights), model.digest)
+    beside, activations = other_bits(model, weights), body.get("activations")
+    return make_plan(body["name"], choices, prediction, weights, beside, model.digest, activations)
 
 
 def save_table(path: Path, table: SensitivityTable, extra: Mapping[str, Any]) -> None:

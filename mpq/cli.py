@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from mpq import commands, commands_export, commands_scores, show, show_inspection
+from mpq import commands, commands_activations, commands_export, commands_scores, show, show_inspection
 from mpq.activations import KEYS_AND_VALUES
 from mpq.progress import shown
 from mpq.request import Request
@@ -51,24 +51,47 @@ def calibrate(
     model: Source,
     data: str,
     out: Out,
+    of: str = "weights",
+    keys_values: str = KEYS_AND_VALUES,
     window: int | None = None,
     max_windows: int = 64,
     batch_size: int = 8,
     json: Json = False,
 ) -> None:
-    """Collect the statistics that rounding uses: second moments and ranges of every weight's input.
+    """Collect what rounding uses: second moments of every weight's input, or histograms for static ranges.
 
     Args:
       model: checkpoint folder, hub id, or `reference`.
       data: calibration text, or `reference`.
       out: file of statistics to write.
+      of: weights; or ranges of activations, of kv, cached keys and values, or of both.
+      keys_values: regular expression for the weights that make keys and values.
       window: tokens a window; default 256, or the model's context if that is shorter.
       max_windows: use the first so many.
       batch_size: windows a batch.
       json: print one JSON object.
     """
     text = commands.Data(data, window, max_windows, batch_size)
-    _answer(lambda: commands.calibrate(model, text, out), json, commands.show_written)
+    _answer(lambda: commands.calibrate(model, text, out, of, keys_values), json, commands.show_written)
+
+
+def ranges(
+    files: tyro.conf.Positional[tuple[Path, ...]],
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    schemes: tuple[str, ...] = ("int8_tensor_static",),
+    picture: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Show what `mpq calibrate --of activations` found, and the ranges that schemes take of it; merge several files.
+
+    Args:
+      files: what `mpq calibrate --of activations` (or kv, or both) wrote, of one model.
+      out: file to write them to as one.
+      schemes: static ones whose ranges are shown: int8_tensor_static, int4_tensor_static_percentile.
+      picture: of the histograms and ranges, to write (.png or .svg).
+      json: print one JSON object.
+    """
+    _answer(lambda: commands_activations.ranges(files, out, schemes, picture), json, show.ranges)
 
 
 def sensitivity(
@@ -213,6 +236,8 @@ def quantize(
     stats: Path | None = None,
     method: str = "gptq",
     distill: int = 0,
+    ranges: Path | None = None,
+    keys_values: str = KEYS_AND_VALUES,
     window: int | None = None,
     max_windows: int = 64,
     batch_size: int = 8,
@@ -222,20 +247,24 @@ def quantize(
 
     Args:
       model: checkpoint folder, hub id, or `reference`.
-      plan: plan file, or the name of a uniform scheme such as int4_g64.
+      plan: plan file, or the name of a uniform scheme such as int4_g64; with schemes of activations and the KV cache
+        beside it int4_g32+int8_token+int8_head; or w8a8, w8a8_static, w4a8, w4a8_static, w4a4.
       out: folder to write.
       data: calibration text, or `reference`; all methods but rtn and hqq need it or `stats`.
       stats: what `mpq calibrate` wrote.
       method: rounding algorithm: gptq, gptq_act_order, best, signround, hqq or rtn.
       distill: steps of training codes, scales and zero points to the outputs of the original on the text; interrupted,
         it continues when typed again.
+      ranges: what `mpq calibrate --of activations` wrote, for static schemes of activations; else `data` gives them.
+      keys_values: regular expression for the weights that make keys and values.
       window: tokens a window; default 256, or the model's context if that is shorter.
       max_windows: use the first so many.
       batch_size: windows a batch.
       json: print one JSON object.
     """
     text = None if data is None else commands.Data(data, window, max_windows, batch_size)
-    _answer(lambda: commands.quantize(model, plan, out, text, stats, method, distill), json, commands.show_written)
+    quantize = lambda: commands.quantize(model, plan, out, text, stats, method, distill, ranges, keys_values)
+    _answer(quantize, json, commands.show_written)
 
 
 def export(model: Source, out: Out, to: str = "gguf", json: Json = False) -> None:
@@ -299,6 +328,7 @@ def run(
 COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "calibrate": calibrate,
+    "ranges": ranges,
     "sensitivity": sensitivity,
     "interactions": interactions,
     "allocate": allocate,

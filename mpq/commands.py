@@ -1,12 +1,16 @@
 """What the sub-commands do: files in, a stage, files out, and the plain result that `--json` prints."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from mpq import artifacts, show
+from mpq import artifacts, commands_activations, show
+from mpq.activations import KEYS_AND_VALUES, ActivationRange
+from mpq.activations.plans import calibrated, split_plan, uniform_rows
+from mpq.activations.range_file import load_ranges
 from mpq.allocate import solve_frontier
 from mpq.calibrate import calibrate as run_calibration
 from mpq.certainty import certainty, unknown
@@ -68,10 +72,13 @@ def inspect(model_source: str, *, strict: bool, bpw: tuple[str, ...] = ()) -> di
     return inspect_model(model_source, strict=strict, bpw=parse_bpw(bpw))
 
 
-def calibrate(model_source: str, text: Data, out: Path) -> dict[str, Any]:
-    """Statistics of every weight's input."""
+def calibrate(model_source: str, text: Data, out: Path, of: str, keys_values: str) -> dict[str, Any]:
+    """Statistics of every weight's input, or ranges of activations and of the KV cache."""
+    known("kind of row", of, dict.fromkeys(("weights", *commands_activations.OF)))
     model = load(model_source)
     data = text.dataset(model, "calibration")
+    if of != "weights":
+        return commands_activations.calibrate(model, text.trace(model), data, text.batch_size, out, of, keys_values)
     stats = run_calibration(text.trace(model), model.params, data, text.batch_size)
     artifacts.save_stats(out, stats, model.digest, data)
     return {"out": str(out), "weights": len(stats), "num_rows": len(data.inputs), "size_bytes": out.stat().st_size}
@@ -110,7 +117,16 @@ def allocate(table_path: Path, out: Path, request: Request, picture: Path | None
 
 
 def quantize(
-    model_source: str, plan_source: str, out: Path, text: Data | None, stats: Path | None, method: str, distill: int
+    model_source: str,
+    plan_source: str,
+    out: Path,
+    text: Data | None,
+    stats: Path | None,
+    method: str,
+    distill: int,
+    ranges: Path | None = None,
+    keys_values: str = KEYS_AND_VALUES,
+    head_dim: int | None = None,
 ) -> dict[str, Any]:
     """The quantized model as an Orbax folder, after so many steps of distillation."""
     known("method", method, QUANTIZERS)
@@ -120,21 +136,20 @@ def quantize(
         raise MpqError("distillation needs text: give --data TEXT")
     model = load(model_source)
     traced = text.trace(model) if text else model.trace()
-    if Path(plan_source).exists():
-        plan = artifacts.load_plan(Path(plan_source), model, traced.weights)
-    else:
-        plan = artifacts.uniform_plan(_scheme_or_plan(plan_source), model, traced.weights)
+    plan = _plan(plan_source, model, traced, keys_values, head_dim)
     if out.exists():
         raise MpqError(f"{out} exists already: choose another folder or remove it")
-    data = text.dataset(model, "calibration") if text else None
-    candidates = make_candidates(model, traced, method, data, stats, text.batch_size if text else 1)
+    data, batch_size = (text.dataset(model, "calibration"), text.batch_size) if text else (None, 1)
+    found = None if ranges is None else _ranges(ranges, model)
+    chosen, warnings = calibrated(plan.activations, model, traced, data, found, batch_size)
+    candidates = make_candidates(model, traced, method, data, stats, batch_size)
     qtensors, told = candidates.choose(plan.choices), {}
     state = out.with_name(f"{out.name}.distill")  # an interrupted distillation goes on from here
     if distill and text is not None and data is not None:
         options = Distill(steps=distill, batch_size=min(text.batch_size, len(data.inputs)))
         qtensors, losses = options(model, traced, qtensors, data, key=jax.random.key(0), state=state)
         told = {"distill": distill, "first_loss": float(losses[0]), "last_loss": float(losses[-1])}
-    written = orbax.save(out, **export_arguments(model, traced.weights, qtensors, plan))
+    written = orbax.save(out, **export_arguments(model, traced.weights, qtensors, plan, chosen))
     if distill:
         state.unlink()
     return {
@@ -145,6 +160,7 @@ def quantize(
         "size_bytes": plan.size_bytes,
         "payload_bytes": written,
         "bits_per_weight": plan.bits_per_weight,
+        **({"warnings": warnings} if warnings else {}),
     }
 
 
@@ -201,11 +217,24 @@ def make_candidates(
     return Candidates(model.params, traced.weights, QUANTIZERS[method], collected)
 
 
-def _scheme_or_plan(text: str) -> Any:
+def _plan(text: str, model: Model, traced: Trace, keys_values: str, head_dim: int | None) -> artifacts.Plan:
+    """The plan in a file, or a uniform one; `text` may name schemes of activations and of the KV cache beside it."""
+    source, activations, kv = split_plan(text)
+    rows = uniform_rows(traced, activations, kv, keys_values, head_dim)
+    if Path(source).exists():
+        plan = artifacts.load_plan(Path(source), model, traced.weights)
+        return plan.with_activations({**plan.activations, **rows})
     try:
-        return parse_scheme(text)
+        scheme = parse_scheme(source)
     except MpqError as error:
-        raise MpqError(f"plan {text!r} is neither a file nor a scheme: {error}") from error
+        raise MpqError(f"plan {source!r} is neither a file nor a scheme: {error}") from error
+    return dataclasses.replace(artifacts.uniform_plan(scheme, model, traced.weights, rows), name=text)
+
+
+def _ranges(path: Path, model: Model) -> Mapping[str, ActivationRange]:
+    file = load_ranges(path)
+    artifacts.require_model(path, file.model_digest, model.digest)
+    return file.ranges
 
 
 def _sizes(model: Model, source: str) -> tuple[int, float]:

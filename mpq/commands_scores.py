@@ -22,10 +22,10 @@ from mpq.data import divide, take, unseen
 from mpq.formats import parse_scheme
 from mpq.inputs import Dataset
 from mpq.models import Model, load
-from mpq.pipeline import score_store
 from mpq.quantize import QUANTIZERS, Candidates
 from mpq.sensitivity import METRICS, Interactions
 from mpq.sensitivity.racing import Race
+from mpq.store import score_store
 from mpq.trace import Trace
 from mpq.types import MpqError
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mpq.activations.scheme import parse_activation_scheme
 from mpq.formats import parse_scheme
 from mpq.quantize import QUANTIZERS
 from mpq.sensitivity import METRICS
@@ -42,6 +43,9 @@ class RunConfig:
       refine_windows: of the calibration set, that plans are measured on.
       distill_steps: of distillation of the plan that is handed out, on the calibration set; it is handed out distilled
         if that is better on the selection set. 0: none.
+      activations: scheme of all activations, `int8_token`, or of these and of the KV cache, `int8_token+int8_head`
+        (`keep+int8_head`: of the cache alone), under which every plan is measured and handed out. Empty: floating
+        point.
       seed: of all random numbers.
     """
 
@@ -66,6 +70,7 @@ class RunConfig:
     refine_rounds: int = 0
     refine_windows: int = 16
     distill_steps: int = 0
+    activations: str = ""
     seed: int = 0
 
     def windows_of(self, metric: str) -> int:
@@ -90,6 +95,9 @@ class RunConfig:
             raise MpqError("schemes is empty: give at least one, such as int4_g64")
         for metric in (*self.metrics, self.allocate_by, self.compare_by):
             known("metric", metric, METRICS)
+        for scheme in self.activations.split("+") if self.activations else ():
+            if scheme != "keep":
+                parse_activation_scheme(scheme)
         for method in (self.method, *self.compare_methods):
             known("method", method, QUANTIZERS)
         if self.allocate_by not in self.metrics:

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpq.activations.apply import RoundedActivation, with_activations
+from mpq.activations.plans import all_rows
 from mpq.allocate import Frontier, Problem, Refine, heuristic, solve_frontier
 from mpq.artifacts import (
     Plan,
@@ -49,10 +51,10 @@ from mpq.measure import PlanLoss
 from mpq.models import Model, load
 from mpq.progress import track
 from mpq.quantize import QUANTIZERS, Candidates, apply_plan
-from mpq.record import SETTINGS, timed
+from mpq.record import timed
 from mpq.sensitivity import METRICS
 from mpq.sensitivity.base import require_finite_entries
-from mpq.store import FolderStore, Store
+from mpq.store import Store, score_store, source_digest
 from mpq.trace import Trace
 from mpq.types import LayerStats, QTensor, SensitivityTable, WeightSpec
 
@@ -94,7 +96,17 @@ class Run:
     @functools.cached_property
     def store(self) -> Store:
         """Scores by content, beside the run folders: runs share what they have in common."""
-        return score_store(self.folder.parent / "scores")
+        return score_store(self.folder.parent / "scores", self.config.activations)
+
+    @functools.cached_property
+    def activations(self) -> tuple[RoundedActivation, ...]:
+        """What is rounded beside the weights, in every plan alike."""
+        return all_rows(self.config.activations, self.model, self.traced, self.sets["calibration"])
+
+    @functools.cached_property
+    def rounded(self) -> Model:
+        """The model that plans are measured on: the original, with its activations rounded."""
+        return with_activations(self.model, self.traced, self.activations)
 
     @functools.cached_property
     def stats(self) -> dict[str, LayerStats]:
@@ -177,9 +189,10 @@ class Run:
 
         def make() -> DocumentScores:
             params = apply_plan(self.model.params, self.traced.weights, self.qtensors(plan, method))
-            if all(bool(jnp.array_equal(params[path], original)) for path, original in self.model.params.items()):
+            same = all(bool(jnp.array_equal(params[path], original)) for path, original in self.model.params.items())
+            if same and not self.activations:
                 return self.reference_scores(which)
-            return score(self.model, params, self.sets[which], reference=self.reference(which), batch_size=0)
+            return score(self.rounded, params, self.sets[which], reference=self.reference(which), batch_size=0)
 
         return self._scores_stage(f"{which}-{method}-{plan.name}", make)
 
@@ -250,12 +263,17 @@ class Run:
         kl = {p.name: _kl(self.scores(p, self.config.method, "selection")) for p in fitting}
         return min(fitting, key=lambda p: kl[p.name]), kl
 
+    def stored(self, plan: Plan) -> Plan:
+        """The plan as its folder says it, with the activations."""
+        return plan.with_activations({one.spec.path: one.to_json() for one in self.activations})
+
     def export(self) -> Path:
         """Write what is handed out as an Orbax folder of packed weights."""
         plan, method = self.handed_out
         path = self.folder / "quantized"
         if not path.exists():
-            orbax.save(path, **export_arguments(self.model, self.traced.weights, self.qtensors(plan, method), plan))
+            made = self.qtensors(plan, method), self.stored(plan), self.activations
+            orbax.save(path, **export_arguments(self.model, self.traced.weights, *made))
         return path
 
     def _scores_stage(self, name: str, make: Callable[[], DocumentScores]) -> DocumentScores:
@@ -290,7 +308,7 @@ class Run:
         """Measured KL of the main method's plans on calibration data."""
         data = take(self.divided[0], self.config.refine_windows)
         reference = Reference(self.model, data, min(self.config.batch_size, len(data.inputs)))
-        return PlanLoss(self.model, self.traced, self.candidates[self.config.method], reference, self.store)
+        return PlanLoss(self.rounded, self.traced, self.candidates[self.config.method], reference, self.store)
 
     def sensitivity_data(self, metric: str) -> Dataset:
         """The part of the calibration set that a metric is measured on."""
@@ -361,9 +379,13 @@ def prepare(config: RunConfig, root: Path) -> Run:
 
 
 def export_arguments(
-    model: Model, weights: tuple[WeightSpec, ...], qtensors: Mapping[str, Any], plan: Plan
+    model: Model,
+    weights: tuple[WeightSpec, ...],
+    qtensors: Mapping[str, Any],
+    plan: Plan,
+    chosen: Sequence[RoundedActivation] = (),
 ) -> dict[str, Any]:
-    """Everything `mpq.export.orbax.save` wants."""
+    """Everything `mpq.export.orbax.save` wants; `chosen` are the plan's activations with their static ranges."""
     return {
         "params": model.params,
         "stored": model.stored,
@@ -372,24 +394,8 @@ def export_arguments(
         "plan_json": plan.to_json(),
         "config": dict(model.config),
         "tokenizer_json": None if model.tokenizer is None else model.tokenizer.to_str(),
+        "ranges": {a.spec.path: np.array([a.low, a.high], np.float32) for a in chosen if a.low is not None},
     }
-
-
-def score_store(folder: Path) -> FolderStore:
-    """What this code made on this device, kept in `folder`."""
-    settings = {name: getattr(jax.config, name) for name in SETTINGS}
-    versions = {"jax": jax.__version__, "jaxlib": jax.lib.__version__, "numpy": np.__version__}
-    device = jax.devices()[0].device_kind
-    return FolderStore(folder, {"source": source_digest(), "device": device, **versions, **settings})
-
-
-def source_digest() -> str:
-    """sha256 over the source of this package: a stage made by other code is not reused."""
-    digest = hashlib.sha256()
-    root = Path(__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 def _kl(scores: DocumentScores) -> float:

@@ -56,13 +56,13 @@ def check_export(run: Run) -> dict[str, Any]:
     plan, method = run.handed_out
     path = run.export()
     payload = orbax.payload_bytes(path)
-    if payload != plan.size_bytes:
+    size = run.stored(plan).size_bytes
+    if payload != size:
         raise MpqError(
-            f"{path} holds {payload} bytes of weights and the plan says {plan.size_bytes}: "
-            "remove the folder and run again"
+            f"{path} holds {payload} bytes of weights and the plan says {size}: remove the folder and run again"
         )
     loaded = orbax.load(path).dequantized()
-    exported = score(run.model, loaded, run.sets["test"], reference=run.reference("test"), batch_size=0)
+    exported = score(run.rounded, loaded, run.sets["test"], reference=run.reference("test"), batch_size=0)
     expected = run.scores(plan, method, "test")
     if exported.kl is None or expected.kl is None or not np.array_equal(exported.kl, expected.kl):
         raise MpqError(

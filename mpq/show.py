@@ -8,8 +8,38 @@ from rich.table import Column, Table
 
 
 def written(body: dict[str, Any], console: Console) -> None:
-    """What was written where."""
-    console.print("  ".join(f"{key} {_text(value)}" for key, value in body.items()))
+    """What was written where; warnings one a line."""
+    console.print("  ".join(f"{key} {_text(value)}" for key, value in body.items() if key != "warnings"))
+    _warnings(body, console)
+
+
+def _warnings(body: dict[str, Any], console: Console) -> None:
+    for warning in body.get("warnings", []):
+        console.print(f"warning: {warning}", markup=False)
+
+
+def ranges(body: dict[str, Any], console: Console) -> None:
+    """What every row's values were, and the ranges that schemes take."""
+    folding = [Column(name, overflow="fold") for name in ("row", "values seen", *body["schemes"])]
+    rows = Table(*folding, title="ranges of activations")
+    for row in body["rows"]:
+        seen = f"{row['low']:.3g} .. {row['high']:.3g}"
+        rows.add_row(row["path"], seen, *(_ends(row["ends"].get(scheme)) for scheme in body["schemes"]))
+    console.print(rows)
+    counts = [row["values"] for row in body["rows"]], [row["windows"] for row in body["rows"]]
+    told = [f"{min(n):,}" if min(n) == max(n) else f"{min(n):,} to {max(n):,}" for n in counts]
+    console.print(f"{told[0]} values a row, of {told[1]} windows")
+    _warnings(body, console)
+    if body["out"] is not None:
+        console.print(f"written to {body['out']}")
+
+
+def _ends(ends: list[list[float]] | None) -> str:
+    """One range, or the widest of several heads."""
+    if ends is None:
+        return ""
+    of = f" ({len(ends[0])} heads)" if len(ends[0]) > 1 else ""
+    return f"{min(ends[0]):.3g} .. {max(ends[1]):.3g}{of}"
 
 
 def table(body: dict[str, Any], console: Console) -> None:

@@ -11,7 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
+import numpy as np
+
 from mpq.files import write_bytes
+from mpq.record import SETTINGS
 from mpq.types import MpqError
 
 
@@ -116,3 +120,20 @@ class FolderStore:
 
 def _checksum(head: bytes, body: bytes) -> str:
     return hashlib.sha256(head + b"\n" + body).hexdigest()
+
+
+def score_store(folder: Path, activations: str = "") -> FolderStore:
+    """What this code made on this device, kept in `folder`, of models whose activations are rounded so."""
+    settings = {name: getattr(jax.config, name) for name in SETTINGS}
+    versions = {"jax": jax.__version__, "jaxlib": jax.lib.__version__, "numpy": np.__version__}
+    device, beside = jax.devices()[0].device_kind, {"activations": activations} if activations else {}
+    return FolderStore(folder, {"source": source_digest(), "device": device, **versions, **settings, **beside})
+
+
+def source_digest() -> str:
+    """sha256 over the source of this package: a stage made by other code is not reused."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -2,7 +2,8 @@
 
     FOLDER/mpq.json         plan, model config, the weights and their schemes, shape, dtype and sha256 of every array
     FOLDER/tokenizer.json   if the model has a tokenizer
-    FOLDER/arrays/          an Orbax checkpoint, `{"quantized": {path: {...}}, "params": {path: array}}`
+    FOLDER/arrays/          an Orbax checkpoint, `{"quantized": {path: {...}}, "params": {path: array}}`; of a plan
+                            that rounds activations to static ranges also `{"ranges": {path: float32[2, parts]}}`
 
 A quantized weight is a sub-tree: `qvalue` (`uint8[batch, bytes]`, a bit stream per batch entry, see `packing`; for a
 float format the values), `scale` (`[batch, groups, n]` in its dtype; scales of 8 bits as their bytes, `uint8`),
@@ -54,6 +55,7 @@ class Exported:
       qtensors: their codes, scales and zero points by path.
       params: everything else by path, in the dtype it is stored in.
       shapes: shape and dtype name of every parameter of the model.
+      ranges: static ranges of activations by path of the row, `float32[2, parts]`.
     """
 
     plan: dict[str, Any]
@@ -63,6 +65,7 @@ class Exported:
     qtensors: dict[str, QTensor]
     params: dict[str, np.ndarray]
     shapes: dict[str, tuple[tuple[int, ...], str]]
+    ranges: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def dequantized(self) -> dict[str, jax.Array]:
         """All parameters of the model, with the quantized weights in their place."""
@@ -83,6 +86,7 @@ def save(
     plan_json: Mapping[str, Any],
     config: Mapping[str, Any],
     tokenizer_json: str | None,
+    ranges: Mapping[str, np.ndarray] | None = None,
 ) -> int:
     """Write a quantized model; the folder appears whole or not at all.
 
@@ -95,6 +99,7 @@ def save(
       plan_json: the plan.
       config: the model's config.
       tokenizer_json: text of its `tokenizer.json`, or None.
+      ranges: static ranges of the plan's activations by path of the row, `float32[2, parts]`: ends below and above.
 
     Returns:
       Bytes of the payload, as `payload_bytes` counts them.
@@ -103,6 +108,8 @@ def save(
       MpqError: a weight has no `QTensor` or one of another shape, or the disk is full or refuses.
     """
     tree: dict[str, Any] = {"quantized": {}, "params": {}}
+    if ranges:
+        tree["ranges"] = {_key(name): np.asarray(ends, np.float32) for name, ends in ranges.items()}
     for spec in weights:
         tree["quantized"][_key(spec.path)] = _pack_weight(spec, qtensors)
     covered = {spec.param: 0 for spec in weights}
@@ -153,15 +160,17 @@ def load(path: str | os.PathLike[str]) -> Exported:
         shapes = {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in manifest["params"].items()}
         params = {name: arrays[f"params.{_key(name)}"] for name in shapes if f"params.{_key(name)}" in arrays}
         plan, config = manifest["plan"], manifest["config"]
+        rows = [name for name in plan.get("activations", {}) if f"ranges.{_key(name)}" in arrays]
+        ranges = {name: arrays[f"ranges.{_key(name)}"] for name in rows}
     except (KeyError, TypeError, AttributeError) as error:
         raise MpqError(f"{path / MANIFEST} is not {_WHAT}: it lacks or misplaces {error}") from error
     tokenizer = path / _TOKENIZER
     text = tokenizer.read_bytes().decode() if tokenizer.exists() else None
-    return Exported(plan, config, text, weights, qtensors, params, shapes)
+    return Exported(plan, config, text, weights, qtensors, params, shapes, ranges)
 
 
 def payload_bytes(path: str | os.PathLike[str]) -> int:
-    """Bytes of all array data in the folder: packed codes, scales, zero points and unquantized parameters.
+    """Bytes of all array data in the folder: packed codes, scales, zero points, ranges and unquantized parameters.
 
     What describes them (the manifest, the tokenizer, `.zarray` and other files of Orbax) is not counted.
     """

@@ -82,8 +82,8 @@ def load(source: str) -> Model:
 
     Args:
       source: `reference`; a folder with `config.json` and safetensors, or an Orbax checkpoint in `params/`; a folder
-        that `mpq quantize` wrote, or a GGUF file, whose weights come dequantized; a hub id `owner/name[@revision]`; or
-        a Python file that defines `MODEL`.
+        that `mpq quantize` wrote, whose weights come dequantized and whose activations are rounded; a GGUF file,
+        dequantized; a hub id `owner/name[@revision]`; or a Python file that defines `MODEL`.
 
     Raises:
       MpqError: what is missing or wrong, by name.
@@ -135,7 +135,13 @@ def _load_quantized(folder: Path, name: str) -> Model:
     stored = {
         path: str(exported.params[path].dtype) if path in exported.params else "float32" for path in exported.shapes
     }
-    return make_model(apply, exported.dequantized(), stored, exported.config, family, tokenizer, name)
+    model = make_model(apply, exported.dequantized(), stored, exported.config, family, tokenizer, name)
+    if not (rows := exported.plan.get("activations")):
+        return model
+    from mpq.activations.apply import RoundedActivation, with_activations  # what rounds models imports this package
+
+    chosen = [RoundedActivation.from_json(row, exported.ranges.get(path)) for path, row in rows.items()]
+    return with_activations(model, model.trace(), chosen)
 
 
 def _quantized_shapes(folder: Path, name: str) -> Model:

@@ -1,0 +1,133 @@
+"""A model whose activations and KV cache are rounded as a plan says: any stage that runs a `Model` runs it too.
+
+chosen = choose_activations({row: scheme for row in rows}, ranges)
+rounded = with_activations(model, traced, chosen)          # its `apply` rounds; parameters stay what they were
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpq.activations.clip import choose_range
+from mpq.activations.ranges import ActivationRange
+from mpq.activations.rows import ActivationSpec, replacing, require_schemes
+from mpq.activations.scheme import ActivationScheme, fake_quantize, parse_activation_scheme
+from mpq.inputs import Tokens
+from mpq.models.model import Model
+from mpq.trace import Trace
+from mpq.types import MpqError, Params
+
+RANGE_BITS = 64
+"""Stored for a part of a static row: the float32 ends of its range."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundedActivation:
+    """One row of a plan.
+
+    Attributes:
+      spec: the row.
+      scheme: how it is rounded.
+      low, high: ends of a static range, one a head or one for the tensor; None: dynamic, or not yet calibrated.
+    """
+
+    spec: ActivationSpec
+    scheme: ActivationScheme
+    low: tuple[float, ...] | None = None
+    high: tuple[float, ...] | None = None
+
+    @property
+    def limits(self) -> tuple[jax.Array, jax.Array] | None:
+        """Ends as `fake_quantize` takes them."""
+        if self.low is None or self.high is None:
+            return None
+        return jnp.asarray(self.low, jnp.float32), jnp.asarray(self.high, jnp.float32)
+
+    @property
+    def range_bits(self) -> int:
+        """Bits stored with the model, whatever the context: of a static range."""
+        if self.scheme.static is None:
+            return 0
+        return RANGE_BITS * (self.spec.heads if self.scheme.granularity == "head" else 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, as plans hold it; the range of a static scheme lies with the model's arrays."""
+        return {**dataclasses.asdict(self.spec), "scheme": str(self.scheme), "range_bits": self.range_bits}
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any], limits: np.ndarray | None = None) -> Self:
+        """Inverse of `to_json`.
+
+        Args:
+          body: plain data.
+          limits: `float32[2, parts]`, ends of a static range.
+        """
+        fields = {key: value for key, value in body.items() if key not in ("scheme", "range_bits")}
+        scheme = parse_activation_scheme(body["scheme"])
+        low, high = (None, None) if limits is None else (tuple(map(float, end)) for end in limits)
+        return cls(ActivationSpec.from_json(fields), scheme, low, high)
+
+
+def choose_activations(
+    choice: Mapping[ActivationSpec, ActivationScheme], ranges: Mapping[str, ActivationRange]
+) -> tuple[RoundedActivation, ...]:
+    """A scheme for every row, with the static ranges that calibration gives.
+
+    Args:
+      choice: rows and their schemes.
+      ranges: by path of the row, from `calibrate_activations`; needed for static schemes alone.
+
+    Raises:
+      MpqError: a scheme for every head where there are none, or a static range that cannot be told.
+    """
+    chosen = []
+    for row, scheme in choice.items():
+        require_schemes([row], [scheme])
+        low = high = None
+        if scheme.static is not None:
+            low, high = (tuple(map(float, end)) for end in choose_range(ranges.get(row.path), scheme, row.path))
+        chosen.append(RoundedActivation(row, scheme, low, high))
+    return tuple(chosen)
+
+
+def with_activations(model: Model, traced: Trace, chosen: Sequence[RoundedActivation]) -> Model:
+    """`model` with rows rounded wherever it runs, its parameters given or replaced.
+
+    Args:
+      model: the function.
+      traced: its trace, for inputs of any shape.
+      chosen: rows of this trace.
+
+    Raises:
+      MpqError: a static range is missing; a row is none of this trace; or a text model is to find the range of a whole
+        window while it runs, which its padding would count in.
+    """
+    if not chosen:
+        return model
+    inputs = {site.use.input for site in traced.sites} | {spec.path for spec in traced.weights}
+    for one in chosen:
+        if one.scheme.static is not None and one.limits is None:
+            raise MpqError(f"{one.spec.path} at {one.scheme} has no calibrated range: give ranges with mpq calibrate")
+        if one.spec.at not in inputs:
+            raise MpqError(f"{one.spec.path} is no activation of {model.name}: the plan was made for another model")
+        if one.scheme.granularity == "tensor" and one.scheme.static is None and isinstance(model.inputs, Tokens):
+            raise MpqError(
+                f"{one.scheme} takes the range of a whole window, its padding too, and {model.name} reads text: use "
+                f"int{one.scheme.bits}_token, or int{one.scheme.bits}_tensor_static"
+            )
+    rows = [one.spec for one in chosen]
+
+    def apply(params: Params, inputs: jax.Array) -> jax.Array:
+        real = jnp.ones(inputs.shape[:1], bool)
+
+        def change(number: int, x: jax.Array) -> jax.Array:
+            one = chosen[number]
+            return fake_quantize(x, one.scheme.kind, one.scheme.top, heads=one.spec.heads, real=real, limits=one.limits)
+
+        return traced.on(inputs.shape).evaluate(params, inputs, replacing(rows, change))
+
+    return dataclasses.replace(model, apply=apply)

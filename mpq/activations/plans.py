@@ -1,0 +1,115 @@
+"""Which rows a plan rounds and how: presets, plans as a person names them, and the ranges of static rows."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from mpq.activations.apply import RoundedActivation, choose_activations
+from mpq.activations.ranges import ActivationRange, calibrate_activations, drifting
+from mpq.activations.rows import KEYS_AND_VALUES, ActivationSpec, activation_rows, kv_rows
+from mpq.activations.scheme import parse_activation_scheme
+from mpq.inputs import Dataset
+from mpq.models.model import Model
+from mpq.trace import Trace
+from mpq.types import MpqError
+
+PRESETS = MappingProxyType(
+    {
+        "w8a8": "int8_channel+int8_token",
+        "w8a8_static": "int8_channel+int8_tensor_static",
+        "w4a8": "int4_g32+int8_token",
+        "w4a8_static": "int4_g32+int8_tensor_static",
+        "w4a4": "int4_g32+int4_token",
+    }
+)
+"""Names of uniform plans of weights and activations."""
+
+
+def split_plan(text: str) -> tuple[str, str | None, str | None]:
+    """A plan as a person names it, `PLAN[+ACTIVATIONS[+KV]]` or a preset: plan file or scheme, and schemes beside it.
+
+    Raises:
+      MpqError: more than three parts, or one of them is empty.
+    """
+    parts = PRESETS.get(text.lower(), text).split("+")
+    if len(parts) > 3 or not all(parts):
+        raise MpqError(
+            f"plan {text!r} is not PLAN, PLAN+ACTIVATIONS or PLAN+ACTIVATIONS+KV: write int4_g32+int8_token, "
+            f"int4_g32+int8_token+int8_head, or one of {', '.join(PRESETS)}; keep stands for rows that stay as they are"
+        )
+    plan, activations, kv = (*parts, None, None)[:3]
+    keep = lambda scheme: None if scheme == "keep" else scheme
+    return plan or "", keep(activations), keep(kv)
+
+
+def rows_of(
+    of: str, traced: Trace, keys_values: str = KEYS_AND_VALUES, head_dim: int | None = None
+) -> tuple[ActivationSpec, ...]:
+    """Rows of a kind, or of both."""
+    rows = () if of == "kv" else activation_rows(traced)
+    return rows if of == "activations" else (*rows, *kv_rows(traced, keys_values, head_dim))
+
+
+def uniform_rows(
+    traced: Trace,
+    activations: str | None,
+    kv: str | None,
+    keys_values: str = KEYS_AND_VALUES,
+    head_dim: int | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Entries of a plan: all activations under one scheme, and all of the KV cache under another.
+
+    Raises:
+      MpqError: no such scheme, one that does not suit a row, or a model whose cache is not found.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for of, text in (("activations", activations), ("kv", kv)):
+        if text is not None:
+            scheme = parse_activation_scheme(text)
+            for row in rows_of(of, traced, keys_values, head_dim):
+                rows[row.path] = RoundedActivation(row, scheme).to_json()
+    return rows
+
+
+def calibrated(
+    activations: Mapping[str, Mapping[str, Any]],
+    model: Model,
+    traced: Trace,
+    data: Dataset | None,
+    ranges: Mapping[str, ActivationRange] | None,
+    batch_size: int,
+) -> tuple[tuple[RoundedActivation, ...], list[str]]:
+    """A plan's activations with their static ranges, and what to say of those.
+
+    Args:
+      activations: entries of the plan.
+      model: the model.
+      traced: its trace.
+      data: to calibrate on where no ranges are given.
+      ranges: by path of the row.
+      batch_size: windows a pass.
+
+    Raises:
+      MpqError: static ranges, and neither ranges nor data; or a range that cannot be told.
+    """
+    chosen = [RoundedActivation.from_json(entry) for entry in activations.values()]
+    static = [one.spec for one in chosen if one.scheme.static is not None]
+    if static and ranges is None:
+        if data is None:
+            raise MpqError("static ranges of activations need calibration: give --data TEXT or --ranges FILE")
+        ranges = calibrate_activations(model, traced, static, data, batch_size=batch_size)
+    found = ranges or {}
+    used = {row.path: found[row.path] for row in static if row.path in found}
+    return choose_activations({one.spec: one.scheme for one in chosen}, found), drifting(used)
+
+
+def all_rows(text: str, model: Model, traced: Trace, data: Dataset) -> tuple[RoundedActivation, ...]:
+    """All activations, and all of the KV cache, as `int8_token+int8_head` says; static ranges from `data`.
+
+    Raises:
+      MpqError: no such schemes, rows that they do not suit, or a range that cannot be told.
+    """
+    if not text:
+        return ()
+    _, activations, kv = split_plan(f"plan+{text}")
+    return calibrated(uniform_rows(traced, activations, kv), model, traced, data, None, traced.inputs.shape[0])[0]
