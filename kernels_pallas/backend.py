@@ -29,7 +29,7 @@ class Problem:
       m, k, n: tokens, rows and columns of one weight.
       batch: number of weights (experts), each with `m` tokens.
       bits, group_size, layout, table, zeros: of the packed weight.
-      x_dtype: name of the activations' dtype.
+      x_dtype: name of the activations' dtype; int8 where they are rounded already.
       activation_bits: None or 8.
     """
 
@@ -106,7 +106,8 @@ class Backend:
         """
         if self.complete:
             return self.run(x, packed, activation_bits)
-        x, token_scale = (x, None) if activation_bits is None else quantize_tokens(x)
+        rounded = activation_bits is None or x.dtype == jnp.int8
+        x, token_scale = (x, None) if rounded else quantize_tokens(x)
         y = self.run(x, packed, options.get("config", ()), options.get("interpret", False))
         zeros = zero_points(packed)
         if zeros is not None:

@@ -16,6 +16,8 @@ from kernels_pallas.errors import KernelError
 from kernels_pallas.packed import Packed, dequantize
 
 FLOATS = ("float32", "bfloat16", "float16")
+CODES = "int8"
+"""Dtype of activations that are rounded already."""
 
 
 def quantized_matmul(
@@ -23,6 +25,7 @@ def quantized_matmul(
     packed: Packed,
     *,
     activation_bits: int | None = None,
+    activation_scale: jax.Array | None = None,
     backend: str = "auto",
     out_dtype: Any = None,
     platform: str | None = None,
@@ -34,11 +37,14 @@ def quantized_matmul(
     Bengio et al. 2013, arXiv:1308.3432).
 
     Args:
-      x: floats `[..., k]`; if the weight has batch axes `[*batch, m, k]`.
+      x: floats `[..., k]`; if the weight has batch axes `[*batch, m, k]`. Or activations that are rounded already, by
+        any range: their codes, int8.
       packed: the weight.
       activation_bits: 8 rounds every token of `x` to int8; None leaves `x` as it is.
+      activation_scale: of codes `x`: what a step is worth, floats that broadcast to `[..., 1]`. The product is that of
+        the codes, exact in int32 for every group, times this.
       backend: a key of `BACKENDS`, or `auto`, which works wherever the reference does.
-      out_dtype: of the result; None: that of `x`. Sums are float32.
+      out_dtype: of the result; None: that of `x`, of codes float32. Sums are float32.
       platform: `cpu`, `tpu` or `cuda`: what the computation is lowered for; None: where JAX runs.
       interpret: run a kernel of other hardware on this CPU, slowly.
 
@@ -48,6 +54,11 @@ def quantized_matmul(
     Raises:
       KernelError: shapes, dtypes, layout, backend and platform do not go together.
     """
+    if (activation_scale is None) != (str(x.dtype) != CODES):
+        raise KernelError(
+            f"x is {x.dtype} {'without' if activation_scale is None else 'with'} a scale of activations: "
+            "int8 codes and their scales go together"
+        )
     problem = describe(x, packed, activation_bits)
     platform = "cuda" if platform == "gpu" else platform or compat.platform()
     if backend == "auto":
@@ -58,9 +69,12 @@ def quantized_matmul(
         raise KernelError(f"backend {backend!r} cannot compute this matmul: {reason}")
     else:
         name, config = backend, tuned(backend, problem, platform)
-    call = _Call(name, config, activation_bits, interpret, str(x.dtype))
+    call = _Call(name, config, problem.activation_bits, interpret, str(x.dtype))
     batch = packed.batch_shape
     flat = x.reshape(*batch, -1, packed.k) if batch else x.reshape(-1, packed.k)
+    if activation_scale is not None:
+        y = jnp.reshape(_run(call, flat, packed), (*x.shape[:-1], packed.n)) * activation_scale.astype(jnp.float32)
+        return y.astype(jnp.float32 if out_dtype is None else out_dtype)
     y = jnp.reshape(_matmul(call, flat, packed), (*x.shape[:-1], packed.n))
     return y.astype(x.dtype if out_dtype is None else out_dtype)
 
@@ -77,8 +91,8 @@ def describe(x: jax.Array | jax.ShapeDtypeStruct, packed: Packed, activation_bit
     Raises:
       KernelError: they do not go together.
     """
-    if str(x.dtype) not in FLOATS:
-        raise KernelError(f"x is {x.dtype}: allowed are {', '.join(FLOATS)}; activations are rounded here, not before")
+    if str(x.dtype) not in (*FLOATS, CODES):
+        raise KernelError(f"x is {x.dtype}: allowed are {', '.join(FLOATS)}, and int8 codes with their scales")
     if activation_bits not in (None, 8):
         raise KernelError(f"activations of {activation_bits} bits: allowed are 8, or None to leave them as they are")
     batch = packed.batch_shape
@@ -97,7 +111,7 @@ def describe(x: jax.Array | jax.ShapeDtypeStruct, packed: Packed, activation_bit
         table=packed.levels is not None,
         zeros=packed.zeros is not None,
         x_dtype=str(x.dtype),
-        activation_bits=activation_bits,
+        activation_bits=8 if str(x.dtype) == CODES else activation_bits,
     )
 
 
@@ -114,9 +128,13 @@ class _Call:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(call: _Call, x: jax.Array, packed: Packed) -> jax.Array:
+    return _run(call, x, packed)
+
+
+def _run(call: _Call, x: jax.Array, packed: Packed) -> jax.Array:
     """`float32[*batch, m, n]`: experts one after the other."""
     if packed.batch_shape:
-        return lax.map(lambda pair: _matmul(call, *pair), (x, packed))
+        return lax.map(lambda pair: _run(call, *pair), (x, packed))
     backend = BACKENDS[call.backend]
     return backend(x, packed, call.activation_bits, config=call.config, interpret=call.interpret)
 

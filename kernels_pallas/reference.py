@@ -6,7 +6,8 @@ Weights and activations (`activation_bits=8`): every token, a row of `x`, is rou
 
     t = max |x| / 127,   q = round(x / t),   y[n] = t * sum over groups g of  s[g, n] * (q[g] . (code[g, n] - z[g, n])),
 
-with the inner product in int32, exact, and the sum over groups in float32.
+with the inner product in int32, exact, and the sum over groups in float32. Codes `x int8[m, k]`, rounded before, take
+the place of q; whoever knows their scales multiplies by them.
 """
 
 import jax
@@ -37,6 +38,8 @@ def matmul(x: jax.Array, packed: Packed, activation_bits: int | None) -> jax.Arr
     """`float32[m, n]` of floats `x[m, k]` and a weight without batch axes, as the module says."""
     if activation_bits is None:
         return jnp.matmul(x.astype(jnp.float32), dequantize(packed), precision=lax.Precision.HIGHEST)
+    if x.dtype == jnp.int8:
+        return _integer_matmul(x, packed)
     codes, scale = quantize_tokens(x)
     return _integer_matmul(codes, packed) * scale
 

@@ -5,6 +5,10 @@
 
 Every read of a packed weight becomes `kernels_pallas.quantized_matmul` on the weight's canonical view; a convolution
 multiplies the windows that it sees, an embedding looks its rows up in the dequantized weight.
+
+With activations rounded as a plan says, the operands are the codes of both, int8, and sums are int32, where that is a
+product of integers: weights of integers and a symmetric scheme, of a whole tensor, or of tokens that a matmul reads (a
+convolution adds up positions, whose scales would differ). Elsewhere rounded values are multiplied in floating point.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +20,7 @@ import numpy as np
 
 from kernels_pallas import LAYOUTS, Packed, dequantize, pack, quantized_matmul
 from kernels_pallas.layouts import Spec
+from mpq.activations.apply import RoundedActivation
 from mpq.formats.integer import Integer
 from mpq.trace import Default, Site, Trace
 from mpq.types import MpqError, NumberFormat, Params, QTensor, WeightSpec
@@ -54,6 +59,7 @@ def evaluate_packed(
     inputs: Any,
     *,
     activation_bits: int | None = None,
+    activations: Sequence[RoundedActivation] = (),
     backend: str = "auto",
 ) -> Any:
     """What the model returns with its weights packed. Pure: use it under `jit`.
@@ -64,6 +70,7 @@ def evaluate_packed(
       packed: path -> weight, from `pack_weights`.
       inputs: as traced.
       activation_bits: 8 rounds inputs of integer weights to int8 by token; None leaves them as they are.
+      activations: rows that a plan rounds, with their static ranges; for them `activation_bits` says nothing.
       backend: as `quantized_matmul` takes it.
 
     Raises:
@@ -81,17 +88,57 @@ def evaluate_packed(
         matrix = dequantize(packed[spec.path]).reshape(spec.batch, spec.k, spec.n)
         whole = spec.write(whole, matrix)
 
+    read = {one.spec.at: one for one in activations if one.spec.kind == "activation"}
+    cached = {one.spec.at: one for one in activations if one.spec.kind == "kv"}
+    windows = traced.inputs.shape[0] if activations else 1
+
     def replace(site: Site, x: jax.Array, w: jax.Array, default: Default) -> jax.Array:
-        weight = packed.get(site.spec.path)
-        if weight is None or site.use.kind == "embedding":
+        if site.use.kind == "embedding":
             return default(x, w)
-        rows = site.inputs_matrix(x)
-        rows = rows if weight.batch_shape else rows[0]
-        bits = activation_bits if weight.levels is None else None
-        y = quantized_matmul(rows, weight, activation_bits=bits, backend=backend, out_dtype=site.output.dtype)
-        return site.from_outputs_matrix(y if weight.batch_shape else y[None])
+        weight, row = packed.get(site.spec.path), read.get(site.use.input)
+        codes = scale = None
+        if row is not None and weight is not None and _is_integer_product(site, weight, row):
+            codes, scale = _codes(site, x, row, windows)
+        elif row is not None:
+            view = site.value_view(x.shape)
+            x = view.invert(row(view(x), windows))
+        if weight is None:
+            y = default(x, w)
+        else:
+            bits = activation_bits if weight.levels is None and row is None else None
+            one = (lambda array: array) if weight.batch_shape else (lambda array: array[0])
+            rows = one(site.inputs_matrix(x) if codes is None else codes)
+            y = quantized_matmul(
+                rows,
+                weight,
+                activation_bits=bits,
+                activation_scale=None if scale is None else one(scale),
+                backend=backend,
+                out_dtype=site.output.dtype,
+            )
+            y = site.from_outputs_matrix(y if weight.batch_shape else y[None])
+        if (part := cached.get(site.spec.path)) is not None:
+            y = site.from_outputs_matrix(part(site.outputs_matrix(y), windows))
+        return y
 
     return traced.evaluate(whole, inputs, replace)
+
+
+def _is_integer_product(site: Site, weight: Packed, row: RoundedActivation) -> bool:
+    """Whether one scale of the input and one of every group of the weight stand before each sum of products."""
+    tokens = row.scheme.granularity == "token" and site.use.kind == "matmul"
+    return weight.levels is None and not row.scheme.asymmetric and (tokens or row.scheme.granularity == "tensor")
+
+
+def _codes(site: Site, x: jax.Array, row: RoundedActivation, windows: int) -> tuple[jax.Array, jax.Array]:
+    """Codes `int8[batch, tokens, k]` of the operation's input, and their scales `[batch, tokens or 1, 1]`."""
+    view = site.value_view(x.shape)
+    codes, scale = row.quantize(view(x), windows)
+    # Codes are exact in float32, and windows of a convolution are cut out of floats; what pads them is code 0.
+    rows = site.inputs_matrix(view.invert(codes.reshape(view.shape))).astype(jnp.int8)
+    scale = scale.reshape(*scale.shape[:2], 1)
+    repeats = rows.shape[1] // scale.shape[1]
+    return rows, scale if scale.shape[1] == 1 else jnp.repeat(scale, repeats, axis=1)
 
 
 def _pack(path: str, qtensor: QTensor, layout: str) -> Packed:

@@ -75,6 +75,20 @@ def test_leading_axes_and_the_output_dtype():
     assert jax.eval_shape(quantized_matmul, x.astype(jnp.bfloat16), packed).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("layout", ["plain", "cpu"])
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_codes_that_were_rounded_before_are_multiplied_as_they_are(layout, batch):
+    case = dataclasses.replace(CASE, batch=batch, activation_bits=8)
+    _, packed, arrays = draw(case, layout, 0, exact=False)
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-127, 128, (*batch, case.m, case.k)).astype(np.int8)
+    scale = rng.uniform(0.5, 2, (*batch, case.m, 1)).astype(np.float32)
+    got = jax.jit(quantized_matmul)(codes, packed, activation_scale=scale)
+    want, magnitude = oracle(case, codes * scale.astype(np.float64), arrays)
+    assert got.dtype == jnp.float32
+    assert (np.abs(got - want) <= bound(case, magnitude)).all()
+
+
 class TestRefusals:
     def refused(self, match, case=CASE, layout="plain", x=None, **options):
         own, packed, _ = draw(case, layout, 0, exact=True)
@@ -82,7 +96,15 @@ class TestRefusals:
             quantized_matmul(own if x is None else x, packed, **options)
 
     def test_activations_of_another_dtype(self):
-        self.refused("x is int32: allowed are float32, bfloat16, float16", x=jnp.zeros((4, 40), jnp.int32))
+        allowed = "^x is int32: allowed are float32, bfloat16, float16, and int8 codes with their scales$"
+        self.refused(allowed, x=jnp.zeros((4, 40), jnp.int32))
+
+    def test_codes_without_scales_and_scales_without_codes(self):
+        self.refused(
+            "^x is int8 without a scale of activations: int8 codes and their scales go together$",
+            x=jnp.zeros((4, 40), jnp.int8),
+        )
+        self.refused("^x is float32 with a scale of activations: int8 codes and", activation_scale=jnp.ones((4, 1)))
 
     def test_activations_of_other_bits(self):
         self.refused("activations of 4 bits: allowed are 8", activation_bits=4)

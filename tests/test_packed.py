@@ -7,12 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import dequantize
+from kernels_pallas import dequantize, quantized_matmul
+from mpq import packed as packed_module
+from mpq.activations import activation_rows, kv_rows, parse_activation_scheme
+from mpq.activations.apply import RoundedActivation, with_activations
+from mpq.activations.rows import replacing
 from mpq.formats import parse_scheme
 from mpq.packed import evaluate_packed, pack_weights
 from mpq.quantize import RTN, Candidates, apply_plan
 from mpq.trace import trace
 from mpq.types import MpqError, QTensor
+from tests.activation_cases import make_model
+from tests.activation_cases import traced as traced_model
 
 SCHEMES = {"embed": "int8_channel", "up": "int4_g16", "conv": "nf4_g8", "down": "int3_g8_zp"}
 TOKENS = np.random.default_rng(0).integers(0, 24, (2, 7)).astype(np.int32)
@@ -100,3 +106,50 @@ def test_unknown_paths_and_formats_are_refused(model):
         odd = Candidates(params, traced.weights, RTN()).choose({first: parse_scheme(text)})
         with pytest.raises(MpqError, match=f"is {text}: integers and tables of at most 16 levels can be packed"):
             pack_weights(traced.weights, odd)
+
+
+def dense_and_conv(params, x):
+    """A matmul and a strided, padded convolution of one input, `x[images, height, width, channels]`."""
+    dims = ("NHWC", "HWIO", "NHWC")
+    return x @ params["up"], jax.lax.conv_general_dilated(x, params["conv"], (2, 2), "SAME", dimension_numbers=dims)
+
+
+@pytest.mark.parametrize("text", ["int8_token", "int8_tensor", "int5_tensor_static", "int4_token", "int8_tensor_asym"])
+@pytest.mark.parametrize("weights", ["int8_channel", "int4_g8"])
+def test_integer_products_equal_the_emulated_ones(text, weights, monkeypatch):
+    seen = []
+    watched = lambda rows, *args, **options: seen.append(str(rows.dtype)) or quantized_matmul(rows, *args, **options)
+    monkeypatch.setattr(packed_module, "quantized_matmul", watched)
+    rng, scheme = np.random.default_rng(0), parse_activation_scheme(text)
+    params = {"up": rng.normal(size=(16, 8)), "conv": rng.normal(size=(3, 3, 16, 8))}
+    params = {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}
+    x = jnp.asarray(rng.normal(size=(2, 5, 5, 16)) * np.exp(rng.normal(size=(2, 5, 5, 1))), jnp.float32)
+    traced = trace(dense_and_conv, params, x)
+    qtensors = Candidates(params, traced.weights, RTN()).choose(dict.fromkeys(params, parse_scheme(weights)))
+    dequantized = apply_plan(params, traced.weights, qtensors)
+    ends = {"low": (-2.0,), "high": (2.0,)} if scheme.static else {}
+    chosen = [RoundedActivation(row, scheme, **ends) for row in activation_rows(traced)]
+    packed = pack_weights(traced.weights, qtensors)
+    run = jax.jit(functools.partial(evaluate_packed, traced, activations=chosen))
+    emulate = replacing([one.spec for one in chosen], lambda number, x: chosen[number](x, 2))
+    emulated = jax.jit(functools.partial(traced.evaluate, replace=emulate))
+    # Operands are the same numbers. A sum of k float32 products in any order is off by at most k eps of the sum of
+    # their magnitudes (Higham 2002, eq. 3.5, with eps twice the unit roundoff); four more roundings are those of the
+    # products of codes and scales. The integer product has no more.
+    magnitude = jax.jit(dense_and_conv)(jax.tree.map(jnp.abs, dequantized), jnp.abs(x) + 0.5)
+    for got, want, most, k in zip(run({}, packed, x), emulated(dequantized, x), magnitude, (16, 144), strict=True):
+        assert (np.abs(got - want) <= 2 * (k + 4) * np.finfo(np.float32).eps * np.asarray(most)).all()
+        exact = np.asarray(traced.evaluate(dequantized, x)[0 if k == 16 else 1])
+        assert np.abs(got - exact).max() > 100 * np.finfo(np.float32).eps * np.asarray(most).max()
+    assert seen == {"int8_token": ["int8", "float32"], "int4_token": ["int8", "float32"]}.get(
+        text, 2 * ["float32" if scheme.asymmetric else "int8"]
+    )
+
+
+def test_a_cache_is_rounded_beside_packed_weights():
+    model, rows = make_model(), kv_rows(traced_model(make_model()), "key|value")
+    chosen = [RoundedActivation(row, parse_activation_scheme("int4_head")) for row in rows]
+    tokens = np.random.default_rng(0).integers(0, 7, (4, 6)).astype(np.int32)
+    want = jax.jit(with_activations(model, traced_model(model), chosen).apply)(model.params, tokens)
+    run = functools.partial(evaluate_packed, traced_model(model), activations=chosen)
+    np.testing.assert_allclose(jax.jit(run)(model.params, {}, tokens), want, rtol=1e-6, atol=1e-6)

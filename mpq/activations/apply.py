@@ -15,7 +15,7 @@ import numpy as np
 from mpq.activations.clip import choose_range
 from mpq.activations.ranges import ActivationRange
 from mpq.activations.rows import ActivationSpec, replacing, require_schemes
-from mpq.activations.scheme import ActivationScheme, fake_quantize, parse_activation_scheme
+from mpq.activations.scheme import ActivationScheme, fake_quantize, parse_activation_scheme, quantize
 from mpq.inputs import Tokens
 from mpq.models.model import Model
 from mpq.trace import Trace
@@ -46,6 +46,17 @@ class RoundedActivation:
         if self.low is None or self.high is None:
             return None
         return jnp.asarray(self.low, jnp.float32), jnp.asarray(self.high, jnp.float32)
+
+    def quantize(self, x: jax.Array, windows: int) -> tuple[jax.Array, jax.Array]:
+        """Codes of `x[batch, positions, width]` and their scales, as `mpq.activations.scheme.quantize` says."""
+        return quantize(x, self.scheme.kind, self.scheme.top, **self._options(windows))
+
+    def __call__(self, x: jax.Array, windows: int) -> jax.Array:
+        """`x[batch, positions, width]` rounded; the positions of each of so many windows are neighbours."""
+        return fake_quantize(x, self.scheme.kind, self.scheme.top, **self._options(windows))
+
+    def _options(self, windows: int) -> dict[str, Any]:
+        return {"heads": self.spec.heads, "real": jnp.ones(windows, bool), "limits": self.limits}
 
     @property
     def range_bits(self) -> int:
@@ -122,12 +133,7 @@ def with_activations(model: Model, traced: Trace, chosen: Sequence[RoundedActiva
     rows = [one.spec for one in chosen]
 
     def apply(params: Params, inputs: jax.Array) -> jax.Array:
-        real = jnp.ones(inputs.shape[:1], bool)
-
-        def change(number: int, x: jax.Array) -> jax.Array:
-            one = chosen[number]
-            return fake_quantize(x, one.scheme.kind, one.scheme.top, heads=one.spec.heads, real=real, limits=one.limits)
-
+        change = lambda number, x: chosen[number](x, len(inputs))
         return traced.on(inputs.shape).evaluate(params, inputs, replacing(rows, change))
 
     return dataclasses.replace(model, apply=apply)
