@@ -19,6 +19,7 @@ from mpq.data.sources import read_set
 from mpq.distill import Distill
 from mpq.evaluate import Reference, score
 from mpq.export import orbax, rules
+from mpq.export.arguments import export_arguments
 from mpq.files import read_json
 from mpq.formats import parse_scheme
 from mpq.gguf.load import open_gguf
@@ -27,7 +28,6 @@ from mpq.inputs import Dataset, Tokens
 from mpq.inspect import inspect as inspect_model
 from mpq.inspect import parse_bpw
 from mpq.models import FAMILIES, Model, load, resolve
-from mpq.pipeline import export_arguments
 from mpq.quantize import QUANTIZERS, Candidates
 from mpq.request import Request
 from mpq.trace import Trace

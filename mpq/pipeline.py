@@ -11,9 +11,9 @@ import functools
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ from mpq.distill import Distill
 from mpq.estimate import mean_over_documents
 from mpq.evaluate import DocumentScores, Reference, score
 from mpq.export import orbax
+from mpq.export.arguments import export_arguments
 from mpq.formats import parse_scheme
 from mpq.inputs import Dataset
 from mpq.measure import PlanLoss
@@ -56,7 +57,7 @@ from mpq.sensitivity import METRICS
 from mpq.sensitivity.base import require_finite_entries
 from mpq.store import Store, score_store, source_digest
 from mpq.trace import Trace
-from mpq.types import LayerStats, QTensor, SensitivityTable, WeightSpec
+from mpq.types import LayerStats, QTensor, SensitivityTable
 
 T = TypeVar("T")
 SETS = ("calibration", "selection", "test")
@@ -376,26 +377,6 @@ def prepare(config: RunConfig, root: Path) -> Run:
         run.bits(budget)
     folder.mkdir(parents=True, exist_ok=True)
     return run
-
-
-def export_arguments(
-    model: Model,
-    weights: tuple[WeightSpec, ...],
-    qtensors: Mapping[str, Any],
-    plan: Plan,
-    chosen: Sequence[RoundedActivation] = (),
-) -> dict[str, Any]:
-    """Everything `mpq.export.orbax.save` wants; `chosen` are the plan's activations with their static ranges."""
-    return {
-        "params": model.params,
-        "stored": model.stored,
-        "weights": weights,
-        "qtensors": qtensors,
-        "plan_json": plan.to_json(),
-        "config": dict(model.config),
-        "tokenizer_json": None if model.tokenizer is None else model.tokenizer.to_str(),
-        "ranges": {a.spec.path: np.array([a.low, a.high], np.float32) for a in chosen if a.low is not None},
-    }
 
 
 def _kl(scores: DocumentScores) -> float:

@@ -9,11 +9,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from mpq import artifacts
 from mpq.export import orbax
+from mpq.export.arguments import export_arguments
 from mpq.export.orbax import Exported
 from mpq.gguf.pre_tokenizers import PRE_TOKENIZERS
 from mpq.models import FAMILIES, Model, functional
 from mpq.models.checkpoint import make_model
-from mpq.pipeline import export_arguments
 from mpq.quantize import RTN, Candidates
 
 SPACE = "\u2581"

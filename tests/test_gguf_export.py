@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, normalizers, processors
 
 from mpq import artifacts
 from mpq.export import orbax
+from mpq.export.arguments import export_arguments
 from mpq.export.orbax import Exported
 from mpq.formats import parse_scheme
 from mpq.gguf import container
@@ -21,7 +22,6 @@ from mpq.gguf.export import save, size_bytes
 from mpq.gguf.names import gguf_name
 from mpq.gguf.tokenizer import tokenizer_metadata
 from mpq.models import FAMILIES, load
-from mpq.pipeline import export_arguments
 from mpq.quantize import RTN, Candidates
 from mpq.types import MpqError
 from tests import tiny

@@ -10,9 +10,9 @@ from mpq.calibrate import calibrate
 from mpq.data import make_dataset, read_documents
 from mpq.evaluate import Reference, score
 from mpq.export import orbax
+from mpq.export.arguments import export_arguments
 from mpq.formats import parse_scheme
 from mpq.models import load
-from mpq.pipeline import export_arguments
 from mpq.quantize import GPTQ, RTN, Candidates, apply_plan
 from mpq.sensitivity import Fisher
 
