@@ -18,6 +18,8 @@ from mpq.progress import track
 from mpq.trace import Site, Trace
 from mpq.types import LayerStats, MpqError, Params, WeightSpec
 
+_STEP = 256  # tokens
+
 
 class _Sums(NamedTuple):
     """Totals of one input: `gram + rest` is the sum of x xT to about twice float32's precision."""
@@ -170,7 +172,7 @@ def _add(
             return state
         counted = counted_rows(site, mask)
         rows = jnp.where(counted[:, None], site.inputs_matrix(x).astype(jnp.float32), 0.0)
-        gram = jnp.einsum("btk,btl->bkl", rows, rows, precision=jax.lax.Precision.HIGHEST)
+        gram = _gram(rows)
         (total, rest, absmax), (count, finite) = state[name]
         # The exact error of a float32 sum (Knuth 1997, TAOCP 2, 4.2.2, theorem B), carried along instead of lost.
         larger = total + gram
@@ -184,6 +186,22 @@ def _add(
     nothing = _Seen(jnp.int32(0), jnp.bool_(True))
     _, state = traced.accumulate(params, inputs, {name: (s, nothing) for name, s in sums.items()}, update)
     return {name: s for name, (s, _) in state.items()}, {name: seen for name, (_, seen) in state.items()}
+
+
+def _gram(rows: jax.Array) -> jax.Array:
+    """`float32[batch, k, k]`: the sum of x xT over `rows[batch, tokens, k]`, some tokens at a time.
+
+    XLA divides a long contraction among the threads of a CPU, and their number would decide how it is rounded.
+    """
+    batch, tokens, k = rows.shape
+    steps = -(-tokens // _STEP)
+    filled = jnp.pad(rows, ((0, 0), (0, steps * _STEP - tokens), (0, 0)))
+
+    def add(total: jax.Array, part: jax.Array) -> tuple[jax.Array, None]:
+        return total + jnp.einsum("btk,btl->bkl", part, part, precision=jax.lax.Precision.HIGHEST), None
+
+    parts = filled.reshape(batch, steps, _STEP, k).swapaxes(0, 1)
+    return jax.lax.scan(add, jnp.zeros((batch, k, k), jnp.float32), parts)[0]
 
 
 def counted_rows(site: Site, mask: jax.Array) -> jax.Array:

@@ -1,10 +1,14 @@
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
-from mpq.calibrate import _add, calibrate, count_lookups
+from mpq.calibrate import _add, _gram, calibrate, count_lookups
 from mpq.inputs import Dataset
 from mpq.trace import trace
 from mpq.types import MpqError
@@ -250,3 +254,25 @@ def test_user_errors():
         calibrate(traced, MLP, dataset(2, 4), 0)
     with pytest.raises(MpqError, match="random ids has no position that counts"):
         calibrate(traced, MLP, dataset(2, 4, lengths=[0, 0]), 2)
+
+
+GRAM = """
+import hashlib, numpy as np
+from mpq.calibrate import _gram
+rows = np.random.default_rng(0).normal(size=(1, 2049, 192)).astype(np.float32)
+print(hashlib.sha256(np.asarray(_gram(rows))).hexdigest())
+"""
+
+
+def test_a_gram_is_the_same_to_the_bit_on_any_number_of_threads():
+    """XLA divides a contraction over 2,049 tokens differently on 1 and on 8 threads."""
+    run = lambda threads: subprocess.run(
+        [sys.executable, "-c", GRAM], env=os.environ | {"NPROC": threads}, capture_output=True, text=True, check=True
+    )
+    assert run("1").stdout == run("8").stdout
+
+
+def test_a_gram_is_the_sum_over_all_tokens():
+    rows = np.random.default_rng(0).normal(size=(2, 259, 5)).astype(np.float32)
+    exact = np.einsum("btk,btl->bkl", rows, rows, dtype=np.float64)
+    np.testing.assert_allclose(_gram(jnp.asarray(rows)), exact, rtol=1e-5, atol=1e-4)
