@@ -20,7 +20,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MEGABYTE = 10**6
-ROOF = {"mpq/cli.py", "mpq/commands.py"}
+ROOF = {"mpq/cli.py", "mpq/commands.py", "mpq/commands_activations.py"}
 
 # Import names of distributions that are called otherwise.
 DISTRIBUTION = {"orbax": "orbax-checkpoint", "huggingface_hub": "huggingface-hub", "ml_dtypes": "ml-dtypes"}
