@@ -5,24 +5,19 @@ one JSON object.
 """
 
 import errno
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from mpq import commands, commands_activations, commands_export, commands_scores, show, show_inspection
 from mpq.activations import KEYS_AND_VALUES
-from mpq.progress import shown
+from mpq.cli_answer import Json, Out, Source, answer
+from mpq.cli_gguf import gguf
 from mpq.request import Request
 from mpq.types import MpqError
-
-Out = Annotated[Path, tyro.conf.arg(aliases=["-o"], help="file or folder to write")]
-Source = tyro.conf.Positional[str]
-Json = Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(help="print one JSON object")]
 
 
 def inspect(
@@ -44,7 +39,7 @@ def inspect(
       json: print one JSON object.
     """
     show = lambda body, console: show_inspection.inspection(body, console, every=all)
-    _answer(lambda: commands.inspect(model, strict=strict, bpw=bpw), json, show)
+    answer(lambda: commands.inspect(model, strict=strict, bpw=bpw), json, show)
 
 
 def calibrate(
@@ -72,7 +67,7 @@ def calibrate(
       json: print one JSON object.
     """
     text = commands.Data(data, window, max_windows, batch_size)
-    _answer(lambda: commands.calibrate(model, text, out, of, keys_values), json, commands.show_written)
+    answer(lambda: commands.calibrate(model, text, out, of, keys_values), json, commands.show_written)
 
 
 def ranges(
@@ -91,7 +86,7 @@ def ranges(
       picture: of the histograms and ranges, to write (.png or .svg).
       json: print one JSON object.
     """
-    _answer(lambda: commands_activations.ranges(files, out, schemes, picture), json, show.ranges)
+    answer(lambda: commands_activations.ranges(files, out, schemes, picture), json, show.ranges)
 
 
 def sensitivity(
@@ -141,12 +136,12 @@ def sensitivity(
     text = commands.Data(data, window, max_windows, batch_size)
     if of == "weights":
         compute = lambda: commands_scores.sensitivity(model, text, out, metric, method, stats, schemes, seed, race)
-        _answer(compute, json, show.table)
+        answer(compute, json, show.table)
         return
     if method != "rtn" or stats is not None or race:
         raise MpqError(f"--method, --stats and --race are of weights: leave them out with --of {of}")
     compute = lambda: commands_scores.activations(model, text, out, of, metric, schemes, seed, keys_values, head_dim)
-    _answer(compute, json, show.activations)
+    answer(compute, json, show.activations)
 
 
 def interactions(
@@ -180,7 +175,7 @@ def interactions(
       json: print one JSON object.
     """
     text = commands.Data(data, window, max_windows, batch_size)
-    _answer(
+    answer(
         lambda: commands_scores.interactions(model, text, out, method, stats, schemes, num_probes, seed),
         json,
         show.interactions,
@@ -225,7 +220,7 @@ def allocate(
     """
     limits = (max_bops, activation_bits, latency, max_latency_us, interactions)
     ask = lambda: Request(bpw, size, max_kl, pin, only, rules, *limits)
-    _answer(lambda: commands.allocate(Path(table), out, ask(), frontier), json, commands.show_plan)
+    answer(lambda: commands.allocate(Path(table), out, ask(), frontier), json, commands.show_plan)
 
 
 def quantize(
@@ -264,7 +259,7 @@ def quantize(
     """
     text = None if data is None else commands.Data(data, window, max_windows, batch_size)
     quantize = lambda: commands.quantize(model, plan, out, text, stats, method, distill, ranges, keys_values)
-    _answer(quantize, json, commands.show_written)
+    answer(quantize, json, commands.show_written)
 
 
 def export(model: Source, out: Out, to: str = "gguf", json: Json = False) -> None:
@@ -276,7 +271,7 @@ def export(model: Source, out: Out, to: str = "gguf", json: Json = False) -> Non
       to: gguf, for llama.cpp.
       json: print one JSON object.
     """
-    _answer(lambda: commands_export.export(Path(model), to, out), json, commands.show_written)
+    answer(lambda: commands_export.export(Path(model), to, out), json, commands.show_written)
 
 
 def evaluate(
@@ -300,7 +295,7 @@ def evaluate(
       json: print one JSON object.
     """
     text = commands.Data(data, window, max_windows, batch_size)
-    _answer(lambda: commands.evaluate(model, text, reference), json, commands.show_evaluation)
+    answer(lambda: commands.evaluate(model, text, reference), json, commands.show_evaluation)
 
 
 def run(
@@ -322,7 +317,7 @@ def run(
       json: print one JSON object.
     """
     overrides = [f"{key}={value}" for key, value in (("model", model), ("data", data)) if value is not None]
-    _answer(lambda: commands.run(config, [*overrides, *set], out), json, commands.show_run)
+    answer(lambda: commands.run(config, [*overrides, *set], out), json, commands.show_run)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -334,6 +329,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "allocate": allocate,
     "quantize": quantize,
     "export": export,
+    "gguf": gguf,
     "evaluate": evaluate,
     "run": run,
 }
@@ -351,17 +347,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         _fail(f"cannot write {error.filename or ''!r} ({error.strerror}): free some space or choose another folder")
-
-
-def _answer(
-    compute: Callable[[], dict[str, Any]], as_json: bool, show: Callable[[dict[str, Any], Console], None]
-) -> None:
-    with shown():
-        result = compute()
-    if as_json:
-        sys.stdout.write(json.dumps(result) + "\n")
-    else:
-        show(result, Console())
 
 
 def _fail(sentence: str) -> None:

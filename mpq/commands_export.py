@@ -4,8 +4,15 @@ from pathlib import Path
 from typing import Any
 
 from mpq.config import known
+from mpq.data.sources import read_sets
 from mpq.export import orbax
 from mpq.gguf import export as gguf
+from mpq.gguf.container import require_gguf
+from mpq.gguf.export import decoder_of
+from mpq.gguf.search import Options, Search, Target, best_file
+from mpq.models import load
+from mpq.pipeline import score_store
+from mpq.sensitivity import METRICS
 
 TARGETS = {"gguf": gguf}
 
@@ -15,3 +22,14 @@ def export(source: Path, to: str, out: Path) -> dict[str, Any]:
     known("format", to, TARGETS)
     written = TARGETS[to].save(out, orbax.load(source), source.name)
     return {"out": str(out), "to": to, "size_bytes": written}
+
+
+def best(source: str, data: str, out: Path, target: Target, options: Options) -> dict[str, Any]:
+    """The best GGUF file within the target; finished scores lie by content in `scores` beside it."""
+    require_gguf()
+    known("metric", options.metric, METRICS)
+    model = load(source)
+    decoder_of(model.config)
+    sets = read_sets(model, data, window=options.window, limits=options.limits, windows_per_document=4)
+    search = Search(model, sets, out.stem, options, score_store(out.parent / "scores"))
+    return best_file(search, target, out)

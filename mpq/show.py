@@ -147,6 +147,34 @@ def run(body: dict[str, Any], console: Console) -> None:
     console.print(f"run folder: {body['run']}  (report.html, frontier.png, plan.json, quantized/)")
 
 
+def gguf(body: dict[str, Any], console: Console) -> None:
+    """What was considered for a file, and what was written."""
+    columns = ("plan", "bytes", "KL predicted", "KL on the selection set", "types")
+    rows = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    rows.title, rows.columns[1].justify = f"within {body['budget_bytes']:,} bytes, nats per token", "right"
+    for row in body["plans"]:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(row["types"].items(), key=lambda item: -item[1]))
+        predicted = "" if row["predicted_kl"] is None else _with_error(row["predicted_kl"], row["predicted_stderr"])
+        kl = _with_error(row["selection_kl"], row["selection_stderr"])
+        style = "bold" if row["plan"] == body["plan"] else ""
+        rows.add_row(row["plan"], f"{row['file_bytes']:,}", predicted, kl, kinds, style=style)
+    console.print(rows)
+    measured = body["measured"]
+    console.print(
+        f"{body['plan']} is written to {body['out']}: {body['size_bytes']:,} bytes, {body['bits_per_weight']:.3f} bits "
+        f"per weight; read back, on unseen text: KL {_with_error(measured['kl'], measured['kl_stderr'])} nats per "
+        f"token, same top-1 {100 * measured['top1_agreement']:.1f} %",
+        markup=False,
+        highlight=False,
+    )
+    if rival := body.get("rival"):
+        difference = _with_error(rival["difference"], rival["stderr"])
+        share = f"{100 * rival['difference'] / rival['kl']:+.0f} %"
+        console.print(
+            f"{rival['plan']}, rounded alike, has KL {rival['kl']:.4g} there: a difference of {difference} ({share})"
+        )
+
+
 def _plans_table(method: str, task: dict[str, str], plans: list[dict[str, Any]]) -> Table:
     quality, agreement = task["quality"], task["agreement"]
     columns = ("plan", "bpw", "MB", "KL, nats", "±", quality, _spelled(agreement))

@@ -101,10 +101,11 @@ _TOKENIZERS = {
 }
 
 
-def random_model(name: str) -> Model:
-    """The model of `CONFIGS[name]` with random parameters, large enough that every layer matters."""
-    family = FAMILIES[CONFIGS[name]["model_type"]]
-    config = CONFIGS[name] | {"architectures": list(family.architectures)}
+def random_model(name: str, config: dict | None = None) -> Model:
+    """The model of `CONFIGS[name]` or another config, its parameters random and large enough that all layers matter."""
+    config = config or CONFIGS[name]
+    family = FAMILIES[config["model_type"]]
+    config = config | {"architectures": list(family.architectures)}
     apply, shapes = functional(nnx.eval_shape(lambda: family.build(family.parse(config))))
     rng = np.random.default_rng(0)
     params = {}

@@ -45,7 +45,7 @@ def predicted_bytes(architecture: str, metadata: Mapping[str, Value], tensors: S
     pairs = {"general.architecture": architecture, **metadata}
     size = 4 + 4 + 8 + 8 + sum(_text(key) + 4 + _value(value) for key, value in pairs.items())
     size += sum(_text(t.name) + 4 + 8 * len(t.shape) + 4 + 8 for t in tensors)
-    return _aligned(size) + sum(_aligned(t.nbytes) for t in tensors)
+    return aligned(size) + sum(aligned(t.nbytes) for t in tensors)
 
 
 def write(
@@ -117,5 +117,6 @@ def _value(value: Value) -> int:
     return 1 if isinstance(value, bool) else 4
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """Bytes that so many take in the file, with what fills them up."""
     return math.ceil(size / ALIGNMENT) * ALIGNMENT

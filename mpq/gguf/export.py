@@ -7,6 +7,8 @@ rows, nothing is rounded again. What else differs between the two is in `mpq.ggu
 """
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +19,8 @@ from mpq.gguf.container import Tensor, Value, predicted_bytes, require_gguf, wri
 from mpq.gguf.layouts import pack, require_ggml, row_bytes
 from mpq.gguf.names import ROPE_DIVISORS, gguf_name
 from mpq.gguf.tokenizer import tokenizer_metadata
-from mpq.models import FAMILIES, find_family
+from mpq.models import FAMILIES, Model, find_family
+from mpq.models.checkpoint import DTYPES
 from mpq.models.decoders.config import DecoderConfig
 from mpq.types import MpqError, QTensor, Scheme, WeightSpec
 
@@ -43,9 +46,22 @@ def save(path: str | os.PathLike[str], exported: Exported, name: str) -> int:
     return write(path, architecture_of(exported.config).name, metadata(exported, name), tensors(exported))
 
 
-def size_bytes(exported: Exported, name: str) -> int:
-    """Bytes of the file that `save` writes. Raises as it does."""
-    return predicted_bytes(architecture_of(exported.config).name, metadata(exported, name), tensors(exported))
+def size_bytes(exported: Exported, name: str, choice: Mapping[str, Scheme] | None = None) -> int:
+    """Bytes of the file that `save` writes; with `choice`, were the weights at these schemes. Raises as it does."""
+    return predicted_bytes(architecture_of(exported.config).name, metadata(exported, name), tensors(exported, choice))
+
+
+def in_memory(model: Model, weights: tuple[WeightSpec, ...], qtensors: Mapping[str, QTensor]) -> Exported:
+    """What `mpq.export.orbax` would write and read back, without the disk; for sizes alone `qtensors` may be empty."""
+    covered = {spec.param for spec in weights}
+    kept = {
+        path: np.asarray(param.astype(DTYPES[model.stored[path]]))
+        for path, param in model.params.items()
+        if path not in covered
+    }
+    shapes = {path: (tuple(param.shape), str(param.dtype)) for path, param in model.params.items()}
+    tokenizer = None if model.tokenizer is None else model.tokenizer.to_str()
+    return Exported({}, dict(model.config), tokenizer, weights, dict(qtensors), kept, shapes)
 
 
 def metadata(exported: Exported, name: str) -> dict[str, Value]:
@@ -65,8 +81,12 @@ def metadata(exported: Exported, name: str) -> dict[str, Value]:
     return values | ({} if template is None else {"tokenizer.chat_template": template})
 
 
-def tensors(exported: Exported) -> list[Tensor]:
+def tensors(exported: Exported, choice: Mapping[str, Scheme] | None = None) -> list[Tensor]:
     """The tensors of the file, in the order of the model's parameters.
+
+    Args:
+      exported: a quantized model.
+      choice: path -> scheme; then the quantized weights are not needed before a tensor's data are.
 
     Raises:
       MpqError: a parameter has no name in GGUF, or a weight a scheme that ggml has not.
@@ -77,7 +97,9 @@ def tensors(exported: Exported) -> list[Tensor]:
     for path in exported.shapes:
         name, order = gguf_name(path, decoder.residual == "sandwich"), head_order(path, decoder, architecture)
         if path in specs:
-            found.append(_weight(name, specs[path], exported.qtensors[specs[path].path], order))
+            spec = specs[path]
+            scheme = exported.qtensors[spec.path].scheme if choice is None else choice[spec.path]
+            found.append(_weight(name, spec, scheme, exported.qtensors, order))
         else:
             found.append(_float32(name, np.asarray(exported.params[path], np.float32), path, architecture))
     if (divisors := rope_divisors(decoder)) is not None:
@@ -91,15 +113,17 @@ def _float32(name: str, value: np.ndarray, path: str, architecture: Architecture
     return Tensor(name, "f32", value.shape, value.nbytes, lambda: value)
 
 
-def _weight(name: str, spec: WeightSpec, qtensor: QTensor, order: np.ndarray | None) -> Tensor:
-    scheme = qtensor.scheme
+def _weight(
+    name: str, spec: WeightSpec, scheme: Scheme, qtensors: Mapping[str, QTensor], order: np.ndarray | None
+) -> Tensor:
     try:
         require_ggml(scheme, spec.k)
     except MpqError as error:
         raise MpqError(f"weight {spec.path} cannot be written: {error}") from error
 
     def data() -> np.ndarray:
-        parts = {part: np.asarray(getattr(qtensor, part))[0] for part in scheme.part_bits(spec.k, spec.n)}
+        stored = scheme.part_bits(spec.k, spec.n)
+        parts = {part: np.asarray(getattr(qtensors[spec.path], part))[0] for part in stored}
         rows = pack(parts, scheme)
         return rows if order is None else np.ascontiguousarray(rows[order])
 
@@ -111,5 +135,15 @@ def kind_of(scheme: Scheme) -> str:
     return str(scheme) if scheme.blocks is not None else FLOAT_TYPES[str(scheme)]
 
 
+def decoder_of(config: Mapping[str, Any]) -> DecoderConfig:
+    """The shape of a model that GGUF has a place for.
+
+    Raises:
+      MpqError: it has none.
+    """
+    architecture_of(config)
+    return find_family(config, FAMILIES).parse(config)
+
+
 def _decoder(exported: Exported) -> tuple[Architecture, DecoderConfig]:
-    return architecture_of(exported.config), find_family(exported.config, FAMILIES).parse(exported.config)
+    return architecture_of(exported.config), decoder_of(exported.config)
