@@ -1,9 +1,12 @@
 """`mpq gguf`: the one command that goes from a model to the best file for llama.cpp."""
 
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from mpq import commands_export, show
 from mpq.cli_answer import Json, Out, Source, answer
+from mpq.request import rules
 
 
 def gguf(
@@ -14,6 +17,7 @@ def gguf(
     bpw: float | None = None,
     like: str | None = None,
     types: tuple[str, ...] = (),
+    pin: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="REGEX=TYPE")] = (),
     metric: str = "fisher",
     refine: int = 0,
     window: int | None = None,
@@ -37,6 +41,7 @@ def gguf(
       bpw: most bits per quantized weight.
       like: no more bytes than llama.cpp's Q2_K, Q3_K_M, Q4_K_M, Q5_K_M or Q6_K.
       types: of ggml, to choose among; default: q2_k to q8_0 and iq4_xs, or those with small blocks where rows do.
+      pin: the type of every weight whose path the pattern matches; may be repeated.
       metric: that predicts losses, as of `mpq sensitivity`.
       refine: most rounds of a search on measured plans after the exact solution.
       window: tokens a window; default 256, or the model's context if that is shorter.
@@ -51,7 +56,7 @@ def gguf(
     windows = (max_windows, statistics_windows, refine, window, selection_windows, test_windows, batch_size)
 
     def compute() -> dict[str, Any]:
-        options = commands_export.Options(types, metric, *windows, seed)
+        options = commands_export.Options(types, metric, *windows, seed, rules("--pin", pin, "lm_head.*=q6_k", str))
         return commands_export.best(model, data, out, commands_export.Target(size, bpw, like), options)
 
     answer(compute, json, show.gguf)

@@ -81,7 +81,7 @@ class Request:
         Raises:
           MpqError: not of the form REGEX=SCHEME, or a pattern given twice.
         """
-        return _rules("--pin", self.pin, "lm_head.*=int8_channel", str)
+        return rules("--pin", self.pin, "lm_head.*=int8_channel", str)
 
     @property
     def sets(self) -> dict[str, list[str]]:
@@ -90,7 +90,7 @@ class Request:
         Raises:
           MpqError: not of the form REGEX=SCHEME,SCHEME, or a pattern given twice.
         """
-        return _rules("--only", self.only, "layers.0.*=int4_g64,int8_channel", lambda text: text.split(","))
+        return rules("--only", self.only, "layers.0.*=int4_g64,int8_channel", lambda text: text.split(","))
 
     def rules_for(self, choices: Mapping[str, Scheme], weights: Sequence[WeightSpec]) -> dict[Path, Any]:
         """File -> the rules to write there.
@@ -148,13 +148,18 @@ class Request:
         return solve_constrained(problem, bits, limits)
 
 
-def _rules(flag: str, texts: tuple[str, ...], example: str, value: Callable[[str], Value]) -> dict[str, Value]:
-    rules: dict[str, Value] = {}
+def rules(flag: str, texts: tuple[str, ...], example: str, value: Callable[[str], Value]) -> dict[str, Value]:
+    """Pattern -> what is behind the last `=` of a text.
+
+    Raises:
+      MpqError: a text is not of that form, or a pattern is given twice.
+    """
+    found: dict[str, Value] = {}
     for text in texts:
         pattern, separator, schemes = text.rpartition("=")  # a regular expression may hold one, a scheme does not
         if not (separator and pattern and schemes):
             raise MpqError(f"{flag} {text!r} is not a pattern and schemes: write for instance '{example}'")
-        if pattern in rules:
+        if pattern in found:
             raise MpqError(f"{flag} {pattern!r} is given twice: keep one of them")
-        rules[pattern] = value(schemes)
-    return rules
+        found[pattern] = value(schemes)
+    return found

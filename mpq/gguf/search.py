@@ -73,6 +73,7 @@ class Options:
 
     Attributes:
       types: candidates; those of `K_QUANTS` and `SMALL_BLOCKS` that fit where there are none.
+      pins: pattern of the paths of weights -> the type they must have.
       metric: that predicts losses; on `windows` windows, `statistics_windows` others make the grams of GPTQ.
       refine_rounds: most rounds of a search on measured plans after the exact solution.
       window: tokens.
@@ -91,6 +92,7 @@ class Options:
     test_windows: int = 64
     batch_size: int = 8
     seed: int = 0
+    pins: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def limits(self) -> dict[str, int]:
@@ -160,7 +162,7 @@ class Search:
     @functools.cached_property
     def problem(self) -> Problem:
         """The knapsack of the file's bytes."""
-        return file_problem(self.table, self.bytes_beside)
+        return file_problem(self.table, self.bytes_beside, self.options.pins)
 
     @functools.cached_property
     def bytes_beside(self) -> int:
@@ -252,11 +254,11 @@ class Search:
         return Reference(self.model, self.sets[which], min(self.options.batch_size, len(self.sets[which].inputs)))
 
 
-def file_problem(table: SensitivityTable, bytes_beside: int) -> Problem:
+def file_problem(table: SensitivityTable, bytes_beside: int, pins: Mapping[str, str] | None = None) -> Problem:
     """The knapsack of a file: every weight on its own, for llama.cpp fuses none, and sizes as they lie in the file."""
     weights = tuple(dataclasses.replace(w, group=w.path) for w in table.weights)
     alone = dataclasses.replace(table, weights=weights)
-    problem = Problem.from_table(alone, overhead_bits=8 * bytes_beside)
+    problem = Problem.from_table(alone, pins=pins, overhead_bits=8 * bytes_beside)
     size = lambda w, s: 8 * aligned(w.n * row_bytes(s, w.k)) if s.fits(w.k) else 0
     sizes = np.array([[size(w, s) for s in table.schemes] for w in weights], np.int64)
     return dataclasses.replace(problem, size_bits=sizes)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
+from experiments.llama_cpp import LlamaCpp, quantize_rows
 from mpq.export.orbax import Exported
 from mpq.formats import parse_scheme
 from mpq.formats.ggml import GGML_SCHEMES
@@ -17,7 +18,6 @@ from mpq.models import Model, load
 from mpq.quantize import RTN
 from mpq.types import QTensor
 from tests.gguf_cases import CONFIGS, quantized, random_model
-from tests.parity.llama_cpp import LlamaCpp, quantize
 
 pytestmark = pytest.mark.parity
 
@@ -152,7 +152,7 @@ def test_rounding_loses_no_more_than_llama_cpp_s_own(reference, name):
         return float((weight[:, None] * difference**2).sum())
 
     for weight in (None, importance):
-        rows = quantize(w, GGMLQuantizationType[name.upper()], row_bytes(scheme, len(w)), weight)
+        rows = quantize_rows(w, GGMLQuantizationType[name.upper()], row_bytes(scheme, len(w)), weight)
         arrays = {part: jnp.asarray(array)[None] for part, array in unpack(rows, scheme, len(w)).items()}
         theirs = QTensor(**arrays, zero_point=None, scheme=scheme)
         gram = None if weight is None else jnp.diag(jnp.asarray(weight))[None]
