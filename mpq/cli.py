@@ -48,6 +48,7 @@ def calibrate(
     out: Out,
     of: str = "weights",
     keys_values: str = KEYS_AND_VALUES,
+    imatrix: Path | None = None,
     window: int | None = None,
     max_windows: int = 64,
     batch_size: int = 8,
@@ -61,13 +62,14 @@ def calibrate(
       out: file of statistics to write.
       of: weights; or ranges of activations, of kv, cached keys and values, or of both.
       keys_values: regular expression for the weights that make keys and values.
+      imatrix: also write what llama-quantize takes of them, an importance matrix.
       window: tokens a window; default 256, or the model's context if that is shorter.
       max_windows: use the first so many.
       batch_size: windows a batch.
       json: print one JSON object.
     """
     text = commands.Data(data, window, max_windows, batch_size)
-    answer(lambda: commands.calibrate(model, text, out, of, keys_values), json, commands.show_written)
+    answer(lambda: commands.calibrate(model, text, out, of, keys_values, imatrix), json, commands.show_written)
 
 
 def ranges(
@@ -246,7 +248,7 @@ def quantize(
         beside it int4_g32+int8_token+int8_head; or w8a8, w8a8_static, w4a8, w4a8_static, w4a4.
       out: folder to write.
       data: calibration text, or `reference`; all methods but rtn and hqq need it or `stats`.
-      stats: what `mpq calibrate` wrote.
+      stats: what `mpq calibrate` wrote, or an importance matrix of llama.cpp.
       method: rounding algorithm: gptq, gptq_act_order, best, signround, hqq or rtn.
       distill: steps of training codes, scales and zero points to the outputs of the original on the text; interrupted,
         it continues when typed again.

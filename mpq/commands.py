@@ -22,6 +22,7 @@ from mpq.export import orbax, rules
 from mpq.export.arguments import export_arguments
 from mpq.files import read_json
 from mpq.formats import parse_scheme
+from mpq.gguf.imatrix import stats_of, write_imatrix
 from mpq.gguf.load import open_gguf
 from mpq.gguf.reader import is_gguf
 from mpq.inputs import Dataset, Tokens
@@ -72,16 +73,24 @@ def inspect(model_source: str, *, strict: bool, bpw: tuple[str, ...] = ()) -> di
     return inspect_model(model_source, strict=strict, bpw=parse_bpw(bpw))
 
 
-def calibrate(model_source: str, text: Data, out: Path, of: str, keys_values: str) -> dict[str, Any]:
-    """Statistics of every weight's input, or ranges of activations and of the KV cache."""
+def calibrate(
+    model_source: str, text: Data, out: Path, of: str, keys_values: str, imatrix: Path | None = None
+) -> dict[str, Any]:
+    """Statistics of every weight's input, also as an importance matrix; or ranges of activations and KV cache."""
     known("kind of row", of, dict.fromkeys(("weights", *commands_activations.OF)))
+    if of != "weights" and imatrix is not None:
+        raise MpqError(f"an importance matrix is of weights: leave --imatrix out with --of {of}")
     model = load(model_source)
     data = text.dataset(model, "calibration")
+    traced = text.trace(model)
     if of != "weights":
-        return commands_activations.calibrate(model, text.trace(model), data, text.batch_size, out, of, keys_values)
-    stats = run_calibration(text.trace(model), model.params, data, text.batch_size)
+        return commands_activations.calibrate(model, traced, data, text.batch_size, out, of, keys_values)
+    stats = run_calibration(traced, model.params, data, text.batch_size)
     artifacts.save_stats(out, stats, model.digest, data)
-    return {"out": str(out), "weights": len(stats), "num_rows": len(data.inputs), "size_bytes": out.stat().st_size}
+    body = {"out": str(out), "weights": len(stats), "num_rows": len(data.inputs), "size_bytes": out.stat().st_size}
+    if imatrix is None:
+        return body
+    return body | {"imatrix": str(imatrix), "imatrix_bytes": write_imatrix(imatrix, traced.weights, stats, text.source)}
 
 
 def allocate(table_path: Path, out: Path, request: Request, picture: Path | None) -> dict[str, Any]:
@@ -209,12 +218,19 @@ def make_candidates(
     """Quantized weights; statistics come from the file, else from the text; some algorithms need none."""
     collected: dict[str, LayerStats] = {}
     if stats is not None:
-        collected, _ = artifacts.load_stats(stats, model.digest)
+        collected, _ = read_stats(stats, model, traced)
     elif QUANTIZERS[method].data_aware:
         if data is None:
             raise MpqError(f"method {method!r} needs calibration: give --data TEXT or --stats FILE")
         collected = run_calibration(traced, model.params, data, batch_size)
     return Candidates(model.params, traced.weights, QUANTIZERS[method], collected)
+
+
+def read_stats(path: Path, model: Model, traced: Trace) -> tuple[dict[str, LayerStats], frozenset[str]]:
+    """What `mpq calibrate` wrote, or an importance matrix of llama.cpp, which does not say what windows it saw."""
+    if path.suffix == ".dat" or is_gguf(str(path)):
+        return stats_of(path, traced.weights), frozenset()
+    return artifacts.load_stats(path, model.digest)
 
 
 def _plan(text: str, model: Model, traced: Trace, keys_values: str, head_dim: int | None) -> artifacts.Plan:

@@ -16,7 +16,7 @@ from mpq.activations import (
     save_activation_table,
 )
 from mpq.budget import budget_bits
-from mpq.commands import Data, make_candidates
+from mpq.commands import Data, make_candidates, read_stats
 from mpq.config import known
 from mpq.data import divide, take, unseen
 from mpq.formats import parse_scheme
@@ -156,7 +156,7 @@ def _apart(model: Model, traced: Trace, text: Data, method: str, stats: Path | N
     elif stats is None:
         data, rest = divide(more(STATISTICS_WINDOWS).dataset(model, "calibration"), text.max_windows)
     else:
-        _, seen = artifacts.load_stats(stats, model.digest)
+        _, seen = read_stats(stats, model, traced)
         rest = unseen(more(len(seen)).dataset(model, "calibration"), seen, str(stats))
         data = take(rest, text.max_windows)
     return data, make_candidates(model, traced, method, rest, stats, text.batch_size)
