@@ -102,6 +102,7 @@ def sensitivity(
     schemes: tuple[str, ...] = (),
     keys_values: str = KEYS_AND_VALUES,
     head_dim: int | None = None,
+    ranges: Path | None = None,
     window: int | None = None,
     max_windows: int = 16,
     batch_size: int = 8,
@@ -127,6 +128,7 @@ def sensitivity(
       schemes: candidates; of activations such as int8_token, of kv int4_head_asym. Default: a few usual ones.
       keys_values: regular expression for the weights that make keys and values.
       head_dim: features of an attention head, where the model does not show it.
+      ranges: of static schemes of activations, what `mpq calibrate` wrote; else calibrated on the data.
       window: tokens a window; default 256, or the model's context if that is shorter.
       max_windows: use the first so many.
       batch_size: windows a batch.
@@ -142,7 +144,8 @@ def sensitivity(
         return
     if method != "rtn" or stats is not None or race:
         raise MpqError(f"--method, --stats and --race are of weights: leave them out with --of {of}")
-    compute = lambda: commands_scores.activations(model, text, out, of, metric, schemes, seed, keys_values, head_dim)
+    rows = (keys_values, head_dim, ranges)
+    compute = lambda: commands_scores.activations(model, text, out, of, metric, schemes, seed, *rows)
     answer(compute, json, show.activations)
 
 
@@ -198,6 +201,10 @@ def allocate(
     latency: Path | None = None,
     max_latency_us: float | None = None,
     interactions: Path | None = None,
+    activations: Path | None = None,
+    kv: Path | None = None,
+    context: int = 2048,
+    sequences: int = 1,
     frontier: Path | None = None,
     json: Json = False,
 ) -> None:
@@ -217,11 +224,15 @@ def allocate(
       latency: table {"kxn": {"scheme": microseconds}} as JSON, measured on the device.
       max_latency_us: most microseconds by that table.
       interactions: what `mpq interactions` wrote of the same candidates: losses of pairs count too.
+      activations: what `mpq sensitivity --of activations` wrote: a scheme for these too; max-bops counts their bits.
+      kv: what `mpq sensitivity --of kv` wrote: a scheme for every part of the KV cache; its bytes count in the size.
+      context: tokens that the cache holds.
+      sequences: of so many tokens each.
       frontier: picture of the whole frontier to write (.png or .svg).
       json: print one JSON object.
     """
     limits = (max_bops, activation_bits, latency, max_latency_us, interactions)
-    ask = lambda: Request(bpw, size, max_kl, pin, only, rules, *limits)
+    ask = lambda: Request(bpw, size, max_kl, pin, only, rules, *limits, activations, kv, context, sequences)
     answer(lambda: commands.allocate(Path(table), out, ask(), frontier), json, commands.show_plan)
 
 

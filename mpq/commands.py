@@ -99,14 +99,24 @@ def allocate(table_path: Path, out: Path, request: Request, picture: Path | None
     beside = int(body["other_bits"])
     matched = request.matched([w.path for w in table.weights])
     problem = request.problem(table, beside)
-    limits = request.limits(problem)
+    if request.is_joint:
+        joint = request.joint(problem, table.model_digest)
+        limits = [] if request.max_bops is None else [joint.bops(request.max_bops)]
+        problem = joint.problem
+    else:
+        joint, limits = None, request.limits(problem)
     allocation = request.solve(problem, limits, table)
     if limits or request.interactions is not None:
         beside_it = "keeps to limits beside the size" if limits else "counts losses of pairs"
         sure = unknown(f"the plan {beside_it}, with which resamples are not solved")
     else:
         sure = certainty(problem, allocation.choice, allocation.budget_bits, seed=0)
-    plan = artifacts.plan_of_allocation(request.name, allocation, table, beside)
+    chosen, more = allocation, {}
+    if joint is not None:
+        chosen = dataclasses.replace(allocation, choice=joint.weights(allocation.choice))
+        more = {"cache_bytes": joint.cache_bits(allocation.choice) // 8}
+    plan = artifacts.plan_of_allocation(request.name, chosen, table, beside)
+    plan = plan if joint is None else plan.with_activations(joint.activations(allocation.choice))
     files = request.rules_for(plan.choices, table.weights)
     artifacts.save_plan(out, plan)
     for path, written in files.items():
@@ -121,7 +131,7 @@ def allocate(table_path: Path, out: Path, request: Request, picture: Path | None
         {"name": limit.name, "unit": limit.unit, "limit": limit.limit, "reached": limit.of(problem, allocation)}
         for limit in limits
     ]
-    told = {"matched": matched, "limits": reached, "rules": [str(path) for path in files], "stability": sure}
+    told = {"matched": matched, "limits": reached, "rules": [str(path) for path in files], "stability": sure, **more}
     return {"out": str(out), **plan.to_json(), **told}
 
 
@@ -149,7 +159,7 @@ def quantize(
     if out.exists():
         raise MpqError(f"{out} exists already: choose another folder or remove it")
     data, batch_size = (text.dataset(model, "calibration"), text.batch_size) if text else (None, 1)
-    found = None if ranges is None else _ranges(ranges, model)
+    found = None if ranges is None else read_ranges(ranges, model)
     chosen, warnings = calibrated(plan.activations, model, traced, data, found, batch_size)
     candidates = make_candidates(model, traced, method, data, stats, batch_size)
     qtensors, told = candidates.choose(plan.choices), {}
@@ -247,7 +257,12 @@ def _plan(text: str, model: Model, traced: Trace, keys_values: str, head_dim: in
     return dataclasses.replace(artifacts.uniform_plan(scheme, model, traced.weights, rows), name=text)
 
 
-def _ranges(path: Path, model: Model) -> Mapping[str, ActivationRange]:
+def read_ranges(path: Path, model: Model) -> Mapping[str, ActivationRange]:
+    """Ranges of this model's activations, by path of the row.
+
+    Raises:
+      MpqError: no such file, or of another model.
+    """
     file = load_ranges(path)
     artifacts.require_model(path, file.model_digest, model.digest)
     return file.ranges

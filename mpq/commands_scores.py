@@ -11,12 +11,13 @@ from mpq import artifacts
 from mpq.activations import (
     ACTIVATION_METRICS,
     activation_rows,
+    calibrate_activations,
     kv_rows,
     parse_activation_scheme,
     save_activation_table,
 )
 from mpq.budget import budget_bits
-from mpq.commands import Data, make_candidates, read_stats
+from mpq.commands import Data, make_candidates, read_ranges, read_stats
 from mpq.config import known
 from mpq.data import divide, take, unseen
 from mpq.formats import parse_scheme
@@ -126,6 +127,7 @@ def activations(
     seed: int,
     keys_values: str,
     head_dim: int | None,
+    ranges: Path | None = None,
 ) -> dict[str, Any]:
     """The table of activations (`of` is `activations`) or of the KV cache (`kv`); scores are kept as for weights."""
     known("kind of row", of, SCHEMES)
@@ -136,7 +138,12 @@ def activations(
     traced = text.trace(model)
     rows = activation_rows(traced) if of == "activations" else kv_rows(traced, keys_values, head_dim)
     options = _options(text, out, seed)
-    table = measure(model, traced, rows, parsed, data, **options)
+    static = any(scheme.static is not None for scheme in parsed)
+    if static and ranges is None:
+        found = calibrate_activations(model, traced, rows, data, batch_size=text.batch_size)
+    else:
+        found = {} if ranges is None else read_ranges(ranges, model)
+    table = measure(model, traced, rows, parsed, data, **options, ranges=found)
     save_activation_table(out, table)
     return {
         "out": str(out),

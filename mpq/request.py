@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mpq.activations.joint import Joint, joint_problem
+from mpq.activations.table import load_activation_table
 from mpq.allocate import (
     Constraint,
     Problem,
@@ -15,7 +17,7 @@ from mpq.allocate import (
     solve_frontier,
     solve_quadratic,
 )
-from mpq.artifacts import load_interactions
+from mpq.artifacts import load_interactions, require_model
 from mpq.export.rules import RULES
 from mpq.files import read_json
 from mpq.types import Allocation, MpqError, Scheme, SensitivityTable, WeightSpec
@@ -39,6 +41,8 @@ class Request:
       latency: JSON file, `{"kxn": {scheme: microseconds}}`.
       max_latency_us: most microseconds by that table.
       interactions: what `mpq interactions` wrote, of the weights and schemes of the table.
+      activations, cache: what `mpq sensitivity --of activations` and `--of kv` wrote: these are chosen too, the cache
+        at `context` tokens of `sequences`; its bytes count in the budget.
     """
 
     bpw: float | None = None
@@ -52,6 +56,10 @@ class Request:
     latency: Path | None = None
     max_latency_us: float | None = None
     interactions: Path | None = None
+    activations: Path | None = None
+    cache: Path | None = None
+    context: int = 2048
+    sequences: int = 1
 
     def __post_init__(self) -> None:
         given = {"bpw": self.bpw, "size": self.size, "max-kl": self.max_kl}
@@ -66,6 +74,31 @@ class Request:
             )
         if self.interactions is not None and (self.max_bops, self.latency, self.max_kl) != (None, None, None):
             raise MpqError("--interactions goes with a size alone: give --bpw or --size, and no other limit")
+        if self.is_joint and (self.interactions is not None or self.latency is not None or self.rules):
+            raise MpqError(
+                "--activations and --kv go with a size, --max-kl and --max-bops: leave out --interactions, --latency "
+                "and --rules"
+            )
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether more than weights is chosen."""
+        return self.activations is not None or self.cache is not None
+
+    def joint(self, problem: Problem, model_digest: str) -> Joint:
+        """The problem of weights, activations and the KV cache.
+
+        Raises:
+          MpqError: a table is damaged or of another model, or the tables do not go together.
+        """
+        tables = [None if path is None else load_activation_table(path) for path in (self.activations, self.cache)]
+        for path, table, kind in zip((self.activations, self.cache), tables, ("activation", "kv"), strict=True):
+            if path is not None and table is not None:
+                require_model(path, table.model_digest, model_digest)
+                if any(row.kind != kind for row in table.activations):
+                    of = {"activation": "activations", "kv": "kv"}[kind]
+                    raise MpqError(f"{path} is no table of {of}: give what `mpq sensitivity --of {of}` wrote")
+        return joint_problem(problem, tables[0], tables[1], self.context * self.sequences)
 
     @property
     def name(self) -> str:

@@ -93,7 +93,13 @@ def plan(body: dict[str, Any], console: Console) -> None:
     unsure, share = body["stability"]["unsure"], body["stability"]["share"]
     for path, scheme in body["choices"].items():
         rows.add_row(path, f"{scheme} ≈ ({100 * share[path]:.0f} %)" if path in unsure else scheme)
+    if beside := body.get("activations"):
+        rows.add_section()
+        for path, row in beside.items():
+            rows.add_row(f"{path} ({'cache' if row['kind'] == 'kv' else 'input'})", row["scheme"])
     console.print(rows)
+    if body.get("cache_bytes"):
+        console.print(f"KV cache: {body['cache_bytes']:,} bytes")
     console.print(f"{'≈: ' if unsure else ''}{body['stability']['statement']}", markup=False)
     for rule, paths in body["matched"].items():
         console.print(f"{rule} matched {len(paths)}: {', '.join(paths)}", markup=False)

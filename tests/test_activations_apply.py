@@ -13,7 +13,7 @@ from mpq.activations import activation_rows, calibrate_activations, kv_rows, par
 from mpq.activations.apply import RoundedActivation, choose_activations, with_activations
 from mpq.activations.plans import PRESETS, split_plan
 from mpq.config import RunConfig
-from mpq.evaluate import score
+from mpq.evaluate import Reference, score
 from mpq.export import orbax
 from mpq.inputs import Arrays
 from mpq.models import load
@@ -227,8 +227,10 @@ def test_scores_of_a_rounded_model_do_not_depend_on_the_batching():
     rounding = with_activations(
         model, traced(model), choose_activations(dict.fromkeys(rows, parse_activation_scheme("int4_token")), {})
     )
-    kl = [score(rounding, model.params, data, reference=model.params, batch_size=size).summary().kl for size in (3, 7)]
+    scores = [score(rounding, model.params, data, reference=Reference(model, data, n), batch_size=0) for n in (3, 7)]
+    kl = [each.summary().kl for each in scores]
     assert kl[0] == pytest.approx(kl[1], rel=1e-5)
+    assert kl[0] > 0.01
 
 
 def test_a_run_measures_and_hands_out_plans_with_rounded_activations(place, tmp_path):

@@ -1,12 +1,14 @@
 """What the activation metrics share: their interface, and the table of what windows sum up."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import jax
 import numpy as np
 
-from mpq.activations.rows import ActivationSpec
+from mpq.activations.apply import RoundedActivation, choose_activations
+from mpq.activations.ranges import ActivationRange
+from mpq.activations.rows import ActivationSpec, require_schemes
 from mpq.activations.scheme import ActivationScheme
 from mpq.activations.table import ActivationTable
 from mpq.estimate import mean_over_documents, sums_over_documents
@@ -40,9 +42,26 @@ class ActivationMetric(Protocol):
         key: jax.Array,
         batch_size: int,
         store: Store | None = None,
+        ranges: Mapping[str, ActivationRange] | None = None,
     ) -> ActivationTable:
-        """Score every row at every scheme."""
+        """Score every row at every scheme; static ones take their ranges from `ranges`, by path of the row."""
         ...
+
+
+def rounded_rows(
+    rows: Sequence[ActivationSpec],
+    schemes: Sequence[ActivationScheme],
+    ranges: Mapping[str, ActivationRange] | None,
+) -> tuple[tuple[RoundedActivation, ...], ...]:
+    """Every row under every scheme: `[rows][schemes]`.
+
+    Raises:
+      MpqError: a scheme does not suit a row, or a static range cannot be told.
+    """
+    require_schemes(rows, schemes)
+    return tuple(
+        tuple(one for scheme in schemes for one in choose_activations({row: scheme}, ranges or {})) for row in rows
+    )
 
 
 def make_activation_table(
@@ -77,4 +96,5 @@ def make_activation_table(
         )
     stderr = np.where((windows == 0).all(axis=0), 0.0, stderr)  # what changes nothing costs nothing: that is certain
     digests = (model.digest, data.digest)
-    return ActivationTable(tuple(rows), tuple(schemes), mean, stderr, metric, "dynamic", *digests)
+    kinds = sorted({"dynamic" if scheme.static is None else "static" for scheme in schemes})
+    return ActivationTable(tuple(rows), tuple(schemes), mean, stderr, metric, " and ".join(kinds), *digests)

@@ -23,13 +23,16 @@ another expert, which no gradient sees; and interactions.
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpq.activations.base import make_activation_table
-from mpq.activations.rows import ActivationSpec, replacing, require_schemes
+from mpq.activations.apply import RoundedActivation
+from mpq.activations.base import make_activation_table, rounded_rows
+from mpq.activations.ranges import ActivationRange
+from mpq.activations.rows import ActivationSpec, replacing
 from mpq.activations.scheme import ActivationScheme, fake_quantize
 from mpq.activations.table import ActivationTable
 from mpq.files import digest_json
@@ -75,6 +78,7 @@ class ActivationFisher:
         key: jax.Array,
         batch_size: int,
         store: Store | None = None,
+        ranges: Mapping[str, ActivationRange] | None = None,
     ) -> ActivationTable:
         """Score every row at every scheme.
 
@@ -87,17 +91,21 @@ class ActivationFisher:
           key: sample m of window w uses only `fold_in(fold_in(key, m), w)`.
           batch_size: windows per pass.
           store: finished items, one a batch with all rows and schemes.
+          ranges: of static schemes, by path of the row.
 
         Raises:
-          MpqError: no output counts, a weight is not finite, a scheme does not suit a row, or outputs are not finite.
+          MpqError: no output counts, a weight is not finite, a scheme does not suit a row, a static range cannot be
+            told, or outputs are not finite.
         """
         counts = check_inputs(model, traced.weights, data)
-        require_schemes(rows, schemes)
+        chosen = rounded_rows(rows, schemes, ranges)
         label = f"{self.name}(num_samples={self.num_samples}, span={self.span})"
         shaped = telling_windows(traced.on((batch_size, *data.inputs.shape[1:])))
-        static = (shaped, tuple(rows), tuple(schemes), self.num_samples, self.span, model.task)
+        static = (shaped, tuple(rows), chosen, self.num_samples, self.span, model.task)
         inputs = measured_on(model, traced, data, batch_size) | {"item": f"activation_{label}"}
         inputs |= {"rows": digest_json(rows), "schemes": [*map(str, schemes)], "key": jax.random.key_data(key).tolist()}
+        if static_ends := [[one.low, one.high] for row in chosen for one in row if one.low is not None]:
+            inputs |= {"limits": static_ends}
 
         def halves(batch: Batch, counted: jax.Array, numbers: np.ndarray) -> np.ndarray:
             squares = _squares(*static, model.params, key, batch, counted, numbers)
@@ -114,7 +122,7 @@ class ActivationFisher:
 def _squares(
     traced: Trace,
     rows: tuple[ActivationSpec, ...],
-    schemes: tuple[ActivationScheme, ...],
+    chosen: tuple[tuple[RoundedActivation, ...], ...],
     num_samples: int,
     span: int | None,
     task: Task,
@@ -128,10 +136,10 @@ def _squares(
     spans = 1 if span is None or counted.ndim == 1 else -(-batch.inputs.shape[1] // span)
 
     def squares(batch: Batch, counted: jax.Array, windows: jax.Array) -> dict[str, jax.Array]:
-        zeros = {row.path: jnp.zeros((len(schemes), len(windows), spans)) for row in rows}
+        zeros = {row.path: jnp.zeros((len(chosen[0]), len(windows), spans)) for row in rows}
 
         def outputs_of(taps: Mapping[str, jax.Array]) -> jax.Array:
-            change = lambda row, x: _tap(schemes, rows[row].heads, x, taps[rows[row].path], batch.mask)
+            change = lambda row, x: _tap(chosen[row], x, taps[rows[row].path], batch.mask)
             return traced.evaluate(params, batch.inputs, replacing(rows, change)).astype(jnp.float32)
 
         outputs, pullback = jax.vjp(outputs_of, zeros)
@@ -147,41 +155,39 @@ def _squares(
     return in_windows(traced, squares, batch, counted, windows)
 
 
-def _tap_primal(
-    schemes: tuple[ActivationScheme, ...], heads: int, x: jax.Array, tap: jax.Array, real: jax.Array
-) -> jax.Array:
+def _tap_primal(chosen: tuple[RoundedActivation, ...], x: jax.Array, tap: jax.Array, real: jax.Array) -> jax.Array:
     """`x + sum over schemes of tap * dx`, where only `tap = 0` is ever asked for: `x`.
 
     Args:
-      schemes: give the rounding errors dx.
-      heads: of the value.
+      chosen: the row at every scheme, which give the rounding errors dx.
       x: `[batch, windows * time, width]`.
       tap: `[schemes, windows, spans]`, zeros.
       real: `bool[windows, ...]`.
     """
-    del schemes, heads, tap, real
+    del chosen, tap, real
     return x
 
 
 def _tap_forward(
-    schemes: tuple[ActivationScheme, ...], heads: int, x: jax.Array, tap: jax.Array, real: jax.Array
+    chosen: tuple[RoundedActivation, ...], x: jax.Array, tap: jax.Array, real: jax.Array
 ) -> tuple[jax.Array, Saved]:
-    return _tap_primal(schemes, heads, x, tap, real), (x, tap, real)
+    return _tap_primal(chosen, x, tap, real), (x, tap, real)
 
 
 def _tap_backward(
-    schemes: tuple[ActivationScheme, ...], heads: int, saved: Saved, g: jax.Array
+    chosen: tuple[RoundedActivation, ...], saved: Saved, g: jax.Array
 ) -> tuple[jax.Array, jax.Array, np.ndarray]:
     """The gradient itself, and for the tap `[schemes, windows, spans]`, the sum of g . dx over every span."""
     x, tap, real = saved
     values, gradient = x.astype(jnp.float32), g.astype(jnp.float32)
     products = []
-    for scheme in schemes:
-        error = fake_quantize(values, scheme.kind, scheme.top, heads=heads, real=real) - values
+    for one in chosen:
+        options: dict[str, Any] = {"heads": one.spec.heads, "real": real, "limits": one.limits}
+        error = fake_quantize(values, one.scheme.kind, one.scheme.top, **options) - values
         products.append((gradient * error).sum(axis=(0, 2)))
     s = in_spans(jnp.stack(products)[..., None], tap).sum(axis=(-2, -1))
     return g, s, np.zeros(real.shape, jax.dtypes.float0)
 
 
-_tap = jax.custom_vjp(_tap_primal, nondiff_argnums=(0, 1))
+_tap = jax.custom_vjp(_tap_primal, nondiff_argnums=(0,))
 _tap.defvjp(_tap_forward, _tap_backward)

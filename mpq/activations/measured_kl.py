@@ -18,15 +18,17 @@ Fails on: interactions. The sum over rows is the loss of rounding them all only 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpq.activations.base import make_activation_table
-from mpq.activations.rows import ActivationSpec, replacing, require_schemes
+from mpq.activations.apply import RoundedActivation
+from mpq.activations.base import make_activation_table, rounded_rows
+from mpq.activations.ranges import ActivationRange
+from mpq.activations.rows import ActivationSpec, replacing
 from mpq.activations.scheme import ActivationScheme, Kind, fake_quantize
 from mpq.activations.table import ActivationTable
 from mpq.evaluate import nan_if_any, require_finite, sum_counted
@@ -62,6 +64,7 @@ class ActivationKL:
         key: jax.Array,
         batch_size: int,
         store: Store | None = None,
+        ranges: Mapping[str, ActivationRange] | None = None,
     ) -> ActivationTable:
         """Measure every row at every scheme.
 
@@ -74,13 +77,15 @@ class ActivationKL:
           key: not used; the measurement is deterministic.
           batch_size: windows per forward pass.
           store: finished items, one per batch, row and scheme.
+          ranges: of static schemes, by path of the row.
 
         Raises:
-          MpqError: no output counts, a weight is not finite, a scheme does not suit a row, or outputs are not finite.
+          MpqError: no output counts, a weight is not finite, a scheme does not suit a row, a static range cannot be
+            told, or outputs are not finite.
         """
         del key
         counts = check_inputs(model, traced.weights, data)
-        require_schemes(rows, schemes)
+        chosen = rounded_rows(rows, schemes, ranges)
         shaped = telling_windows(traced.on((batch_size, *data.inputs.shape[1:])))
         measure = _Measure(model, shaped, tuple(rows), data.source)
         on = measured_on(model, traced, data, batch_size) | {"rows": digest_json(rows), "item": "activation_kl"}
@@ -92,8 +97,10 @@ class ActivationKL:
         total = len(starts) * len(rows) * len(schemes)
         for (start, batch), column, row in track(pairs, "activations kl", total):
             stop, scheme = min(start + batch_size, len(data.inputs)), schemes[column]
-            item = functools.partial(measure.divergences, batch, row, scheme, stop - start)
-            inputs = {"row": rows[row].path, "scheme": str(scheme), "windows": [start, stop]}
+            one = chosen[row][column]
+            item = functools.partial(measure.divergences, batch, row, one, stop - start)
+            inputs: dict[str, Any] = {"row": rows[row].path, "scheme": str(scheme), "windows": [start, stop]}
+            inputs |= {} if one.limits is None else {"limits": [one.low, one.high]}
             windows[start:stop, row, column] = kept(store, item, **on, **inputs)
         return make_activation_table(self.name, model, rows, schemes, data, counts, windows)
 
@@ -105,25 +112,33 @@ class _Measure:
         self._model, self._traced, self._rows, self._source = model, traced, rows, source
         self._kept: tuple[Batch, Kind, jax.Array] | None = None
 
-    def divergences(self, batch: Batch, row: int, scheme: ActivationScheme, windows: int) -> list[float]:
+    def divergences(self, batch: Batch, row: int, one: RoundedActivation, windows: int) -> list[float]:
         """Sum of KL over the outputs that count of the first so many windows, with one row rounded."""
-        p = self._original(batch, scheme.kind)
+        kind = one.scheme.kind
+        p = self._original(batch, kind)
         top = np.zeros(len(self._rows), np.float32)
-        top[row] = scheme.top
-        return self._sums(batch, p, self._outputs(batch, scheme.kind, top)).tolist()[:windows]
+        top[row] = one.scheme.top
+        limits = self._limits(kind)
+        if one.limits is not None:
+            limits[row][:] = one.low, one.high
+        return self._sums(batch, p, self._outputs(batch, kind, top, limits)).tolist()[:windows]
+
+    def _limits(self, kind: Kind) -> list[np.ndarray]:
+        """Room for the ends of every row, `float32[2, parts]`."""
+        return [np.zeros((2, row.heads if kind.granularity == "head" else 1), np.float32) for row in self._rows]
 
     def _original(self, batch: Batch, kind: Kind) -> jax.Array:
         if self._kept is None or self._kept[0] is not batch or self._kept[1] != kind:
             self._kept = None  # frees the old outputs before the new ones are made
-            p = self._outputs(batch, kind, np.zeros(len(self._rows), np.float32))
+            p = self._outputs(batch, kind, np.zeros(len(self._rows), np.float32), self._limits(kind))
             failed = nan_if_any(p, jnp.asarray(self._model.task.counted(batch.mask)))
             require_finite(np.asarray(failed), self._model.params, self._source)
             self._kept = batch, kind, p
         return self._kept[2]
 
-    def _outputs(self, batch: Batch, kind: Kind, top: np.ndarray) -> jax.Array:
-        model = self._model
-        return rounded_outputs(self._traced, self._rows, kind, model.task, model.params, batch.inputs, batch.mask, top)
+    def _outputs(self, batch: Batch, kind: Kind, top: np.ndarray, limits: list[np.ndarray]) -> jax.Array:
+        model, inputs = self._model, (batch.inputs, batch.mask)
+        return rounded_outputs(self._traced, self._rows, kind, model.task, model.params, *inputs, top, limits)
 
     def _sums(self, batch: Batch, p: jax.Array, q: jax.Array) -> np.ndarray:
         task = self._model.task
@@ -140,6 +155,7 @@ def rounded_outputs(
     inputs: jax.Array,
     mask: jax.Array,
     top: jax.Array,
+    limits: Sequence[jax.Array],
 ) -> jax.Array:
     """Distributions of the outputs with rows rounded. Compiles once for all rows and bits of a kind.
 
@@ -152,6 +168,7 @@ def rounded_outputs(
       inputs: `[windows, ...]`.
       mask: `bool[windows, ...]`, where they are real.
       top: `float32[rows]`, the largest code of every row, `ActivationScheme.top`; 0: the row is left as it is.
+      limits: `float32[2, parts]` of every row, ends of its range; of a dynamic kind they are not read.
 
     Returns:
       `float32[windows, ..., d]`.
@@ -159,7 +176,8 @@ def rounded_outputs(
 
     def outputs(inputs: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
         def change(row: int, x: jax.Array) -> jax.Array:
-            rounded = lambda x: fake_quantize(x, kind, top[row], heads=rows[row].heads, real=mask)
+            ends = (limits[row][0], limits[row][1])
+            rounded = lambda x: fake_quantize(x, kind, top[row], heads=rows[row].heads, real=mask, limits=ends)
             return jax.lax.cond(top[row] > 0, rounded, lambda x: x, x)
 
         return {"q": task.distribution(traced.evaluate(params, inputs, replacing(rows, change)))}

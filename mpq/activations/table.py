@@ -24,7 +24,7 @@ class ActivationTable:
       stderr: `float64[rows, schemes]`, standard error over documents; 0 where nothing changed, NaN where a single
         document leaves it unknown.
       metric: name of the metric and its options.
-      quantizer: how ranges are found: `dynamic`.
+      quantizer: how ranges are found: `dynamic`, `static`, or both.
       model_digest, data_digest: what it was made from.
     """
 
