@@ -245,6 +245,7 @@ def quantize(
     method: str = "gptq",
     distill: int = 0,
     ranges: Path | None = None,
+    smooth: tyro.conf.FlagCreatePairsOff[bool] = False,
     keys_values: str = KEYS_AND_VALUES,
     window: int | None = None,
     max_windows: int = 64,
@@ -264,6 +265,7 @@ def quantize(
       distill: steps of training codes, scales and zero points to the outputs of the original on the text; interrupted,
         it continues when typed again.
       ranges: what `mpq calibrate --of activations` wrote, for static schemes of activations; else `data` gives them.
+      smooth: move outliers of activations into weights where that lowers the error on the data (SmoothQuant).
       keys_values: regular expression for the weights that make keys and values.
       window: tokens a window; default 256, or the model's context if that is shorter.
       max_windows: use the first so many.
@@ -271,7 +273,7 @@ def quantize(
       json: print one JSON object.
     """
     text = None if data is None else commands.Data(data, window, max_windows, batch_size)
-    quantize = lambda: commands.quantize(model, plan, out, text, stats, method, distill, ranges, keys_values)
+    quantize = lambda: commands.quantize(model, plan, out, text, stats, method, distill, ranges, keys_values, smooth)
     answer(quantize, json, commands.show_written)
 
 

@@ -11,6 +11,7 @@ from mpq import artifacts, commands_activations, show
 from mpq.activations import KEYS_AND_VALUES, ActivationRange
 from mpq.activations.plans import calibrated, split_plan, uniform_rows
 from mpq.activations.range_file import load_ranges
+from mpq.activations.smooth import smooth_model
 from mpq.allocate import solve_frontier
 from mpq.calibrate import calibrate as run_calibration
 from mpq.certainty import certainty, unknown
@@ -145,7 +146,7 @@ def quantize(
     distill: int,
     ranges: Path | None = None,
     keys_values: str = KEYS_AND_VALUES,
-    head_dim: int | None = None,
+    smooth: bool = False,
 ) -> dict[str, Any]:
     """The quantized model as an Orbax folder, after so many steps of distillation."""
     known("method", method, QUANTIZERS)
@@ -155,13 +156,22 @@ def quantize(
         raise MpqError("distillation needs text: give --data TEXT")
     model = load(model_source)
     traced = text.trace(model) if text else model.trace()
-    plan = _plan(plan_source, model, traced, keys_values, head_dim)
+    plan = _plan(plan_source, model, traced, keys_values)
+    if smooth and (text is None or ranges is not None or distill):
+        raise MpqError("--smooth needs --data TEXT, from which ranges come too: leave out --ranges and --distill")
     if out.exists():
         raise MpqError(f"{out} exists already: choose another folder or remove it")
     data, batch_size = (text.dataset(model, "calibration"), text.batch_size) if text else (None, 1)
     found = None if ranges is None else read_ranges(ranges, model)
     chosen, warnings = calibrated(plan.activations, model, traced, data, found, batch_size)
-    candidates = make_candidates(model, traced, method, data, stats, batch_size)
+    if smooth and data is not None:
+        collected = _collected(model, traced, data, stats, batch_size)
+        smoothed = smooth_model(model, traced, chosen, plan.choices, collected, data, batch_size)
+        model, chosen, collected = smoothed
+        plan = plan.with_activations({one.spec.path: one.to_json() for one in chosen})
+        candidates = Candidates(model.params, traced.weights, QUANTIZERS[method], collected)
+    else:
+        candidates = make_candidates(model, traced, method, data, stats, batch_size)
     qtensors, told = candidates.choose(plan.choices), {}
     state = out.with_name(f"{out.name}.distill")  # an interrupted distillation goes on from here
     if distill and text is not None and data is not None:
@@ -179,6 +189,7 @@ def quantize(
         "size_bytes": plan.size_bytes,
         "payload_bytes": written,
         "bits_per_weight": plan.bits_per_weight,
+        **({"smoothed": sum(one.smooth is not None for one in chosen)} if smooth else {}),
         **({"warnings": warnings} if warnings else {}),
     }
 
@@ -243,10 +254,18 @@ def read_stats(path: Path, model: Model, traced: Trace) -> tuple[dict[str, Layer
     return artifacts.load_stats(path, model.digest)
 
 
-def _plan(text: str, model: Model, traced: Trace, keys_values: str, head_dim: int | None) -> artifacts.Plan:
+def _collected(
+    model: Model, traced: Trace, data: Dataset, stats: Path | None, batch_size: int
+) -> Mapping[str, LayerStats]:
+    if stats is not None:
+        return read_stats(stats, model, traced)[0]
+    return run_calibration(traced, model.params, data, batch_size)
+
+
+def _plan(text: str, model: Model, traced: Trace, keys_values: str) -> artifacts.Plan:
     """The plan in a file, or a uniform one; `text` may name schemes of activations and of the KV cache beside it."""
     source, activations, kv = split_plan(text)
-    rows = uniform_rows(traced, activations, kv, keys_values, head_dim)
+    rows = uniform_rows(traced, activations, kv, keys_values)
     if Path(source).exists():
         plan = artifacts.load_plan(Path(source), model, traced.weights)
         return plan.with_activations({**plan.activations, **rows})

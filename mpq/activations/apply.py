@@ -33,12 +33,15 @@ class RoundedActivation:
       spec: the row.
       scheme: how it is rounded.
       low, high: ends of a static range, one a head or one for the tensor; None: dynamic, or not yet calibrated.
+      smooth: `[width]`, what values are divided by before they are rounded, and weights were multiplied by
+        (`mpq.activations.smooth`); None: nothing.
     """
 
     spec: ActivationSpec
     scheme: ActivationScheme
     low: tuple[float, ...] | None = None
     high: tuple[float, ...] | None = None
+    smooth: tuple[float, ...] | None = None
 
     @property
     def limits(self) -> tuple[jax.Array, jax.Array] | None:
@@ -49,48 +52,57 @@ class RoundedActivation:
 
     def quantize(self, x: jax.Array, windows: int) -> tuple[jax.Array, jax.Array]:
         """Codes of `x[batch, positions, width]` and their scales, as `mpq.activations.scheme.quantize` says."""
-        return quantize(x, self.scheme.kind, self.scheme.top, **self._options(windows))
+        return quantize(self._smoothed(x), self.scheme.kind, self.scheme.top, **self._options(windows))
 
     def __call__(self, x: jax.Array, windows: int) -> jax.Array:
         """`x[batch, positions, width]` rounded; the positions of each of so many windows are neighbours."""
-        return fake_quantize(x, self.scheme.kind, self.scheme.top, **self._options(windows))
+        return fake_quantize(self._smoothed(x), self.scheme.kind, self.scheme.top, **self._options(windows))
+
+    def _smoothed(self, x: jax.Array) -> jax.Array:
+        return x if self.smooth is None else x / jnp.asarray(self.smooth, x.dtype)
 
     def _options(self, windows: int) -> dict[str, Any]:
         return {"heads": self.spec.heads, "real": jnp.ones(windows, bool), "limits": self.limits}
 
     @property
     def range_bits(self) -> int:
-        """Bits stored with the model, whatever the context: of a static range."""
-        if self.scheme.static is None:
-            return 0
-        return RANGE_BITS * (self.spec.heads if self.scheme.granularity == "head" else 1)
+        """Bits stored with the model, whatever the context: of a static range, and of float32 factors."""
+        parts = self.spec.heads if self.scheme.granularity == "head" else 1
+        return (0 if self.scheme.static is None else RANGE_BITS * parts) + 32 * len(self.smooth or ())
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as plans hold it; the range of a static scheme lies with the model's arrays."""
         return {**dataclasses.asdict(self.spec), "scheme": str(self.scheme), "range_bits": self.range_bits}
 
     @classmethod
-    def from_json(cls, body: Mapping[str, Any], limits: np.ndarray | None = None) -> Self:
+    def from_json(
+        cls, body: Mapping[str, Any], limits: np.ndarray | None = None, smooth: np.ndarray | None = None
+    ) -> Self:
         """Inverse of `to_json`.
 
         Args:
           body: plain data.
           limits: `float32[2, parts]`, ends of a static range.
+          smooth: `float32[width]`, factors.
         """
         fields = {key: value for key, value in body.items() if key not in ("scheme", "range_bits")}
         scheme = parse_activation_scheme(body["scheme"])
         low, high = (None, None) if limits is None else (tuple(map(float, end)) for end in limits)
-        return cls(ActivationSpec.from_json(fields), scheme, low, high)
+        factors = None if smooth is None else tuple(map(float, smooth))
+        return cls(ActivationSpec.from_json(fields), scheme, low, high, factors)
 
 
 def choose_activations(
-    choice: Mapping[ActivationSpec, ActivationScheme], ranges: Mapping[str, ActivationRange]
+    choice: Mapping[ActivationSpec, ActivationScheme],
+    ranges: Mapping[str, ActivationRange],
+    factors: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[RoundedActivation, ...]:
     """A scheme for every row, with the static ranges that calibration gives.
 
     Args:
       choice: rows and their schemes.
       ranges: by path of the row, from `calibrate_activations`; needed for static schemes alone.
+      factors: by path of the row, from `search_smoothing`; ranges are of what was divided by them.
 
     Raises:
       MpqError: a scheme for every head where there are none, or a static range that cannot be told.
@@ -101,7 +113,8 @@ def choose_activations(
         low = high = None
         if scheme.static is not None:
             low, high = (tuple(map(float, end)) for end in choose_range(ranges.get(row.path), scheme, row.path))
-        chosen.append(RoundedActivation(row, scheme, low, high))
+        smooth = tuple(map(float, factors[row.path])) if factors and row.path in factors else None
+        chosen.append(RoundedActivation(row, scheme, low, high, smooth))
     return tuple(chosen)
 
 

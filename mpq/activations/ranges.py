@@ -108,7 +108,13 @@ class _State(NamedTuple):
 
 
 def calibrate_activations(
-    model: Model, traced: Trace, rows: Sequence[ActivationSpec], data: Dataset, *, batch_size: int
+    model: Model,
+    traced: Trace,
+    rows: Sequence[ActivationSpec],
+    data: Dataset,
+    *,
+    batch_size: int,
+    factors: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, ActivationRange]:
     """Histograms and ranges of activations and cached keys and values.
 
@@ -118,6 +124,7 @@ def calibrate_activations(
       rows: of this trace.
       data: the calibration set; padding never counts.
       batch_size: windows a pass. It changes nothing.
+      factors: by path of the row, `float32[width]` that its values are divided by first (`mpq.activations.smooth`).
 
     Returns:
       Path of the row -> its values.
@@ -133,7 +140,9 @@ def calibrate_activations(
         row.path: (np.zeros((max(row.heads, 1), BINS), np.int64), LEAST_EXPONENT) for row in rows
     }
     for number, batch in enumerate(track(data.batches(size), "calibrate activations", -(-len(data.inputs) // size))):
-        found = jax.device_get(_states(shaped, tuple(rows), model.params, batch.inputs, batch.mask))
+        found = jax.device_get(
+            _states(shaped, tuple(rows), model.params, batch.inputs, batch.mask, dict(factors or {}))
+        )
         for row in rows:
             state = found[row.path]
             if not state.finite:
@@ -182,7 +191,12 @@ def drifting(ranges: Mapping[str, ActivationRange]) -> list[str]:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _states(
-    traced: Trace, rows: tuple[ActivationSpec, ...], params: Params, inputs: jax.Array, mask: jax.Array
+    traced: Trace,
+    rows: tuple[ActivationSpec, ...],
+    params: Params,
+    inputs: jax.Array,
+    mask: jax.Array,
+    factors: dict[str, jax.Array],
 ) -> dict[str, _State]:
     """Values of all rows in one batch."""
     by_input = {row.at: row for row in rows if row.kind == "activation"}
@@ -203,7 +217,10 @@ def _states(
         row = by_input.get(site.use.input)
         if row is None or first[site.use.input] is not site:
             return state
-        return state | {row.path: _add(state[row.path], site.value_view(x.shape)(x), mask)}
+        values = site.value_view(x.shape)(x)
+        if row.path in factors:
+            values = values / factors[row.path].astype(values.dtype)
+        return state | {row.path: _add(state[row.path], values, mask)}
 
     def after(site: Site, y: jax.Array, state: dict[str, _State]) -> dict[str, _State]:
         row = by_output.get(site.spec.path)

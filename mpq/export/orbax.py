@@ -3,7 +3,8 @@
     FOLDER/mpq.json         plan, model config, the weights and their schemes, shape, dtype and sha256 of every array
     FOLDER/tokenizer.json   if the model has a tokenizer
     FOLDER/arrays/          an Orbax checkpoint, `{"quantized": {path: {...}}, "params": {path: array}}`; of a plan
-                            that rounds activations to static ranges also `{"ranges": {path: float32[2, parts]}}`
+                            that rounds activations also `{"ranges": {path: float32[2, parts]}}` of static ones and
+                            `{"smooth": {path: float32[width]}}` of those that are divided first
 
 A quantized weight is a sub-tree: `qvalue` (`uint8[batch, bytes]`, a bit stream per batch entry, see `packing`; for a
 float format the values), `scale` (`[batch, groups, n]` in its dtype; scales of 8 bits as their bytes, `uint8`),
@@ -56,6 +57,7 @@ class Exported:
       params: everything else by path, in the dtype it is stored in.
       shapes: shape and dtype name of every parameter of the model.
       ranges: static ranges of activations by path of the row, `float32[2, parts]`.
+      smooth: what activations are divided by, by path of the row, `float32[width]`.
     """
 
     plan: dict[str, Any]
@@ -66,6 +68,7 @@ class Exported:
     params: dict[str, np.ndarray]
     shapes: dict[str, tuple[tuple[int, ...], str]]
     ranges: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    smooth: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def dequantized(self) -> dict[str, jax.Array]:
         """All parameters of the model, with the quantized weights in their place."""
@@ -87,6 +90,7 @@ def save(
     config: Mapping[str, Any],
     tokenizer_json: str | None,
     ranges: Mapping[str, np.ndarray] | None = None,
+    smooth: Mapping[str, np.ndarray] | None = None,
 ) -> int:
     """Write a quantized model; the folder appears whole or not at all.
 
@@ -100,6 +104,7 @@ def save(
       config: the model's config.
       tokenizer_json: text of its `tokenizer.json`, or None.
       ranges: static ranges of the plan's activations by path of the row, `float32[2, parts]`: ends below and above.
+      smooth: what activations are divided by, by path of the row, `float32[width]`.
 
     Returns:
       Bytes of the payload, as `payload_bytes` counts them.
@@ -108,8 +113,9 @@ def save(
       MpqError: a weight has no `QTensor` or one of another shape, or the disk is full or refuses.
     """
     tree: dict[str, Any] = {"quantized": {}, "params": {}}
-    if ranges:
-        tree["ranges"] = {_key(name): np.asarray(ends, np.float32) for name, ends in ranges.items()}
+    for part, by_row in (("ranges", ranges), ("smooth", smooth)):
+        if by_row:
+            tree[part] = {_key(name): np.asarray(array, np.float32) for name, array in by_row.items()}
     for spec in weights:
         tree["quantized"][_key(spec.path)] = _pack_weight(spec, qtensors)
     covered = {spec.param: 0 for spec in weights}
@@ -160,13 +166,14 @@ def load(path: str | os.PathLike[str]) -> Exported:
         shapes = {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in manifest["params"].items()}
         params = {name: arrays[f"params.{_key(name)}"] for name in shapes if f"params.{_key(name)}" in arrays}
         plan, config = manifest["plan"], manifest["config"]
-        rows = [name for name in plan.get("activations", {}) if f"ranges.{_key(name)}" in arrays]
-        ranges = {name: arrays[f"ranges.{_key(name)}"] for name in rows}
+        rows = plan.get("activations", {})
+        of = lambda part: {n: arrays[f"{part}.{_key(n)}"] for n in rows if f"{part}.{_key(n)}" in arrays}
+        ranges, smooth = of("ranges"), of("smooth")
     except (KeyError, TypeError, AttributeError) as error:
         raise MpqError(f"{path / MANIFEST} is not {_WHAT}: it lacks or misplaces {error}") from error
     tokenizer = path / _TOKENIZER
     text = tokenizer.read_bytes().decode() if tokenizer.exists() else None
-    return Exported(plan, config, text, weights, qtensors, params, shapes, ranges)
+    return Exported(plan, config, text, weights, qtensors, params, shapes, ranges, smooth)
 
 
 def payload_bytes(path: str | os.PathLike[str]) -> int:

@@ -140,7 +140,8 @@ def _load_quantized(folder: Path, name: str) -> Model:
         return model
     from mpq.activations.apply import RoundedActivation, with_activations  # what rounds models imports this package
 
-    chosen = [RoundedActivation.from_json(row, exported.ranges.get(path)) for path, row in rows.items()]
+    parts = lambda path: (exported.ranges.get(path), exported.smooth.get(path))
+    chosen = [RoundedActivation.from_json(row, *parts(path)) for path, row in rows.items()]
     return with_activations(model, model.trace(), chosen)
 
 
