@@ -1,0 +1,196 @@
+r"""What rounded activations cost: W8A8 dynamic and static, W4A8, W4A4 and the KV cache, on a text and a shifted one.
+
+Run:     python -m experiments.activations --model DIR --data TEXT --test TEXT --shifted TEXT --out FILE
+Expect:  W8A8 with a scale for every token costs nearly nothing on both texts; a static range for a whole tensor needs
+         smoothing wherever one token has huge values, and suffers more under a shift
+Resume:  type the same command again: rows that the file holds are not computed again
+Writes:  one JSON object: by setting and text, perplexity, its change in per cent, KL to the original and excess loss,
+         nats per token, with standard errors over windows; and the seconds that the setting took
+
+Weights and activations whose path does not match `--only` stay as they are. Text, windows and sizes are those of
+`experiments.distillation`; static ranges and smoothing are calibrated on `--data` alone.
+"""
+
+import dataclasses
+import re
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+
+from experiments.distillation import Options as Text
+from experiments.distillation import windows_of
+from mpq.activations import activation_rows, calibrate_activations
+from mpq.activations.apply import RoundedActivation, choose_activations, with_activations
+from mpq.activations.plans import split_plan, uniform_rows
+from mpq.activations.smooth import smooth_model
+from mpq.calibrate import calibrate
+from mpq.evaluate import DocumentScores, Reference, score
+from mpq.files import canonical_json, read_json, write_json
+from mpq.formats import parse_scheme
+from mpq.models import Model, load
+from mpq.quantize import QUANTIZERS, Candidates, apply_plan
+from mpq.record import RunRecord
+from mpq.types import MpqError, Scheme
+
+SETTINGS: Mapping[str, tuple[str, str, bool]] = {
+    "W8": ("int8_channel", "rtn", False),
+    "W8A8 dynamic": ("int8_channel+int8_token", "rtn", False),
+    "W8A8 dynamic, zero point": ("int8_channel+int8_token_asym", "rtn", False),
+    "W8A8 dynamic, smoothed": ("int8_channel+int8_token", "rtn", True),
+    "W8A8 static, absmax": ("int8_channel+int8_tensor_static_absmax", "rtn", False),
+    "W8A8 static, moving average": ("int8_channel+int8_tensor_static_moving_average", "rtn", False),
+    "W8A8 static, percentile": ("int8_channel+int8_tensor_static_percentile", "rtn", False),
+    "W8A8 static, MSE": ("int8_channel+int8_tensor_static", "rtn", False),
+    "W8A8 static, entropy": ("int8_channel+int8_tensor_static_entropy", "rtn", False),
+    "W8A8 static, absmax, smoothed": ("int8_channel+int8_tensor_static_absmax", "rtn", True),
+    "W8A8 static, zero point, smoothed": ("int8_channel+int8_tensor_static_absmax_asym", "rtn", True),
+    "W8g32A8 static, zero point, smoothed": ("int8_g32+int8_tensor_static_absmax_asym", "rtn", True),
+    "W8A8KV8 dynamic": ("int8_channel+int8_token+int8_head", "rtn", False),
+    "W8A8KV4 dynamic": ("int8_channel+int8_token+int4_head_asym", "rtn", False),
+    "W4g32": ("int4_g32", "gptq", False),
+    "W4g32A8 dynamic": ("int4_g32+int8_token", "gptq", False),
+    "W4g32A8 static, zero point, smoothed": ("int4_g32+int8_tensor_static_absmax_asym", "gptq", True),
+    "W4g32A4 dynamic": ("int4_g32+int4_token", "gptq", False),
+    "W4g32A4 dynamic, zero point": ("int4_g32+int4_token_asym", "gptq", False),
+    "W4g32A4 dynamic, zero point, smoothed": ("int4_g32+int4_token_asym", "gptq", True),
+}
+"""Name -> plan, rounding algorithm of the weights, whether it is smoothed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    Attributes:
+      model: a folder, or `reference`.
+      data, test, shifted: calibration text, held-out text like it, and text of another domain.
+      out: JSON file.
+      only: regular expression of the weights that are quantized, and of those whose inputs are rounded.
+      settings: of `SETTINGS`.
+      windows: of every text, `window` tokens each, `batch_size` a pass.
+    """
+
+    model: str
+    data: Path
+    test: Path
+    shifted: Path
+    out: Path
+    only: str = "layers"
+    settings: tuple[str, ...] = tuple(SETTINGS)
+    windows: int = 64
+    window: int = 256
+    batch_size: int = 8
+
+
+class Comparison:
+    """The model, its texts, and statistics that settings share."""
+
+    def __init__(self, options: Options) -> None:
+        self.options, self.model = options, load(options.model)
+        self.traced = self.model.trace(options.batch_size, options.window)
+        shared = {
+            f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name in Text.__annotations__
+        }
+        text = Text(**shared)
+        self.calibration = windows_of(self.model, options.data, text)
+        paths = {"test": options.test, "shifted": options.shifted}
+        self.references = {
+            name: Reference(self.model, windows_of(self.model, path, text), options.batch_size)
+            for name, path in paths.items()
+        }
+        self.stats = calibrate(self.traced, self.model.params, self.calibration, options.batch_size)
+        self.weights = tuple(w for w in self.traced.weights if re.search(options.only, w.path))
+        if not self.weights:
+            raise MpqError(f"no weight matches {options.only!r}: name some of {self.traced.weights[0].path} ...")
+        self.original = {name: self.scores(name, self.model, self.model.params) for name in self.references}
+
+    def scores(self, text: str, model: Model, params: Mapping[str, jax.Array]) -> DocumentScores:
+        """Of one text."""
+        reference = self.references[text]
+        return score(model, dict(params), reference.data, reference=reference, batch_size=0)
+
+    def made(self, plan: str, method: str, smooth: bool) -> tuple[Model, dict[str, jax.Array]]:
+        """The rounded model and its parameters."""
+        model, options = self.model, self.options
+        source, activations, kv = split_plan(plan)
+        entries = uniform_rows(self.traced, activations, kv)
+        chosen = tuple(
+            RoundedActivation.from_json(row) for path, row in entries.items() if re.search(options.only, path)
+        )
+        stats, choice = self.stats, self.choice(source)
+        if smooth:
+            everything = (choice, stats, self.calibration, options.batch_size)
+            model, chosen, stats = smooth_model(model, self.traced, chosen, *everything)
+        elif static := [one.spec for one in chosen if one.scheme.static is not None]:
+            found = calibrate_activations(model, self.traced, static, self.calibration, batch_size=options.batch_size)
+            chosen = choose_activations({one.spec: one.scheme for one in chosen}, found)
+        candidates = Candidates(model.params, self.traced.weights, QUANTIZERS[method], stats)
+        params = apply_plan(model.params, self.traced.weights, candidates.choose(choice))
+        return with_activations(model, self.traced, chosen), params
+
+    def choice(self, text: str) -> dict[str, Scheme]:
+        """One scheme for the weights that are quantized."""
+        return {w.path: parse_scheme(text) for w in self.weights}
+
+    def rows(self, done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """One a setting, those in `done` left out."""
+        known = {row["setting"] for row in done}
+        for name in self.options.settings:
+            if name not in known:
+                start = time.perf_counter()
+                plan, method, smooth = SETTINGS[name]
+                model, params = self.made(plan, method, smooth)
+                jax.block_until_ready(params)
+                row = {"setting": name, "plan": plan, "method": method, "smooth": smooth}
+                row["seconds"] = round(time.perf_counter() - start, 1)
+                yield row | {text: self.quality(text, model, params) for text in self.references}
+
+    def quality(self, text: str, model: Model, params: Mapping[str, jax.Array]) -> dict[str, float | None]:
+        """On one text, against the original."""
+        scores = self.scores(text, model, params)
+        excess, stderr = scores.difference(self.original[text], "nll")
+        result, before = scores.summary(), self.original[text].summary()
+        assert result.quality is not None  # a text has next tokens
+        assert before.quality is not None
+        return {
+            "perplexity": result.quality,
+            "change_percent": 100 * (result.quality / before.quality - 1),
+            "excess": excess,
+            "excess_stderr": stderr,
+            "kl": result.kl,
+            "kl_stderr": result.kl_stderr,
+        }
+
+
+def main(options: Options) -> None:
+    """Measure, print, write after every row.
+
+    Raises:
+      MpqError: a setting is not among those there are, or the model or a text is wrong.
+    """
+    if unknown := [name for name in options.settings if name not in SETTINGS]:
+        raise MpqError(f"unknown setting {unknown[0]!r}: the valid ones are {', '.join(SETTINGS)}")
+    done = read_json(options.out, "results of a comparison")["rows"] if options.out.exists() else []
+    comparison = Comparison(options)
+    files = ("data", "test", "shifted", "out")
+    config = dataclasses.asdict(options) | {key: getattr(options, key).name for key in files}
+    inputs = {"data": comparison.calibration.digest, "model": comparison.model.digest}
+    inputs |= {name: reference.data.digest for name, reference in comparison.references.items()}
+    record = RunRecord.collect(config | {"model": comparison.model.name}, seeds={}, inputs=inputs)
+    head = {
+        "perplexity": {name: scores.summary().quality for name, scores in comparison.original.items()},
+        "values": sum(row.values for row in activation_rows(comparison.traced)),
+        "record": record.to_json(),
+    }
+    for row in comparison.rows(done):
+        print(canonical_json(row), end="", flush=True)
+        done.append(row)
+        write_json(options.out, head | {"rows": done})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
