@@ -144,11 +144,11 @@ def _symmetric(x: jax.Array, scheme: Scheme, weight: jax.Array, search: bool) ->
     lowest = -scheme.format.decode(jnp.int8(scheme.format.min_qvalue))
     smallest = 0.7 if scheme.format.bits <= 3 else 0.85
     reach = jnp.asarray([1.0, *np.linspace(smallest, 1.1, _STEPS // 2)], jnp.float32) * lowest
-    energy = jnp.sum(weight * x * x, axis=-2)
+    energy = sum_rows(weight * x * x)
 
     def attempt(best: tuple[jax.Array, jax.Array], reach: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         value = scheme.format.decode(encode(x, (absmax / reach)[..., None, :], None, scheme))
-        cross, square = jnp.sum(weight * value * x, axis=-2), jnp.sum(weight * value * value, axis=-2)
+        cross, square = sum_rows(weight * value * x), sum_rows(weight * value * value)
         step = cross / jnp.maximum(square, _TINY)
         return _better(best, (step, energy - cross * step)), None
 
@@ -170,7 +170,7 @@ def _affine(x: jax.Array, scheme: Scheme, weight: jax.Array, search: bool) -> tu
         return first, low
     widest = jnp.float32(1.0 if scheme.format.bits > 2 else 0.8)
     tried = steps + jnp.linspace(-widest, widest, _STEPS, dtype=jnp.float32)
-    sums = lambda value: jnp.sum(weight * value, axis=-2)
+    sums = lambda value: sum_rows(weight * value)
     total, linear, energy = sums(jnp.ones_like(x)), sums(x), sums(x * x)
 
     def attempt(
@@ -193,6 +193,18 @@ def _affine(x: jax.Array, scheme: Scheme, weight: jax.Array, search: bool) -> tu
 
     (step, offset, _), _ = jax.lax.scan(attempt, (first, low, jnp.full_like(low, jnp.inf)), tried)
     return step, offset
+
+
+def sum_rows(a: jax.Array) -> jax.Array:
+    """`[..., rows, n]` summed over its rows, `[..., n]`: halves are added to each other until one row is left.
+
+    XLA adds rows up one column after another, a few numbers at a time. Elementwise sums of halves fill its vectors
+    along `n`: the searches here are four to twelve times as fast. What cannot be halved is summed.
+    """
+    while a.shape[-2] % 2 == 0:
+        half = a.shape[-2] // 2
+        a = a[..., :half, :] + a[..., half:, :]
+    return jnp.sum(a, axis=-2)
 
 
 def _better(best: tuple[jax.Array, ...], new: tuple[jax.Array, ...]) -> tuple:
@@ -222,7 +234,7 @@ def _neighbours(x: jax.Array, fit: BlockFit, scheme: Scheme, weight: jax.Array) 
         tried = fit._replace(sub_scale=move(fit.sub_scale, by[0]), sub_minimum=move(fit.sub_minimum, by[1]))
         step, offset = tried.step[..., None, :], None if tried.offset is None else tried.offset[..., None, :]
         difference = decode(encode(x, step, offset, scheme), step, offset, scheme) - x
-        error = jnp.sum(weight * difference * difference, axis=-2)
+        error = sum_rows(weight * difference * difference)
         integers = tuple(a for a in (tried.sub_scale, tried.sub_minimum) if a is not None)
         return _better(best, (*integers, error)), None
 
