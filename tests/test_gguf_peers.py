@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 
+from analysis import gguf as analysis_gguf
 from experiments import gguf_peers, llama_cpp
 from mpq.data.sources import read_sets
 from mpq.gguf.search import Options, Search
@@ -103,3 +104,24 @@ class TestWhatIsRefused:
         with pytest.raises(MpqError) as raised:
             llama_cpp.LlamaCpp(tmp_path / "x.gguf", 16)
         assert str(raised.value) == "llama.cpp is run by the package xllamacpp: pip install xllamacpp"
+
+
+@pytest.fixture(scope="module")
+def results(root):
+    return analysis_gguf.load(root)
+
+
+class TestTheCommittedResults:
+    def test_the_page_is_made_of_them(self, root, results):
+        page = (root / analysis_gguf.FOLDER / "README.md").read_text(encoding="utf-8")
+        assert page == analysis_gguf.page(results)
+
+    def test_ours_takes_no_more_bytes_and_is_better_by_what_was_aimed_at(self, results):
+        aims = {"Q2_K": 35, "Q3_K_M": 35, "Q4_K_M": 25, "Q5_K_M": 15}
+        for name in ("reference", "tiny1m"):
+            rows = {row["mix"]: row for row in results[name]["rows"]}
+            assert rows.keys() == aims.keys()
+            for mix, row in rows.items():
+                assert row["mpq"]["bytes"] <= row["llama_cpp"]["bytes"]
+                assert row["intervals_apart"]
+                assert row["mpq"]["lower_by_percent"] - 2 * row["mpq"]["lower_by_percent_stderr"] > aims[mix]
