@@ -278,12 +278,16 @@ def quantize(
 
 
 def export(model: Source, out: Out, to: str = "gguf", json: Json = False) -> None:
-    """Write a quantized model as one file of another runtime; every bit stays as it is.
+    """Write a quantized model for another runtime; every code and scale stays as it is.
+
+    A plan that the runtime has no form for is refused before anything is written; `mpq allocate --for` solves for one
+    that it has.
 
     Args:
-      model: folder that `mpq quantize` wrote, of a plan among the types of ggml: q4_k, q6_k, q8_0, f16 and so on.
-      out: file to write.
-      to: gguf, for llama.cpp.
+      model: folder that `mpq quantize` wrote.
+      out: file or folder to write.
+      to: gguf, for llama.cpp; hf, a folder in the format of compressed-tensors for transformers and vLLM; gptq,
+        gptq_v2, awq or bnb (bitsandbytes), folders in those formats.
       json: print one JSON object.
     """
     answer(lambda: commands_export.export(Path(model), to, out), json, commands.show_written)

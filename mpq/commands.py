@@ -28,7 +28,7 @@ from mpq.gguf.load import open_gguf
 from mpq.gguf.reader import is_gguf
 from mpq.inputs import Dataset, Tokens
 from mpq.inspect import inspect as inspect_model
-from mpq.inspect import parse_bpw
+from mpq.inspect import parse_bpw, stored_bits
 from mpq.models import FAMILIES, Model, load, resolve
 from mpq.quantize import QUANTIZERS, Candidates
 from mpq.request import Request
@@ -205,7 +205,7 @@ def evaluate(model_source: str, text: Data, reference_source: str | None) -> dic
         if is_gguf(model_source) or is_gguf(reference_source):
             what, same = "tokens of this text", text.dataset(original, "test").digest == data.digest
         else:
-            what, same = "configs", original.config == model.config
+            what, same = "configs", _computed(original.config) == _computed(model.config)
         if not same:
             raise MpqError(f"{reference_source} is no reference for {model_source}: their {what} differ")
         reference = Reference(original, data, text.batch_size)
@@ -245,6 +245,11 @@ def make_candidates(
             raise MpqError(f"method {method!r} needs calibration: give --data TEXT or --stats FILE")
         collected = run_calibration(traced, model.params, data, batch_size)
     return Candidates(model.params, traced.weights, QUANTIZERS[method], collected)
+
+
+def _computed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the dtype of its tensors, which an export changes to that of its scales."""
+    return {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
 
 
 def read_stats(path: Path, model: Model, traced: Trace) -> tuple[dict[str, LayerStats], frozenset[str]]:
@@ -298,5 +303,5 @@ def _sizes(model: Model, source: str) -> tuple[int, float]:
     if manifest.exists():
         plan = read_json(manifest, "the quantized model's manifest")["plan"]
         return plan["size_bytes"], plan["bits_per_weight"]
-    bits = 8 * model.size_bytes - artifacts.other_bits(model, weights)
-    return model.size_bytes, bits / sum(w.size for w in weights)
+    bits = stored_bits(model, weights)
+    return (bits + artifacts.other_bits(model, weights)) // 8, bits / sum(w.size for w in weights)

@@ -1,4 +1,4 @@
-"""What `mpq export` does: a quantized model into a file of another runtime."""
+"""What `mpq export` does: a quantized model into a file or folder of another runtime."""
 
 from pathlib import Path
 from typing import Any
@@ -6,21 +6,22 @@ from typing import Any
 from mpq.config import known
 from mpq.data.sources import read_sets
 from mpq.export import orbax
-from mpq.gguf import export as gguf
+from mpq.export.targets import TARGETS
 from mpq.gguf.container import require_gguf
 from mpq.gguf.export import decoder_of
 from mpq.gguf.search import Options, Search, Target, best_file
 from mpq.models import load
 from mpq.pipeline import score_store
 from mpq.sensitivity import METRICS
-
-TARGETS = {"gguf": gguf}
+from mpq.types import MpqError
 
 
 def export(source: Path, to: str, out: Path) -> dict[str, Any]:
     """Write `source`, what `mpq quantize -o` wrote, in the format `to`; whole or not at all."""
-    known("format", to, TARGETS)
-    written = TARGETS[to].save(out, orbax.load(source), source.name)
+    target = known("format", to, TARGETS)
+    if out.exists():
+        raise MpqError(f"{out} exists already: choose another name or remove it")
+    written = target.save(out, orbax.load(source), source.name)
     return {"out": str(out), "to": to, "size_bytes": written}
 
 

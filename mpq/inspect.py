@@ -42,11 +42,13 @@ def inspect(source: str, *, strict: bool = False, bpw: Sequence[float] = BPW) ->
     if strict:
         refuse_unclaimed(model, traced)
     kinds, size = _stored(source, traced.weights)
+    kinds |= {w.path: (str(s), w.size_bits(s) // 8) for w in traced.weights if (s := model.schemes.get(w.param))}
+    stored = (stored_bits(model, traced.weights) + other_bits(model, traced.weights)) // 8
     unit, units = unit_of(model)
     return {
         "model": model.name,
         "parameters": model.num_parameters,
-        "size_bytes": model.size_bytes if size is None else size,
+        "size_bytes": stored if size is None else size,
         "unit": unit,
         "weights": [
             {
@@ -108,6 +110,12 @@ def parse_bpw(texts: Sequence[str]) -> tuple[float, ...]:
         raise MpqError(
             f"bits per weight {','.join(texts)!r} is no number, nor several joined by commas: try 3.5"
         ) from error
+
+
+def stored_bits(model: Model, weights: Sequence[WeightSpec]) -> int:
+    """Bits of the weights as the checkpoint has them: under its schemes where it is quantized, else as floats."""
+    sizes = ((w, model.schemes.get(w.param)) for w in weights)
+    return sum(8 * _bytes_as_stored(model, w) if scheme is None else w.size_bits(scheme) for w, scheme in sizes)
 
 
 def unit_of(model: Model) -> tuple[str, int]:

@@ -122,12 +122,22 @@ def compressed_tensors(choices: Choices, weights: Weights) -> dict[str, Any]:
             )
         _check_scales(spec, scheme, "compressed-tensors")
         module = _module(spec)
-        grouped: dict[str, Any] = {"strategy": "tensor" if scheme.per_tensor else "channel"}
-        if scheme.group_size:
-            grouped = {"strategy": "group", "group_size": scheme.group_size}
-        value = {"num_bits": scheme.format.bits, "type": "int", "symmetric": not scheme.zero_point, **grouped}
         name = module if module == "lm_head" else f"model.{module}"
-        _set(named, name, tuple(value.items()) if scheme.has_scale else None, spec)
+        _set(named, name, weights_config(scheme) if scheme.has_scale else None, spec)
+    return config_groups(named)
+
+
+def weights_config(scheme: Scheme) -> tuple[tuple[str, Any], ...]:
+    """`weights` of one of compressed-tensors' `config_groups`, as pairs; of an integer scheme."""
+    grouped: dict[str, Any] = {"strategy": "tensor" if scheme.per_tensor else "channel"}
+    if scheme.group_size:
+        grouped = {"strategy": "group", "group_size": scheme.group_size}
+    value = {"num_bits": scheme.format.bits, "type": "int", "symmetric": not scheme.zero_point, **grouped}
+    return tuple(value.items())
+
+
+def config_groups(named: Mapping[str, tuple[tuple[str, Any], ...] | None]) -> dict[str, Any]:
+    """`config_groups` and `ignore` of modules by name, each with its `weights_config`, or None to ignore it."""
     groups: dict[tuple[tuple[str, Any], ...], list[str]] = {}
     ignore: list[str] = []
     for pattern, value in fold(named, "."):

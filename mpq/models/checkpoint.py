@@ -15,12 +15,13 @@ from tokenizers import Tokenizer
 
 from mpq.export.orbax import write_checkpoint
 from mpq.files import canonical_json, read_json, writing
+from mpq.hf.reading import QuantizedTensors, split_config
 from mpq.inputs import Tokens
 from mpq.models.family import Family, Stored
 from mpq.models.model import Model, functional
 from mpq.models.tensors import FLOATS, ORBAX, SHARD_INDEX, SINGLE_FILE, OrbaxArrays, Tensors, find_tensors, nest
 from mpq.tasks import TASKS
-from mpq.types import MpqError
+from mpq.types import MpqError, Scheme
 
 SIDECARS = {
     "preprocessor": "preprocessor_config.json",
@@ -50,16 +51,17 @@ def load_checkpoint(folder: Path, families: Mapping[str, Family], name: str) -> 
     Raises:
       MpqError: names the file, config key or tensor that is missing, unknown, misshapen or not finite.
     """
-    config = read_config(folder)
+    config, quantization = split_config(read_config(folder))
     family = find_family(config, families)
     parsed = family.parse(config)
     apply, shapes = functional(nnx.eval_shape(lambda: family.build(parsed)))
-    tensors = find_tensors(folder)
+    tensors = _tensors(folder, quantization)
     if tensors is None:
         raise MpqError(f"{folder} holds no {SINGLE_FILE}, no {SHARD_INDEX} and no Orbax checkpoint {ORBAX}/")
     wanted, dtypes = match(tensors, family, parsed, shapes)
     params = {path: _read(tensors, wanted[path], tuple(shape.shape)) for path, shape in shapes.items()}
-    return make_model(apply, params, dtypes, config, family, read_tokenizer(folder), name)
+    model = make_model(apply, params, dtypes, config, family, read_tokenizer(folder), name)
+    return dataclasses.replace(model, schemes=_schemes(tensors, wanted))
 
 
 def abstract_checkpoint(source: Path, families: Mapping[str, Family], name: str) -> Model:
@@ -75,16 +77,32 @@ def abstract_checkpoint(source: Path, families: Mapping[str, Family], name: str)
       MpqError: names the config key or tensor that is missing, unknown or misshapen.
     """
     whole = source.is_dir()
-    config = read_config(source) if whole else read_json(source, "the model's config")
+    config, quantization = split_config(read_config(source) if whole else read_json(source, "the model's config"))
     family = find_family(config, families)
     parsed = family.parse(config)
     apply, shapes = functional(nnx.eval_shape(lambda: family.build(parsed)))
-    tensors = find_tensors(source) if whole else None
+    tensors, schemes = _tensors(source, quantization) if whole else None, {}
     if tensors is not None:
-        _, dtypes = match(tensors, family, parsed, shapes)
+        wanted, dtypes = match(tensors, family, parsed, shapes)
+        schemes = _schemes(tensors, wanted)
     else:
         dtypes = dict.fromkeys(shapes, _config_dtype(config))
-    return make_model(apply, shapes, dtypes, config, family, read_tokenizer(source) if whole else None, name)
+    model = make_model(apply, shapes, dtypes, config, family, read_tokenizer(source) if whole else None, name)
+    return dataclasses.replace(model, schemes=schemes)
+
+
+def _tensors(folder: Path, quantization: Mapping[str, Any] | None) -> Tensors | None:
+    """The weights in `folder`, those of a quantized checkpoint dequantized as they are read."""
+    tensors = find_tensors(folder)
+    return tensors if quantization is None or tensors is None else QuantizedTensors(tensors, quantization)
+
+
+def _schemes(tensors: Tensors, wanted: Mapping[str, Stored]) -> dict[str, Scheme]:
+    """How a quantized checkpoint stores its parameters, where it is not as plain floats."""
+    if not isinstance(tensors, QuantizedTensors):
+        return {}
+    schemes = {path: tensors.scheme(stored.names[0]) for path, stored in wanted.items()}
+    return {path: scheme for path, scheme in schemes.items() if scheme is not None}
 
 
 def save_orbax(model: Model, folder: Path) -> None:
@@ -101,16 +119,9 @@ def save_orbax(model: Model, folder: Path) -> None:
         raise MpqError(
             f"model {model.name!r} has no config.json, without which it cannot be read back: save its params"
         )
-    beside = set(SIDECARS) & set(model.config)
     with writing(folder) as sibling:
         sibling.mkdir()
-        for key in beside:
-            (sibling / SIDECARS[key]).parent.mkdir(exist_ok=True)
-            (sibling / SIDECARS[key]).write_text(canonical_json(model.config[key]))
-        if template := model.config.get(CHAT_TEMPLATE):
-            (sibling / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
-        config = {key: value for key, value in model.config.items() if key not in {*beside, CHAT_TEMPLATE}}
-        (sibling / "config.json").write_text(canonical_json(config))
+        write_config(sibling, model.config)
         if model.tokenizer is not None:
             (sibling / "tokenizer.json").write_bytes(model.tokenizer.to_str().encode())
         arrays = {path: jax.numpy.asarray(p).astype(DTYPES[model.stored[path]]) for path, p in model.params.items()}
@@ -144,6 +155,17 @@ def _chat_template(folder: Path) -> str | None:
     if isinstance(found, list):  # several by name
         found = next((entry["template"] for entry in found if entry.get("name") == "default"), None)
     return found
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write what `read_config` reads into an existing folder."""
+    for key in set(SIDECARS) & set(config):
+        (folder / SIDECARS[key]).parent.mkdir(exist_ok=True)
+        (folder / SIDECARS[key]).write_text(canonical_json(config[key]))
+    if template := config.get(CHAT_TEMPLATE):
+        (folder / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    plain = {key: value for key, value in config.items() if key not in {*SIDECARS, CHAT_TEMPLATE}}
+    (folder / "config.json").write_text(canonical_json(plain))
 
 
 def make_model(

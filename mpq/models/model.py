@@ -15,7 +15,7 @@ from mpq.files import digest_arrays
 from mpq.inputs import Inputs
 from mpq.tasks import Task
 from mpq.trace import Trace, trace
-from mpq.types import Params
+from mpq.types import Params, Scheme
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,6 +31,7 @@ class Model:
       task: what its outputs mean.
       config: the Hugging Face `config.json`, as read.
       tokenizer: or None.
+      schemes: path -> scheme of the parameters that the checkpoint stores quantized, as those of GPTQ or AWQ do.
     """
 
     apply: Callable[[Params, jax.Array], jax.Array]
@@ -41,6 +42,7 @@ class Model:
     task: Task
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: Tokenizer | None = None
+    schemes: Mapping[str, Scheme] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def digest(self) -> str:

@@ -2,7 +2,11 @@
 
 import importlib.util
 
-needed = {"test_*_transformers.py": ("torch", "transformers"), "test_llama_cpp.py": ("xllamacpp",)}
+needed = {
+    "test_*_transformers.py": ("torch", "transformers"),
+    "test_llama_cpp.py": ("xllamacpp",),
+    "test_hf_checkpoints.py": ("torch", "transformers", "compressed_tensors"),
+}
 collect_ignore_glob = [
     pattern for pattern, names in needed.items() if not all(importlib.util.find_spec(name) for name in names)
 ]

@@ -1,0 +1,65 @@
+"""Every runtime that `mpq export --to` writes for, and the schemes that each has, known before a plan is solved."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from mpq.export.orbax import Exported
+from mpq.gguf import export as gguf
+from mpq.gguf.layouts import require_ggml
+from mpq.hf import export as hf
+from mpq.hf.container import Container
+from mpq.hf.containers import CONTAINERS
+from mpq.hf.sites import site_of, why_not
+from mpq.types import MpqError, Scheme, WeightSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A runtime's file or folder.
+
+    Attributes:
+      what: it is, for a person.
+      save: path, quantized model and its name -> bytes written, of a folder those of its weights.
+      size_bytes: quantized model and its name -> the same before anything is written.
+      refusal: weight and scheme -> why the runtime cannot have it; None where it can.
+      uniform: whether all quantized weights must have one scheme.
+    """
+
+    what: str
+    save: Callable[[Path, Exported, str], int]
+    size_bytes: Callable[[Exported, str], int]
+    refusal: Callable[[WeightSpec, Scheme], str | None]
+    uniform: bool = False
+
+
+def _ggml_refusal(spec: WeightSpec, scheme: Scheme) -> str | None:
+    try:
+        require_ggml(scheme, spec.k)
+    except MpqError as error:
+        return str(error)
+    return None
+
+
+def _container(what: str, container: Container, uniform: bool = False) -> Target:
+    return Target(
+        what,
+        lambda path, exported, name: hf.save(path, exported, container),
+        lambda exported, name: hf.size_bytes(exported, container),
+        lambda spec, scheme: why_not(container, spec, site_of(spec), scheme),
+        uniform,
+    )
+
+
+TARGETS: Mapping[str, Target] = MappingProxyType(
+    {
+        "gguf": Target("a file for llama.cpp", gguf.save, gguf.size_bytes, _ggml_refusal),
+        "hf": _container("a compressed-tensors folder for transformers and vLLM", CONTAINERS["hf"]),
+        "gptq": _container("a GPTQ folder", CONTAINERS["gptq"], uniform=True),
+        "gptq_v2": _container("a GPTQ folder of version 2", CONTAINERS["gptq_v2"], uniform=True),
+        "awq": _container("an AWQ folder", CONTAINERS["awq"], uniform=True),
+        "bnb": _container("a bitsandbytes folder", CONTAINERS["bnb"]),
+    }
+)
+"""Name in `mpq export --to` and `mpq allocate --for` -> target."""

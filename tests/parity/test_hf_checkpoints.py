@@ -1,0 +1,168 @@
+"""Exported folders in stock transformers, and their tensors against compressed-tensors and bitsandbytes."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
+from compressed_tensors.quantization import QuantizationScheme
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mpq import artifacts
+from mpq.export import orbax
+from mpq.export.arguments import export_arguments
+from mpq.export.orbax import Exported
+from mpq.formats import parse_scheme
+from mpq.hf.containers import CONTAINERS
+from mpq.hf.export import save
+from mpq.models import Model, load
+from mpq.quantize import RTN, Candidates
+
+pytestmark = pytest.mark.parity
+
+WINDOW, WINDOWS = 504, 8
+
+
+@pytest.fixture(scope="module")
+def reference() -> Model:
+    return load("reference")
+
+
+@pytest.fixture(scope="module")
+def tokens(reference, root) -> np.ndarray:
+    """Held-out text, `int32[windows, time]`: 4,032 tokens."""
+    text = (root / "mpq/assets/reference_lm/text/test.txt").read_text()
+    ids = reference.tokenizer.encode(text[:40_000]).ids[: WINDOW * WINDOWS]
+    return np.asarray(ids, np.int32).reshape(WINDOWS, WINDOW)
+
+
+@pytest.fixture(scope="module")
+def apply(reference):
+    return jax.jit(reference.apply)
+
+
+def exported(model: Model, schemes: tuple[str, ...], folder, embedding: str) -> Exported:
+    """The model with its linear layers at these schemes in turn."""
+    weights = model.trace(1, 16).weights
+    choice = {w.path: parse_scheme(schemes[i % len(schemes)]) for i, w in enumerate(weights)}
+    choice["embed_tokens.embedding"] = parse_scheme(embedding)
+    plan = artifacts.make_plan("mix", choice, None, weights, 0, model.digest)
+    orbax.save(
+        folder, **export_arguments(model, weights, Candidates(model.params, weights, RTN()).choose(choice), plan)
+    )
+    return orbax.load(folder)
+
+
+def logits(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.as_tensor(tokens).long()).logits.float().numpy()
+
+
+def compare(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
+    """Mean KL in nats a token, and how often the first choice is the same."""
+    p, q = (jax.nn.log_softmax(jnp.asarray(z, jnp.float32)) for z in (ours, theirs))
+    kl = float((jnp.exp(p) * (p - q)).sum(-1).mean())
+    return kl, float((ours.argmax(-1) == theirs.argmax(-1)).mean())
+
+
+def test_a_mixed_plan_in_stock_transformers(reference, tokens, apply, tmp_path):
+    schemes = ("int4_g32", "int8_channel", "int3_g64", "int2_g16", "int6_g128", "bf16", "int5_tensor")
+    model = exported(reference, schemes, tmp_path / "orbax", "bf16")
+    save(tmp_path / "hf", model, CONTAINERS["hf"])
+    want = np.asarray(apply(model.dequantized(), tokens))
+    # The same float32 weights: only the order of sums differs.
+    got = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32), tokens)
+    kl, agreement = compare(want, got)
+    assert kl < 1e-7
+    assert agreement >= 0.999
+    # As the config says: float16 throughout.
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert stock.dtype == torch.float16
+    kl, _ = compare(want[:2], logits(stock, tokens[:2]))
+    assert kl < 1e-4
+    text = "def f(x):\n    return x + 1\n"
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf")(text).input_ids == reference.tokenizer.encode(text).ids
+
+
+def test_zero_points_in_stock_transformers(reference, tokens, apply, tmp_path):
+    """Of one scheme for all: then the config has them dequantized as they are loaded."""
+    model = exported(reference, ("int4_g32_zp_sfloat32",), tmp_path / "orbax", "fp32")
+    save(tmp_path / "hf", model, CONTAINERS["hf"])
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    kl, agreement = compare(np.asarray(apply(model.dequantized(), tokens)), logits(stock, tokens))
+    assert kl < 1e-7
+    assert agreement >= 0.999
+
+
+@pytest.fixture(scope="module")
+def folders(reference, tmp_path_factory):
+    """Container -> exported folder, and the model that it is of."""
+    plans = {
+        "hf": (("int4_g32_zp", "int8_channel_zp", "int3_g16_zp", "int5_g64", "int7_tensor", "int2_g16_zp"), "fp16"),
+        "awq": (("int4_g32_zp",), "fp16"),
+        "bnb": (("nf4_g64_sfloat32",), "fp32"),
+    }
+    made = {}
+    for name, (schemes, embedding) in plans.items():
+        folder = tmp_path_factory.mktemp(name)
+        made[name] = folder / "out", exported(reference, schemes, folder / "orbax", embedding)
+        save(*made[name], CONTAINERS[name])
+    return made
+
+
+def modules_of(folder, model: Exported):
+    """Module name, its tensors and its quantized weight."""
+    tensors = load_file(folder / "model.safetensors")
+    for path, q in model.qtensors.items():
+        if q.scheme.has_scale:
+            module = "model." + path.removesuffix(".kernel")
+            yield module, {n.removeprefix(f"{module}."): t for n, t in tensors.items() if n.startswith(f"{module}.")}, q
+
+
+def test_compressed_tensors_decompresses_and_compresses_to_the_same_bits(folders):
+    folder, model = folders["hf"]
+    groups = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    found = {(g["weights"]["num_bits"], g["weights"].get("group_size"), g["weights"]["symmetric"]): g for g in groups}
+    for module, tensors, q in modules_of(folder, model):
+        group = found[q.scheme.format.bits, q.scheme.group_size, not q.scheme.zero_point]
+        scheme = QuantizationScheme(**group)
+        single = dict(tensors, weight_scale=tensors["weight_scale"].float())
+        plain = PackedQuantizationCompressor.decompress(single, scheme)
+        np.testing.assert_array_equal(plain["weight"].numpy().T, np.asarray(q.dequantize())[0], err_msg=module)
+        again = PackedQuantizationCompressor.compress(plain, scheme)
+        for name in ("weight_packed", "weight_zero_point"):
+            assert name not in tensors or torch.equal(again[name], tensors[name]), (module, name)
+
+
+def test_awq_is_unpacked_alike(folders):
+    folder, model = folders["awq"]
+    for module, tensors, q in modules_of(folder, model):
+        codes, zeros = AutoAWQConverter.unpack_awq(tensors["qweight"], tensors["qzeros"], 4)
+        codes, zeros = AutoAWQConverter.reverse_awq_order(codes, zeros, 4)
+        np.testing.assert_array_equal((codes & 15).numpy() - 8, np.asarray(q.qvalue)[0], err_msg=module)
+        np.testing.assert_array_equal((zeros & 15).numpy() - 8, np.asarray(q.zero_point)[0], err_msg=module)
+        np.testing.assert_array_equal(tensors["scales"].numpy(), np.asarray(q.scale)[0], err_msg=module)
+
+
+def test_nf4_is_that_of_bitsandbytes(reference, folders, tokens, apply):
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is 40 MB and no part of `make parity`")
+    folder, model = folders["bnb"]
+    for module, tensors, q in modules_of(folder, model):
+        path = module.removeprefix("model.") + ".kernel"
+        w = torch.from_numpy(np.asarray(reference.params[path]).T.copy())
+        packed, state = bnb.functional.quantize_4bit(w, blocksize=64, quant_type="nf4")
+        theirs = {"weight": packed, **{f"weight.{k}": v for k, v in state.as_dict(packed=True).items()}}
+        assert theirs.keys() == tensors.keys()
+        for name in theirs:
+            assert torch.equal(theirs[name], tensors[name]), (module, name)
+        same = torch.from_numpy(np.asarray(q.dequantize())[0].T.copy())
+        assert torch.equal(bnb.functional.dequantize_4bit(tensors["weight"], state), same)
+    stock = AutoModelForCausalLM.from_pretrained(folder)
+    # On processors with bfloat16 of their own bitsandbytes multiplies in it: inputs keep 8 bits.
+    kl, _ = compare(np.asarray(apply(model.dequantized(), tokens)), logits(stock, tokens))
+    assert kl < 1e-4
