@@ -205,6 +205,7 @@ def allocate(
     kv: Path | None = None,
     context: int = 2048,
     sequences: int = 1,
+    runtime: Annotated[str | None, tyro.conf.arg(name="for")] = None,
     frontier: Path | None = None,
     json: Json = False,
 ) -> None:
@@ -228,11 +229,12 @@ def allocate(
       kv: what `mpq sensitivity --of kv` wrote: a scheme for every part of the KV cache; its bytes count in the size.
       context: tokens that the cache holds.
       sequences: of so many tokens each.
+      runtime: gguf, hf, gptq, gptq_v2, awq or bnb: only what `mpq export --to` it has a form for.
       frontier: picture of the whole frontier to write (.png or .svg).
       json: print one JSON object.
     """
     limits = (max_bops, activation_bits, latency, max_latency_us, interactions)
-    ask = lambda: Request(bpw, size, max_kl, pin, only, rules, *limits, activations, kv, context, sequences)
+    ask = lambda: Request(bpw, size, max_kl, pin, only, rules, *limits, activations, kv, context, sequences, runtime)
     answer(lambda: commands.allocate(Path(table), out, ask(), frontier), json, commands.show_plan)
 
 

@@ -1,6 +1,8 @@
 """What a person asks of `mpq allocate`, as text: one budget, rules by regular expression, limits beside the size."""
 
+import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +20,9 @@ from mpq.allocate import (
     solve_quadratic,
 )
 from mpq.artifacts import load_interactions, require_model
+from mpq.config import known
 from mpq.export.rules import RULES
+from mpq.export.targets import TARGETS, allowed_for
 from mpq.files import read_json
 from mpq.types import Allocation, MpqError, Scheme, SensitivityTable, WeightSpec
 from mpq.units import bpw_to_bits, parse_size
@@ -43,6 +47,7 @@ class Request:
       interactions: what `mpq interactions` wrote, of the weights and schemes of the table.
       activations, cache: what `mpq sensitivity --of activations` and `--of kv` wrote: these are chosen too, the cache
         at `context` tokens of `sequences`; its bytes count in the budget.
+      runtime: a name of `mpq.export.targets.TARGETS`: only schemes that it has are taken.
     """
 
     bpw: float | None = None
@@ -60,6 +65,7 @@ class Request:
     cache: Path | None = None
     context: int = 2048
     sequences: int = 1
+    runtime: str | None = None
 
     def __post_init__(self) -> None:
         given = {"bpw": self.bpw, "size": self.size, "max-kl": self.max_kl}
@@ -149,8 +155,30 @@ class Request:
         }
 
     def problem(self, table: SensitivityTable, overhead_bits: int) -> Problem:
-        """The problem that the table poses under the rules; `overhead_bits` are stored beside the weights."""
-        return Problem.from_table(table, pins=self.pins, only=self.sets, overhead_bits=overhead_bits)
+        """The problem that the table poses under the rules; `overhead_bits` are stored beside the weights.
+
+        Raises:
+          MpqError: the rules are wrong, contradict each other or the runtime, or leave a weight no scheme.
+        """
+        pose = lambda sets: Problem.from_table(table, pins=self.pins, only=sets, overhead_bits=overhead_bits)
+        if self.runtime is None:
+            return pose(self.sets)
+        allowed, target = allowed_for(self.runtime, table), known("format", self.runtime, TARGETS)
+        rules = lambda keep: {f"(?:{re.escape(p)})": [str(s) for s in of if keep(s)] for p, of in allowed.items()}
+        if not target.uniform:
+            return pose(self.sets | rules(lambda scheme: True))
+        found: list[tuple[float, Problem]] = []
+        for one in (scheme for scheme in table.schemes if scheme.has_scale):
+            with contextlib.suppress(MpqError):  # this scheme does not fit some weight, a rule or the budget
+                problem = pose(self.sets | rules(lambda scheme, one=one: scheme == one or not scheme.has_scale))
+                solved = self.solve(problem, self.limits(problem), table)
+                found.append((solved.size_bits if self.max_kl is not None else solved.loss, problem))
+        if not found:
+            raise MpqError(
+                f"no plan with one scheme for all linear layers, which {self.runtime} needs, keeps to what is asked: "
+                "allow more, score more schemes, or use --for hf"
+            )
+        return min(found, key=lambda pair: pair[0])[1]
 
     def limits(self, problem: Problem) -> list[Constraint]:
         """The limits beside the size.

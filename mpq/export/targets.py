@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from mpq.config import known
 from mpq.export.orbax import Exported
 from mpq.gguf import export as gguf
 from mpq.gguf.layouts import require_ggml
@@ -12,7 +13,7 @@ from mpq.hf import export as hf
 from mpq.hf.container import Container
 from mpq.hf.containers import CONTAINERS
 from mpq.hf.sites import site_of, why_not
-from mpq.types import MpqError, Scheme, WeightSpec
+from mpq.types import MpqError, Scheme, SensitivityTable, WeightSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,3 +64,22 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
     }
 )
 """Name in `mpq export --to` and `mpq allocate --for` -> target."""
+
+
+def allowed_for(name: str, table: SensitivityTable) -> dict[str, list[Scheme]]:
+    """Weight path -> the schemes of the table that the runtime `name` has for it.
+
+    Raises:
+      MpqError: an unknown name, or a weight for which it has none of them.
+    """
+    target = known("format", name, TARGETS)
+    allowed: dict[str, list[Scheme]] = {}
+    for spec in table.weights:
+        reasons = {scheme: target.refusal(spec, scheme) for scheme in table.schemes}
+        allowed[spec.path] = [scheme for scheme, reason in reasons.items() if reason is None]
+        if not allowed[spec.path]:
+            first, reason = next(iter(reasons.items()))
+            raise MpqError(
+                f"{name} has no form for {spec.path} at any scheme of the table ({first}: {reason}): score bf16 too"
+            )
+    return allowed
