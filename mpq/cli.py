@@ -229,7 +229,7 @@ def allocate(
       kv: what `mpq sensitivity --of kv` wrote: a scheme for every part of the KV cache; its bytes count in the size.
       context: tokens that the cache holds.
       sequences: of so many tokens each.
-      runtime: gguf, hf, gptq, gptq_v2, awq or bnb: only what `mpq export --to` it has a form for.
+      runtime: gguf, onnx, hf, gptq, gptq_v2, awq or bnb: only what `mpq export --to` it has a form for.
       frontier: picture of the whole frontier to write (.png or .svg).
       json: print one JSON object.
     """
@@ -288,8 +288,8 @@ def export(model: Source, out: Out, to: str = "gguf", json: Json = False) -> Non
     Args:
       model: folder that `mpq quantize` wrote.
       out: file or folder to write.
-      to: gguf, for llama.cpp; hf, a folder in the format of compressed-tensors for transformers and vLLM; gptq,
-        gptq_v2, awq or bnb (bitsandbytes), folders in those formats.
+      to: gguf, for llama.cpp; onnx, for ONNX Runtime; hf, a folder in the format of compressed-tensors for transformers
+        and vLLM; gptq, gptq_v2, awq or bnb (bitsandbytes), folders in those formats.
       json: print one JSON object.
     """
     answer(lambda: commands_export.export(Path(model), to, out), json, commands.show_written)

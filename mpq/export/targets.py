@@ -13,6 +13,8 @@ from mpq.hf import export as hf
 from mpq.hf.container import Container
 from mpq.hf.containers import CONTAINERS
 from mpq.hf.sites import site_of, why_not
+from mpq.onnx import export as onnx
+from mpq.onnx.weights import refusal as onnx_refusal
 from mpq.types import MpqError, Scheme, SensitivityTable, WeightSpec
 
 
@@ -56,6 +58,7 @@ def _container(what: str, container: Container, uniform: bool = False) -> Target
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
         "gguf": Target("a file for llama.cpp", gguf.save, gguf.size_bytes, _ggml_refusal),
+        "onnx": Target("a file for ONNX Runtime", onnx.save, onnx.size_bytes, onnx_refusal),
         "hf": _container("a compressed-tensors folder for transformers and vLLM", CONTAINERS["hf"]),
         "gptq": _container("a GPTQ folder", CONTAINERS["gptq"], uniform=True),
         "gptq_v2": _container("a GPTQ folder of version 2", CONTAINERS["gptq_v2"], uniform=True),

@@ -5,6 +5,7 @@ import importlib.util
 needed = {
     "test_*_transformers.py": ("torch", "transformers"),
     "test_llama_cpp.py": ("xllamacpp",),
+    "test_onnxruntime.py": ("onnx", "onnxruntime"),
     "test_hf_checkpoints.py": ("torch", "transformers", "compressed_tensors"),
 }
 collect_ignore_glob = [

@@ -1,0 +1,169 @@
+"""Walks the jaxpr of a model, traced once for every batch and length, and emits an ONNX graph.
+
+A weight that a matmul reads as it is, or transposed, becomes `MatMulNBits` where that has its scheme; anywhere else it
+is dequantized once and read as any other array. What depends on constants alone is computed here.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export
+
+from mpq.inputs import Tokens
+from mpq.models import Model
+from mpq.onnx import weights as nbits
+from mpq.onnx.graph import Graph, Stored, Tensor
+from mpq.onnx.ops import OPS, dtype_of, shape_of
+from mpq.types import MpqError, QTensor, WeightSpec
+
+_CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat")
+_THROUGH = ("copy", "copy_p", "stop_gradient", "optimization_barrier")
+_FOLDED = 2**16  # elements of a constant that is computed here
+
+
+@dataclasses.dataclass(frozen=True)
+class _Param:
+    """A parameter that nothing was done to but perhaps a transposition of its two axes."""
+
+    path: str
+    transposed: bool = False
+
+
+def traced(model: Model) -> tuple[Any, Tensor, Tensor]:
+    """The jaxpr of a model for any batch, and of text any length within its context; its input and its output.
+
+    Raises:
+      MpqError: the function depends on the length otherwise than by sums and products.
+    """
+    struct, inputs = model.inputs.struct(1), model.inputs
+    if isinstance(inputs, Tokens):
+        limits = ["batch >= 1", "time >= 2", f"time <= {inputs.context}"]
+        shape = export.symbolic_shape("batch, time", constraints=limits)
+    else:
+        shape = (*export.symbolic_shape("batch", constraints=["batch >= 1"]), *struct.shape[1:])
+    params = {path: jax.ShapeDtypeStruct(p.shape, p.dtype) for path, p in model.params.items()}
+    try:
+        closed = jax.make_jaxpr(model.apply)(params, jax.ShapeDtypeStruct(shape, struct.dtype))
+    except jax.errors.InconclusiveDimensionOperation as error:
+        reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
+        raise MpqError(
+            f"the model computes otherwise for other batches or lengths, which one ONNX graph cannot: {reason}"
+        ) from error
+    name, dtype = ("input_ids", "int64") if isinstance(inputs, Tokens) else ("inputs", struct.dtype.name)
+    (out,) = closed.jaxpr.outvars
+    return closed, Tensor(name, tuple(shape), dtype), Tensor("outputs", shape_of(out), dtype_of(out).name)
+
+
+class Converter:
+    """One conversion."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        specs: Mapping[str, WeightSpec],
+        qtensors: Mapping[str, QTensor],
+        params: Mapping[str, np.ndarray],
+    ) -> None:
+        """Prepare.
+
+        Args:
+          graph: to add to.
+          specs: parameter path -> the weight that it is.
+          qtensors: weight path -> quantized weight.
+          params: every other parameter, in the dtype that it is stored in.
+        """
+        self._graph, self._specs, self._qtensors, self._params = graph, specs, qtensors, params
+        self._arrays: dict[str, str] = {}
+
+    def run(self, closed: Any, paths: list[str], x: Tensor, out: Tensor) -> None:
+        """Emit the whole function; parameters are its first arguments, in the order of `paths`."""
+        graph, dtype = self._graph, dtype_of(closed.jaxpr.invars[-1])
+        for axis, dim in enumerate(x.shape):
+            if not isinstance(dim, int):
+                shape = graph.one("Shape", x.name, start=axis, end=axis + 1)
+                graph.symbols[str(dim)] = shape
+        value = x.name if dtype.name == x.dtype else graph.one("Cast", x.name, to=6)
+        args = [*map(_Param, paths), value]
+        (result,) = self._jaxpr(closed.jaxpr, closed.consts, args)
+        graph.result(self._name(result, closed.jaxpr.outvars[0]), out.name)
+
+    def _jaxpr(self, jaxpr: Any, consts: Any, args: list[Any]) -> list[Any]:
+        env: dict[Any, Any] = dict(zip(jaxpr.constvars, map(np.asarray, consts), strict=True))
+        env |= dict(zip(jaxpr.invars, args, strict=True))
+        read = lambda var: np.asarray(var.val, dtype_of(var)) if hasattr(var, "val") else env[var]
+        for eqn in jaxpr.eqns:
+            env |= dict(zip(eqn.outvars, self._eqn(eqn, [read(var) for var in eqn.invars]), strict=True))
+        return [read(var) for var in jaxpr.outvars]
+
+    def _eqn(self, eqn: Any, values: list[Any]) -> list[Any]:
+        name = eqn.primitive.name
+        if name in _CALLS:
+            inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr") or eqn.params["fun_jaxpr"]
+            closed = hasattr(inner, "consts")
+            return self._jaxpr(inner.jaxpr if closed else inner, inner.consts if closed else (), values)
+        if name in _THROUGH:
+            return values
+        if name == "convert_element_type" and dtype_of(eqn.invars[0]) == np.dtype(eqn.params["new_dtype"]):
+            return values
+        if name == "transpose" and isinstance(values[0], _Param) and eqn.params["permutation"] == (1, 0):
+            return [dataclasses.replace(values[0], transposed=not values[0].transposed)]
+        if (folded := _fold(eqn, values)) is not None:
+            return folded
+        if name == "dot_general" and (product := self._product(eqn, values)) is not None:
+            return [product]
+        if name not in OPS:
+            raise MpqError(f"the operation {name!r} has no form in ONNX here: export this model to another runtime")
+        made = OPS[name](self._graph, eqn, [self._name(v, var) for v, var in zip(values, eqn.invars, strict=True)])
+        return [made] if isinstance(made, str) else made
+
+    def _product(self, eqn: Any, values: list[Any]) -> str | None:
+        """A matmul that reads the codes of a weight, where there is one."""
+        x, w = values
+        (contract_x, contract_w), (batch, _) = eqn.params["dimension_numbers"]
+        if not isinstance(w, _Param) or isinstance(x, _Param) or w.path not in self._specs or batch:
+            return None
+        spec, shape = self._specs[w.path], shape_of(eqn.invars[0])
+        qtensor = self._qtensors[spec.path]
+        if not nbits.is_matmul(spec, qtensor.scheme) or tuple(contract_x) != (len(shape) - 1,):
+            return None
+        if (1 - contract_w[0] if w.transposed else contract_w[0]) != spec.permutation[0]:
+            return None
+        operand = Tensor(self._name(x, eqn.invars[0]), shape, "float32")
+        return nbits.matmul(self._graph, spec, qtensor, operand)
+
+    def _name(self, value: Any, var: Any) -> str:
+        if isinstance(value, str):
+            return value
+        if isinstance(value, _Param):
+            array = self._array(value.path)
+            return self._graph.one("Transpose", array, perm=[1, 0]) if value.transposed else array
+        return self._graph.constant(np.asarray(value, dtype_of(var)))
+
+    def _array(self, path: str) -> str:
+        """A parameter as an array, made once."""
+        if path not in self._arrays:
+            if path in self._specs:
+                spec = self._specs[path]
+                self._arrays[path] = nbits.dequantized(self._graph, spec, self._qtensors[spec.path])
+            else:
+                value = self._params[path]
+                stored = Stored(value.dtype.name, value.shape, value.nbytes, value.tobytes)
+                name = self._graph.store(path, stored)
+                self._arrays[path] = name if value.dtype == np.float32 else self._graph.one("Cast", name, to=1)
+        return self._arrays[path]
+
+
+def _fold(eqn: Any, values: list[Any]) -> list[Any] | None:
+    """What an equation gives, where all that it reads is constant and nothing of it is symbolic or large."""
+    if not all(isinstance(value, np.ndarray) for value in values) or eqn.primitive.name == "dim_as_value":
+        return None
+    sizes = [shape_of(var) for var in eqn.outvars]
+    if not all(isinstance(size, int) for shape in sizes for size in shape):
+        return None
+    if any(int(np.prod(shape)) > _FOLDED for shape in sizes):
+        return None
+    made = eqn.primitive.bind(*map(jax.numpy.asarray, values), **eqn.params)
+    return [np.asarray(m) for m in (made if eqn.primitive.multiple_results else [made])]

@@ -1,0 +1,178 @@
+"""An ONNX graph under construction: names, nodes, stored tensors, and dimensions that are known only when it runs.
+
+The file is a protocol buffer, so its size follows from the nodes and from shape and type of what is stored:
+`Graph.size_bytes` counts it without any content.
+"""
+
+import ast
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mpq.types import MpqError
+
+OPSET, CONTRIB = 21, "com.microsoft"
+IR_VERSION = 10
+LIMIT = 2**31 - 1
+"""Bytes of a protocol buffer; ONNX keeps larger models in several files, which are not written here."""
+
+# TensorProto.DataType
+TYPES: Mapping[str, int] = {
+    "float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16, "uint4": 21,
+    "int4": 22,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A value of the graph. Dimensions are ints, or JAX's symbolic ones."""
+
+    name: str
+    shape: tuple[Any, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor of the file: `make` gives its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    make: Callable[[], bytes]
+
+
+class Graph:
+    """Nodes and stored tensors, by name."""
+
+    def __init__(self, onnx: Any) -> None:
+        """Start empty.
+
+        Args:
+          onnx: the package.
+        """
+        self._onnx = onnx
+        self.nodes: list[Any] = []
+        self.stored: dict[str, Stored] = {}
+        self.symbols: dict[str, str] = {}
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._shapes: dict[str, str] = {}
+
+    def node(self, kind: str, inputs: Sequence[str], outputs: int = 1, domain: str = "", **more: Any) -> list[str]:
+        """Add a node; the names of its outputs."""
+        names = [f"t{len(self.nodes)}" if i == 0 else f"t{len(self.nodes)}_{i}" for i in range(outputs)]
+        made = self._onnx.helper.make_node(kind, list(inputs), names, domain=domain, **more)
+        self.nodes.append(made)
+        return names
+
+    def one(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        """Add a node with one output."""
+        return self.node(kind, inputs, **attributes)[0]
+
+    def result(self, value: str, name: str) -> None:
+        """Give a value the name of an output of the model."""
+        self.nodes.append(self._onnx.helper.make_node("Identity", [value], [name]))
+
+    def constant(self, value: Any, dtype: Any = None) -> str:
+        """A small tensor that the computation needs; equal ones are stored once."""
+        array = np.asarray(value, dtype)
+        key = array.dtype.name, array.shape, array.tobytes()
+        if key not in self._constants:
+            self._constants[key] = f"c{len(self._constants)}"
+            raw = array.tobytes()
+            self.store(self._constants[key], Stored(array.dtype.name, array.shape, len(raw), lambda: raw))
+        return self._constants[key]
+
+    def store(self, name: str, stored: Stored) -> str:
+        """A tensor of the file."""
+        self.stored[name] = stored
+        return name
+
+    def dim(self, dim: Any) -> str:
+        """`int64[1]`: one dimension."""
+        if isinstance(dim, int | np.integer):
+            return self.constant([int(dim)], np.int64)
+        text = str(dim)
+        if text not in self._shapes:
+            self._shapes[text] = self._evaluate(ast.parse(text, mode="eval").body)
+        return self._shapes[text]
+
+    def shape(self, dims: Sequence[Any]) -> str:
+        """`int64[len(dims)]`."""
+        if all(isinstance(d, int | np.integer) for d in dims):
+            return self.constant([int(d) for d in dims], np.int64)
+        text = f"({', '.join(map(str, dims))},)"
+        if text not in self._shapes:
+            self._shapes[text] = self.one("Concat", *(self.dim(d) for d in dims), axis=0)
+        return self._shapes[text]
+
+    def _evaluate(self, node: ast.expr) -> str:
+        """Arithmetic of a symbolic dimension, as JAX writes it."""
+        kinds = {ast.Add: "Add", ast.Sub: "Sub", ast.Mult: "Mul"}
+        if isinstance(node, ast.Name):
+            return self.symbols[node.id]
+        if isinstance(node, ast.Constant) and isinstance(node.value, int):
+            return self.constant([node.value], np.int64)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return self.one("Neg", self._evaluate(node.operand))
+        if isinstance(node, ast.BinOp) and type(node.op) in kinds:
+            return self.one(kinds[type(node.op)], self._evaluate(node.left), self._evaluate(node.right))
+        raise MpqError(f"a dimension {ast.unparse(node)} has no form in ONNX here: sums and products have")
+
+    def model(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], metadata: Mapping[str, str]) -> Any:
+        """The model without the content of stored tensors."""
+        helper = self._onnx.helper
+        describe = lambda t: helper.make_tensor_value_info(t.name, TYPES[t.dtype], [_dim(d) for d in t.shape])
+        graph = helper.make_graph(self.nodes, "mpq", list(map(describe, inputs)), list(map(describe, outputs)))
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="mpq")
+        helper.set_model_props(model, dict(metadata))
+        return model
+
+    def size_bytes(self, model: Any) -> int:
+        """Bytes of the file that `fill` makes of `model`."""
+        graph = model.graph.ByteSize()
+        outside = model.ByteSize() - _field(graph)
+        tensors = (self._tensor(name, s).ByteSize() + _field(s.nbytes) for name, s in self.stored.items())
+        return outside + _field(graph + sum(map(_field, tensors)))
+
+    def fill(self, model: Any) -> bytes:
+        """The file: `model` with the stored tensors.
+
+        Raises:
+          MpqError: it is larger than one file may be.
+        """
+        if (size := self.size_bytes(model)) > LIMIT:
+            raise MpqError(f"the ONNX file would have {size} bytes, and one file holds {LIMIT}: choose a smaller plan")
+        for name, stored in self.stored.items():
+            tensor = self._tensor(name, stored)
+            tensor.raw_data = stored.make()
+            model.graph.initializer.append(tensor)
+        return model.SerializeToString(deterministic=True)
+
+    def _tensor(self, name: str, stored: Stored) -> Any:
+        return self._onnx.TensorProto(name=name, data_type=TYPES[stored.dtype], dims=stored.shape)
+
+
+def _field(size: int) -> int:
+    """Bytes of a field of so many bytes: its tag, their number as a varint, and they."""
+    return 1 + max(1, -(-size.bit_length() // 7)) + size
+
+
+def _dim(dim: Any) -> int | str:
+    return int(dim) if isinstance(dim, int | np.integer) else str(dim)
+
+
+def require_onnx() -> Any:
+    """The `onnx` package.
+
+    Raises:
+      MpqError: it is not installed.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise MpqError("ONNX files are written by the package onnx: pip install 'mpq[onnx]'") from error
+    return onnx

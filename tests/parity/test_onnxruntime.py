@@ -1,0 +1,180 @@
+"""Exported graphs in ONNX Runtime against the dequantized model in JAX: every kind of family, any batch and length."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnxruntime
+import pytest
+
+from mpq import artifacts
+from mpq.export import orbax
+from mpq.export.arguments import export_arguments
+from mpq.export.orbax import Exported
+from mpq.formats import parse_scheme
+from mpq.inputs import Tokens
+from mpq.models import Model, load
+from mpq.onnx import graph
+from mpq.onnx.convert import traced
+from mpq.onnx.export import load as load_codes
+from mpq.onnx.export import save, size_bytes
+from mpq.onnx.weights import refusal
+from mpq.quantize import RTN, Candidates
+from mpq.types import MpqError, QTensor
+from tests import decoder_cases, tiny
+from tests.command import exit_code
+from tests.test_families_encoder import write as write_encoder
+from tests.test_families_vision import write as write_vision
+
+pytestmark = pytest.mark.parity
+
+SCHEMES = ("int4_g16", "int8_channel", "int4_g8_zp", "int2_g16_zp", "int8_g16_zp_sbfloat16", "int4_tensor_zp", "bf16")
+DECODERS = ("llama", "gemma2", "opt, post-norm, projected", "gpt_neox", "qwen2_moe")
+VISION = ("resnet", "resnet_cifar", "mobilenet_v2", "vit")
+
+
+def exported(model: Model, schemes: tuple[str, ...], folder, make=None) -> Exported:
+    """The model with its weights at these schemes in turn, each at the next one that the runtime has for it."""
+    weights, choice = model.trace(1, 16).weights, {}
+    for i, spec in enumerate(weights):
+        turn = [parse_scheme(schemes[(i + k) % len(schemes)]) for k in range(len(schemes))]
+        choice[spec.path] = next(scheme for scheme in turn if refusal(spec, scheme) is None)
+    plan = artifacts.make_plan("mix", choice, None, weights, 0, model.digest)
+    make = make or Candidates(model.params, weights, RTN()).qtensor
+    qtensors = {spec.path: make(spec, choice[spec.path]) for spec in weights}
+    orbax.save(folder, **export_arguments(model, weights, qtensors, plan))
+    return orbax.load(folder)
+
+
+def noise(model: Model):
+    """Weights of any codes, about as large as the model's: nothing is compiled to make them."""
+    rng = np.random.default_rng(0)
+
+    def make(spec, scheme) -> QTensor:
+        w = np.asarray(model.params[spec.param], np.float32)
+        shape, grid = (spec.batch, spec.k, spec.n), scheme.format
+        if not scheme.has_scale:
+            return QTensor(jnp.asarray(rng.normal(0, w.std(), shape), grid.dtype), None, None, scheme)
+        any_code = lambda size: jnp.asarray(rng.integers(grid.min_qvalue, grid.max_qvalue + 1, size), jnp.int8)
+        groups = (spec.batch, *scheme.scale_shape(spec.k, spec.n))
+        scale = rng.uniform(1, 2, groups) * w.std() / 2 ** (grid.bits - 1)
+        zero = any_code(groups) if scheme.zero_point else None
+        return QTensor(any_code(shape), jnp.asarray(scale, scheme.scale_dtype), zero, scheme)
+
+    return make
+
+
+def run(path, inputs: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+    return session.run(None, {given.name: inputs.astype(np.int64) if given.name == "input_ids" else inputs})[0]
+
+
+def some_inputs(model: Model, batch: int, time: int) -> np.ndarray:
+    rng, struct = np.random.default_rng(batch), model.inputs.struct(batch, time)
+    return rng.integers(0, 20 if isinstance(model.inputs, Tokens) else 256, struct.shape).astype(struct.dtype)
+
+
+@pytest.mark.parametrize("name", [*DECODERS, "bert", *VISION])
+def test_every_kind_of_family(name, tmp_path):
+    if name in DECODERS:
+        decoder_cases.write(tmp_path / "model", name)
+    elif name == "bert":
+        write_encoder(tmp_path / "model")
+    else:
+        write_vision(tmp_path / "model", name)
+    model = load(str(tmp_path / "model"))
+    quantized = exported(model, SCHEMES, tmp_path / "orbax", noise(model))
+    size = save(tmp_path / "model.onnx", quantized, name)
+    assert size == (tmp_path / "model.onnx").stat().st_size == size_bytes(quantized, name)
+    inputs = some_inputs(model, 3, 10)
+    want = np.asarray(jax.jit(model.apply)(quantized.dequantized(), inputs))
+    # The same float32 weights, in sums of another order: 2^-24 of the largest value in each of a few dozen steps.
+    close = lambda got, want: np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+    close(run(tmp_path / "model.onnx", inputs), want)
+    # One file for every batch and length; what a decoder says of a token depends on no later one.
+    part = (slice(0, 1), slice(0, 7)) if name in DECODERS else (slice(0, 1),)
+    close(run(tmp_path / "model.onnx", inputs[part]), want[part])
+    codes = load_codes(tmp_path / "model.onnx")
+    for path, q in quantized.qtensors.items():
+        assert str(codes[path].scheme) == str(q.scheme)
+        for part in ("qvalue", "scale", "zero_point"):
+            ours, theirs = getattr(q, part), getattr(codes[path], part)
+            assert (ours is None) == (theirs is None), (path, part)
+            assert ours is None or bool(jnp.array_equal(ours, theirs)), (path, part)
+
+
+def test_the_reference_model_on_held_out_text(root, tmp_path, capsys):
+    model = load("reference")
+    quantized = exported(model, ("int4_g32", "int8_g64_zp", "int2_g16", "int8_channel", "int4_g64_zp"), tmp_path / "q")
+    assert exit_code("export", tmp_path / "q", "--to", "onnx", "-o", tmp_path / "model.onnx", "--json") == 0
+    text = (root / "mpq/assets/reference_lm/text/test.txt").read_text()
+    tokens = np.asarray(model.tokenizer.encode(text[:40_000]).ids[: 8 * 504], np.int32).reshape(8, 504)
+    want = np.asarray(jax.jit(model.apply)(quantized.dequantized(), tokens))
+    got = run(tmp_path / "model.onnx", tokens)
+    p, q = jax.nn.log_softmax(want), jax.nn.log_softmax(got)
+    assert float((jnp.exp(p) * (p - q)).sum(-1).mean()) < 1e-7
+    assert (want.argmax(-1) == got.argmax(-1)).mean() >= 0.999
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    model = load(str(tiny.write_folder(folder / "model")))
+    return model, exported(model, ("int4_g16", "int8_channel"), folder / "orbax")
+
+
+def test_sizes_are_known_for_random_plans_and_equal_models_give_equal_bytes(small, tmp_path):
+    model, quantized = small
+    rng, weights = np.random.default_rng(0), quantized.weights
+    candidates = Candidates(model.params, weights, RTN())
+    schemes = [parse_scheme(s) for s in ("int4_g16", "int8_channel", "bf16", "fp32")]
+    for trial in range(5):
+        choice = {w.path: schemes[rng.integers(len(schemes))] for w in weights}
+        plan = dataclasses.replace(quantized, qtensors=candidates.choose(choice))
+        assert save(tmp_path / "a", plan, "n" * 50 * trial) == size_bytes(plan, "n" * 50 * trial)
+    save(tmp_path / "b", plan, "n" * 50 * trial)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def message_of(call) -> str:
+    with pytest.raises(MpqError) as caught:
+        call()
+    return str(caught.value)
+
+
+class TestWhatCannotBeWritten:
+    def test_a_scheme(self, small, tmp_path):
+        model, quantized = small
+        path = "layers.0.mlp.up_proj.kernel"
+        three = RTN()(model.params[path][None], parse_scheme("int3_g16"))
+        plan = dataclasses.replace(quantized, qtensors=quantized.qtensors | {path: three})
+        message = f"weight {path} at int3_g16 has no form in onnx: it takes int2, int4 and int8; choose another plan"
+        assert message_of(lambda: save(tmp_path / "x", plan, "x")) == message
+        assert not list(tmp_path.iterdir())
+
+    def test_an_operation(self, small, tmp_path, monkeypatch):
+        monkeypatch.setattr("mpq.onnx.convert.OPS", {})
+        message = message_of(lambda: save(tmp_path / "x", small[1], "x"))
+        assert message.endswith("has no form in ONNX here: export this model to another runtime")
+        assert not list(tmp_path.iterdir())
+
+    def test_more_than_one_file_holds(self, small, monkeypatch, tmp_path):
+        monkeypatch.setattr(graph, "LIMIT", 1000)
+        size = size_bytes(small[1], "x")
+        message = f"the ONNX file would have {size} bytes, and one file holds 1000: choose a smaller plan"
+        assert message_of(lambda: save(tmp_path / "x", small[1], "x")) == message
+
+    def test_what_depends_on_the_length_otherwise(self, small):
+        model = dataclasses.replace(small[0], apply=lambda params, x: x.reshape(-1, 2, 3))
+        message = (
+            "the model computes otherwise for other batches or lengths, which one ONNX graph cannot: Cannot divide "
+            "evenly the sizes of shapes (batch, time) and (-1, 2, 3)"
+        )
+        assert message_of(lambda: traced(model)) == message
+
+    def test_a_file_that_is_none(self, tmp_path):
+        (tmp_path / "x").write_bytes(b"nothing")
+        message = f"{tmp_path / 'x'} is no ONNX file that `mpq export --to onnx` wrote: DecodeError"
+        assert message_of(lambda: load_codes(tmp_path / "x")) == message
