@@ -6,6 +6,7 @@ needed = {
     "test_*_transformers.py": ("torch", "transformers"),
     "test_llama_cpp.py": ("xllamacpp",),
     "test_onnxruntime.py": ("onnx", "onnxruntime"),
+    "test_runtimes_experiment.py": ("onnx", "onnxruntime", "onnx_ir"),
     "test_hf_checkpoints.py": ("torch", "transformers", "compressed_tensors"),
 }
 collect_ignore_glob = [
