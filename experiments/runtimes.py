@@ -28,12 +28,12 @@ from experiments.distillation import Options as Text
 from mpq.allocate import Problem, solve_frontier
 from mpq.artifacts import make_plan
 from mpq.export import orbax
+from mpq.export.arguments import export_arguments
 from mpq.export.orbax import Exported
 from mpq.files import canonical_json, read_json, write_json
 from mpq.formats import parse_scheme
 from mpq.onnx.export import save, size_bytes
 from mpq.onnx.graph import require_onnx
-from mpq.pipeline import export_arguments
 from mpq.record import RunRecord
 from mpq.types import MpqError, Scheme
 
