@@ -12,10 +12,11 @@ from typing import Annotated
 
 import tyro
 
-from mpq import commands, commands_activations, commands_export, commands_scores, show, show_inspection
+from mpq import commands, commands_export, commands_scores, show, show_inspection
 from mpq.activations import KEYS_AND_VALUES
 from mpq.cli_answer import Json, Out, Source, answer
 from mpq.cli_gguf import gguf
+from mpq.cli_rows import qat, ranges
 from mpq.request import Request
 from mpq.types import MpqError
 
@@ -70,25 +71,6 @@ def calibrate(
     """
     text = commands.Data(data, window, max_windows, batch_size)
     answer(lambda: commands.calibrate(model, text, out, of, keys_values, imatrix), json, commands.show_written)
-
-
-def ranges(
-    files: tyro.conf.Positional[tuple[Path, ...]],
-    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
-    schemes: tuple[str, ...] = ("int8_tensor_static",),
-    picture: Path | None = None,
-    json: Json = False,
-) -> None:
-    """Show what `mpq calibrate --of activations` found, and the ranges that schemes take of it; merge several files.
-
-    Args:
-      files: what `mpq calibrate --of activations` (or kv, or both) wrote, of one model.
-      out: file to write them to as one.
-      schemes: static ones whose ranges are shown: int8_tensor_static, int4_tensor_static_percentile.
-      picture: of the histograms and ranges, to write (.png or .svg).
-      json: print one JSON object.
-    """
-    answer(lambda: commands_activations.ranges(files, out, schemes, picture), json, show.ranges)
 
 
 def sensitivity(
@@ -349,6 +331,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "interactions": interactions,
     "allocate": allocate,
     "quantize": quantize,
+    "qat": qat,
     "export": export,
     "gguf": gguf,
     "evaluate": evaluate,

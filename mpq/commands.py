@@ -1,6 +1,7 @@
 """What the sub-commands do: files in, a stage, files out, and the plain result that `--json` prints."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,7 @@ def quantize(
     ranges: Path | None = None,
     keys_values: str = KEYS_AND_VALUES,
     smooth: bool = False,
+    training: Distill | None = None,
 ) -> dict[str, Any]:
     """The quantized model as an Orbax folder, after so many steps of distillation."""
     known("method", method, QUANTIZERS)
@@ -175,8 +177,10 @@ def quantize(
     qtensors, told = candidates.choose(plan.choices), {}
     state = out.with_name(f"{out.name}.distill")  # an interrupted distillation goes on from here
     if distill and text is not None and data is not None:
-        options = Distill(steps=distill, batch_size=min(text.batch_size, len(data.inputs)))
-        qtensors, losses = options(model, traced, qtensors, data, key=jax.random.key(0), state=state)
+        options = dataclasses.replace(training or Distill(), steps=distill)
+        options = dataclasses.replace(options, batch_size=min(text.batch_size, len(data.inputs)))
+        train = functools.partial(options, model, traced, qtensors, data, activations=chosen)
+        qtensors, losses, chosen = train(key=jax.random.key(0), state=state)
         told = {"distill": distill, "first_loss": float(losses[0]), "last_loss": float(losses[-1])}
     written = orbax.save(out, **export_arguments(model, traced.weights, qtensors, plan, chosen))
     if distill:

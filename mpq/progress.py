@@ -6,8 +6,9 @@ the command line does, so the library stays quiet.
 
 import contextlib
 import contextvars
+import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -33,6 +34,28 @@ def shown(console: Console | None = None) -> Iterator[Progress]:
             yield progress
         finally:
             _current.reset(token)
+
+
+class Watch:
+    """What a person sees beside a bar that `track` drew: the loss and the speed, now and then."""
+
+    def __init__(self, description: str, outputs: int, every: int = 10) -> None:
+        """Of the bar so described, whose every item is so many outputs."""
+        self._description, self._outputs, self._every = description, outputs, every
+        self._items, self._since = 0, time.perf_counter()
+
+    def tell(self, loss: Any) -> None:
+        """One more item is done; `loss` is read only where somebody watches."""
+        self._items += 1
+        progress = _current.get()
+        if progress is None or self._items % self._every:
+            return
+        value, now = float(loss), time.perf_counter()
+        speed, self._since = self._every * self._outputs / max(now - self._since, 1e-9), now
+        for task in progress.tasks:
+            if not task.finished and task.description.startswith(self._description):
+                text = f"{self._description} {value:.4f} {speed:,.0f}/s"
+                progress.update(task.id, description=text)
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

@@ -14,7 +14,7 @@ text's own words.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mpq.activations.apply import RoundedActivation
+from mpq.activations.rows import replacing
 from mpq.array_file import read_arrays, write_arrays
 from mpq.distill.latent import Latent, freeze, reconstruct, start
+from mpq.distill.rows import freeze_rows, start_rows, train_rounded
 from mpq.distill.vary import varied
 from mpq.files import digest_arrays, digest_json
 from mpq.inputs import Dataset, Tokens
 from mpq.models.model import Model
-from mpq.progress import track
+from mpq.progress import Watch, track
 from mpq.quantize import apply_plan
 from mpq.quantize.block_scales import applies
 from mpq.trace import Trace
@@ -45,10 +48,12 @@ class Distilled(NamedTuple):
     Attributes:
       qtensors: path -> weight, of the schemes that came in.
       losses: `float32[steps]`, nats per output on the batch of each step, before the step.
+      activations: the rows that came in, their static ranges learned.
     """
 
     qtensors: dict[str, QTensor]
     losses: np.ndarray
+    activations: tuple[RoundedActivation, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Distill:
       rounding: peak learning rate of codes, in steps of their grid; 0: codes stay.
       scale: of the logarithm of scales; 0: scales and zero points stay.
       zero_point: of zero points, in codes.
+      ranges: of the logarithm of static ranges of activations; 0: they stay.
       warmup: share of the steps over which the rates rise.
       noise: share of the tokens of a text that are exchanged for others.
       splice: let a window of text go on as another window does.
@@ -75,13 +81,14 @@ class Distill:
     rounding: float = 0.02
     scale: float = 0.003
     zero_point: float = 0.02
+    ranges: float = 0.003
     warmup: float = 0.05
     noise: float = 0.3
     splice: bool = True
     save_every: int = 50
 
     def __post_init__(self) -> None:
-        rates = (self.rounding, self.scale, self.zero_point)
+        rates = (self.rounding, self.scale, self.zero_point, self.ranges)
         if min(self.steps, self.batch_size, self.save_every) < 1:
             raise MpqError("steps, batch_size and save_every of a distillation must be at least 1")
         if not all(0 <= rate < float("inf") for rate in rates):
@@ -100,6 +107,7 @@ class Distill:
         *,
         key: jax.Array,
         state: Path | None = None,
+        activations: Sequence[RoundedActivation] = (),
     ) -> Distilled:
         """Train.
 
@@ -111,6 +119,8 @@ class Distill:
           data: windows; labels are not read.
           key: of the order of the windows.
           state: file that an interrupted training continues from, to the same bytes; the caller removes it.
+          activations: rows that are rounded in the model that is trained: quantization-aware training of both. Static
+            ones have their ranges, and none is smoothed.
 
         Raises:
           MpqError: no weight has a scale, fewer windows than a batch, the loss is not finite, or `state` is damaged or
@@ -131,9 +141,15 @@ class Distill:
             path: start(specs[path].read(model.params), q, rounding=self.rounding > 0, scale=self.scale > 0)
             for path, q in scaled.items()
         }
-        loss = functools.partial(_loss, model, {path: specs[path] for path in scaled})
-        latents, losses = self._train(loss, latents, (model.params, params, scaled), data, model, key, state)
-        return Distilled({**rest, **{path: _freeze(latents[path], q) for path, q in scaled.items()}}, losses)
+        rows = tuple(activations)
+        if any(one.smooth is not None for one in rows):
+            raise MpqError("smoothed activations cannot be trained: quantize without --smooth")
+        start_of = start_rows(rows) if self.ranges else {}
+        loss = functools.partial(_loss, model, traced, rows, {path: specs[path] for path in scaled})
+        begin, fixed = (latents, start_of), (model.params, params, scaled)
+        (latents, learned), losses = self._train(loss, begin, fixed, data, model, key, state, rows)
+        trained = {path: _freeze(latents[path], q) for path, q in scaled.items()}
+        return Distilled({**rest, **trained}, losses, freeze_rows(rows, learned) if self.ranges else rows)
 
     def _train(
         self,
@@ -144,10 +160,11 @@ class Distill:
         model: Model,
         key: jax.Array,
         state: Path | None,
-    ) -> tuple[State, np.ndarray]:
+        rows: tuple[RoundedActivation, ...],
+    ) -> tuple[Any, np.ndarray]:
         optimizer = self._optimizer(latents)
         whole = (latents, optimizer.init(latents))
-        told = {"of": self._digest(model, fixed[2], data, key)}
+        told = {"of": self._digest(model, fixed[2], data, key, rows)}
         begin, losses = 0, []
         if state is not None and state.exists():
             whole, losses = _load(state, whole, told)
@@ -162,20 +179,25 @@ class Distill:
             return (optax.apply_updates(latents, updates), moments), value
 
         counted = np.asarray(model.task.counted(data.mask))
+        watch = Watch("distill", int(counted[: self.batch_size].sum()))
         for number in track(range(begin, self.steps), "distill", self.steps - begin):
-            rows = self._rows(key, number, len(data.inputs))
-            inputs = data.inputs[rows]
+            drawn_rows = self._rows(key, number, len(data.inputs))
+            inputs = data.inputs[drawn_rows]
             if isinstance(model.inputs, Tokens):
                 drawn = np.asarray(jax.random.key_data(jax.random.fold_in(key, number)))
-                inputs = varied(data, rows, np.random.default_rng(drawn), noise=self.noise, splice=self.splice)
-            whole, value = step(whole, fixed, inputs, counted[rows])
+                inputs = varied(data, drawn_rows, np.random.default_rng(drawn), noise=self.noise, splice=self.splice)
+            whole, value = step(whole, fixed, inputs, counted[drawn_rows])
             losses.append(value)
+            watch.tell(value)
             done = number + 1
             if done % self.save_every == 0 or done == self.steps:
                 losses = [float(x) for x in jax.device_get(losses)]
                 if not np.isfinite(losses).all():
+                    first = int(np.argmin(np.isfinite(losses)))
+                    kept = "" if state is None or not state.exists() else f"; {state} holds the steps before it"
                     raise MpqError(
-                        f"the distillation's loss is {losses[-1]} after {done} steps: give smaller learning rates"
+                        f"the distillation's loss is {losses[first]} at step {first + 1}: give smaller learning rates"
+                        f"{kept}"
                     )
                 if state is not None:
                     _save(state, whole, losses, told)
@@ -187,17 +209,24 @@ class Distill:
         order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), windows))
         return order[place * self.batch_size : (place + 1) * self.batch_size]
 
-    def _optimizer(self, latents: State) -> optax.GradientTransformation:
+    def _optimizer(self, latents: Any) -> optax.GradientTransformation:
         """Adam, with a rate of its own for each kind of number."""
-        rates = {"value": self.rounding, "log_scale": self.scale, "zero_point": self.zero_point}
+        rates = {"value": self.rounding, "log_scale": self.scale, "zero_point": self.zero_point, "row": self.ranges}
         warmup = min(round(self.warmup * self.steps), self.steps - 1)
         adam = lambda peak: optax.adam(
             optax.warmup_cosine_decay_schedule(0.0, peak, warmup, self.steps), b2=0.99, eps=1e-12
         )
-        kinds = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].name, latents)
+        kinds = jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "name", "row"), latents)
         return optax.multi_transform({kind: adam(peak) for kind, peak in rates.items()}, kinds)
 
-    def _digest(self, model: Model, qtensors: Mapping[str, QTensor], data: Dataset, key: jax.Array) -> str:
+    def _digest(
+        self,
+        model: Model,
+        qtensors: Mapping[str, QTensor],
+        data: Dataset,
+        key: jax.Array,
+        rows: Sequence[RoundedActivation],
+    ) -> str:
         arrays = {
             f"{path} {i}": np.asarray(leaf)
             for path, qtensor in qtensors.items()
@@ -205,13 +234,16 @@ class Distill:
         }
         schemes = {path: str(qtensor.scheme) for path, qtensor in qtensors.items()}
         seed = np.asarray(jax.random.key_data(key)).tolist()
-        return digest_json([repr(self), model.digest, data.digest, seed, schemes, digest_arrays(arrays)])
+        beside = [[one.to_json(), one.low, one.high] for one in rows]
+        return digest_json([repr(self), model.digest, data.digest, seed, schemes, digest_arrays(arrays), beside])
 
 
 def _loss(
     model: Model,
+    traced: Trace,
+    rows: tuple[RoundedActivation, ...],
     specs: Mapping[str, WeightSpec],
-    latents: State,
+    learned: tuple[State, Mapping[str, jax.Array]],
     original: Params,
     params: Params,
     qtensors: Mapping[str, QTensor],
@@ -219,10 +251,20 @@ def _loss(
     counted: jax.Array,
 ) -> jax.Array:
     """Mean KL(original || quantized) of the outputs that count, nats."""
-    quantized = dict(params)
+    (latents, factors), quantized = learned, dict(params)
     for path, spec in specs.items():
         quantized = spec.write(quantized, reconstruct(latents[path], qtensors[path]))
-    p, q = (model.task.distribution(model.apply(each, inputs)) for each in (original, quantized))
+    specs_of = [one.spec for one in rows]
+    fixed = start_rows(rows) if rows else {}
+
+    def change(number: int, x: jax.Array) -> jax.Array:
+        one = rows[number]
+        return train_rounded(one, x, len(inputs), factors.get(one.spec.path, fixed.get(one.spec.path)))
+
+    student = model.apply
+    if rows:
+        student = lambda params, x: traced.on(x.shape).evaluate(params, x, replacing(specs_of, change))
+    p, q = model.task.distribution(model.apply(original, inputs)), model.task.distribution(student(quantized, inputs))
     return jnp.sum(model.task.divergence(p, q), where=counted) / jnp.maximum(jnp.sum(counted, dtype=jnp.float32), 1.0)
 
 

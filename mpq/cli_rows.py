@@ -1,0 +1,77 @@
+"""The sub-commands about activations and training: `mpq ranges` and `mpq qat`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mpq import commands, commands_activations, show
+from mpq.cli_answer import Json, Out, Source, answer
+from mpq.distill import Distill
+
+
+def ranges(
+    files: tyro.conf.Positional[tuple[Path, ...]],
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    schemes: tuple[str, ...] = ("int8_tensor_static",),
+    picture: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Show what `mpq calibrate --of activations` found, and the ranges that schemes take of it; merge several files.
+
+    Args:
+      files: what `mpq calibrate --of activations` (or kv, or both) wrote, of one model.
+      out: file to write them to as one.
+      schemes: static ones whose ranges are shown: int8_tensor_static, int4_tensor_static_percentile.
+      picture: of the histograms and ranges, to write (.png or .svg).
+      json: print one JSON object.
+    """
+    answer(lambda: commands_activations.ranges(files, out, schemes, picture), json, show.ranges)
+
+
+def qat(
+    model: Source,
+    plan: Source,
+    data: str,
+    out: Out,
+    steps: int = 600,
+    method: str = "rtn",
+    rate: float = 0.02,
+    scale_rate: float = 0.003,
+    range_rate: float = 0.003,
+    ranges: Path | None = None,
+    stats: Path | None = None,
+    window: int | None = None,
+    max_windows: int = 64,
+    batch_size: int = 8,
+    json: Json = False,
+) -> None:
+    """Quantization-aware training: weights, scales and ranges of a plan trained to the outputs of the original.
+
+    Weights and activations are rounded as the plan says while it trains; the loss is the KL to the float model, so no
+    labels are needed. Interrupted, it continues when typed again, to the same bytes.
+
+    Args:
+      model: checkpoint folder, hub id, or `reference`.
+      plan: plan file, or PLAN+ACTIVATIONS[+KV], w8a8, w4a8, w4a4 as `mpq quantize` takes it.
+      data: training text, or `reference`.
+      out: folder to write.
+      steps: batches.
+      method: rounding algorithm to start from.
+      rate: peak learning rate of the weights, in steps of their grid.
+      scale_rate: of the logarithms of scales.
+      range_rate: of the logarithms of static ranges of activations (LSQ); 0: they stay.
+      ranges: what `mpq calibrate --of activations` wrote, for static ranges to start from; else `data` gives them.
+      stats: what `mpq calibrate` wrote, for methods that need it.
+      window: tokens a window; default 256, or the model's context if that is shorter.
+      max_windows: use the first so many.
+      batch_size: windows a batch.
+      json: print one JSON object.
+    """
+    text = commands.Data(data, window, max_windows, batch_size)
+
+    def train() -> dict[str, object]:
+        training = Distill(steps=steps, rounding=rate, scale=scale_rate, ranges=range_rate)
+        return commands.quantize(model, plan, out, text, stats, method, steps, ranges, training=training)
+
+    answer(train, json, commands.show_written)
