@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from analysis.activations import page
 from experiments import activations
 from experiments.activations import SETTINGS, Options
 from mpq.activations import parse_activation_scheme
@@ -38,6 +39,9 @@ def test_there_is_a_row_for_each_setting(options: Options) -> None:
     assert rows["W8"]["kl"] < rows["W8g32A8 static, zero point, smoothed"]["kl"] < rows["W8A8KV4 dynamic"]["kl"]
     change = 100 * (rows["W8"]["perplexity"] / result["perplexity"]["test"] - 1)
     assert rows["W8"]["change_percent"] == pytest.approx(change)
+    written = page([result])
+    assert "| W8A8 dynamic (`int8_channel+int8_token`) | " in written
+    assert f"| {rows['W8']['change_percent']:+.2f} % |" in written
     assert set(result["record"]["inputs"]) == {"data", "model", "test", "shifted"}
 
 

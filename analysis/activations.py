@@ -1,0 +1,62 @@
+"""`python -m analysis.activations`: the table of `experiments/activations.py`, from its committed results."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from analysis.text import with_error
+from mpq.files import read_json, write_text
+
+FOLDER = Path("experiments/results/activations")
+Result = Mapping[str, Any]
+
+
+def table(result: Result) -> str:
+    """A row a setting: perplexity, its change and the KL, on the text and on the shifted one."""
+    lines = [
+        "| setting | perplexity | change | KL, nats per token | shifted: perplexity | change | KL |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        cells = [f"`{row['plan']}`" if not row["smooth"] else f"`{row['plan']}` smoothed"]
+        for text in ("test", "shifted"):
+            of = row[text]
+            kl = with_error(of["kl"], of["kl_stderr"])
+            cells += [f"{of['perplexity']:.4g}", f"{of['change_percent']:+.2f} %", kl]
+        lines.append(f"| {row['setting']} ({cells[0]}) | " + " | ".join(cells[1:]) + " |")
+    return "\n".join(lines)
+
+
+def page(results: Sequence[Result]) -> str:
+    """Every model."""
+    return "\n\n".join(_parts(results)) + "\n"
+
+
+def _parts(results: Sequence[Result]) -> Iterator[str]:
+    yield "# What rounded activations cost"
+    yield (
+        "Written by `python -m analysis.activations` from the files beside it; `experiments/activations.py` says how "
+        "they are made. Ranges and smoothing come from the calibration text alone; neither of the two others was seen "
+        "by any stage. Standard errors over windows."
+    )
+    for result in results:
+        config, before = result["record"]["config"], result["perplexity"]
+        yield f"## {config['model']}"
+        yield (
+            f"Perplexity of the original {before['test']:.4f} on {config['test']}, {before['shifted']:.4g} on "
+            f"{config['shifted']}; {config['windows']} windows of {config['window']} tokens each. Weights whose path "
+            f"holds `{config['only']}`, and what they read; the others stay in floating point."
+        )
+        yield table(result)
+
+
+def main() -> int:
+    """Write the page."""
+    results = [read_json(path, "results of a comparison") for path in sorted(FOLDER.glob("*.json"))]
+    write_text(FOLDER / "README.md", page(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
