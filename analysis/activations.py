@@ -28,6 +28,18 @@ def table(result: Result) -> str:
     return "\n".join(lines)
 
 
+def summary(results: Sequence[Result]) -> str:
+    """A row a setting that all models have, a column a model."""
+    names = [{row["setting"]: row for row in result["rows"]} for result in results]
+    shared = [name for name in names[0] if all(name in rows for rows in names)]
+    models = [result["record"]["config"]["model"] for result in results]
+    lines = ["| setting | " + " | ".join(models) + " |", "|---|" + "---:|" * len(models)]
+    for name in shared:
+        cells = [[f"{rows[name][text]['change_percent']:+.2f}" for text in ("test", "shifted")] for rows in names]
+        lines.append(f"| {name} | " + " | ".join(f"{a} / {b}" for a, b in cells) + " |")
+    return "\n".join(lines)
+
+
 def page(results: Sequence[Result]) -> str:
     """Every model."""
     return "\n\n".join(_parts(results)) + "\n"
@@ -49,6 +61,13 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
             f"holds `{config['only']}`, and what they read; the others stay in floating point."
         )
         yield table(result)
+    yield "## Dynamic or static, which when"
+    yield (
+        "The change of perplexity in per cent, on the text and on the shifted one. A dynamic scale needs no "
+        "calibration and costs a pass over the values for their largest; a static one is calibrated "
+        "and costs no such pass."
+    )
+    yield summary(results)
 
 
 def main() -> int:
