@@ -21,7 +21,13 @@ def export(source: Path, to: str, out: Path) -> dict[str, Any]:
     target = known("format", to, TARGETS)
     if out.exists():
         raise MpqError(f"{out} exists already: choose another name or remove it")
-    written = target.save(out, orbax.load(source), source.name)
+    exported = orbax.load(source)
+    if rounded := exported.plan.get("activations"):
+        raise MpqError(
+            f"{source} rounds {len(rounded)} activations as well, and format {to} holds weights only: quantize with "
+            "the plan of the weights alone"
+        )
+    written = target.save(out, exported, source.name)
     return {"out": str(out), "to": to, "size_bytes": written}
 
 

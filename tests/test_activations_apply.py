@@ -15,6 +15,7 @@ from mpq.activations.plans import PRESETS, split_plan
 from mpq.config import RunConfig
 from mpq.evaluate import Reference, score
 from mpq.export import orbax
+from mpq.export.targets import TARGETS
 from mpq.inputs import Arrays
 from mpq.models import load
 from mpq.types import MpqError
@@ -116,6 +117,18 @@ def mpq(place, capsys, monkeypatch):
         return code, json.loads(out) if code == 0 and "--json" in arguments else out, err
 
     return call
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_runtimes_that_hold_weights_only_refuse_it(mpq, place, to):
+    if not (place / "a8").exists():
+        assert mpq("quantize", "model", "int8_channel+int8_token", "--method", "rtn", "-o", "a8")[0] == 0
+    count = len(orbax.load(place / "a8").plan["activations"])
+    code, _, said = mpq("export", "a8", "--to", to, "-o", f"out-{to}")
+    message = f"a8 rounds {count} activations as well, and format {to} holds weights only: quantize with the plan of"
+    assert code == 2
+    assert message in " ".join(said.split())
+    assert not (place / f"out-{to}").exists()
 
 
 def test_a_plan_with_activations_goes_through_the_commands(mpq, place):
