@@ -8,11 +8,12 @@ The whole pipeline on the reference language model that ships with the package:
     model = mpq.load("reference")
     sets = mpq.datasets(model, mpq.RunConfig(name="example", calibration_windows=16, test_windows=16))
     traced = model.trace(batch=8, window=256)
-    stats = mpq.calibrate(traced, model.params, sets["calibration"], batch_size=8)
+    scored, seen = mpq.divide(sets["calibration"], 8)  # what rounding saw would flatter it
+    stats = mpq.calibrate(traced, model.params, seen, batch_size=8)
     candidates = mpq.Candidates(model.params, traced.weights, mpq.GPTQ(), stats)
     schemes = tuple(map(mpq.parse_scheme, ("int2_g64", "int3_g64", "int4_g64", "int8_channel")))
     metric = mpq.METRICS["fisher"]
-    table = metric(model, traced, schemes, candidates, sets["calibration"], key=jax.random.key(0), batch_size=8)
+    table = metric(model, traced, schemes, candidates, scored, key=jax.random.key(0), batch_size=8)
     plan = mpq.solve_frontier(mpq.Problem.from_table(table)).at(bpw=3.5)
     quantized = mpq.apply_plan(model.params, traced.weights, candidates.choose(plan.choice))
     result = mpq.score(model, quantized, sets["test"], reference=model.params, batch_size=8).summary()
@@ -23,7 +24,7 @@ Every stage is also a sub-command of `mpq` and a file on disk that the next stag
 from mpq.allocate import SOLVERS, Frontier, Problem, solve_frontier
 from mpq.calibrate import calibrate
 from mpq.config import RunConfig
-from mpq.data import make_dataset, read_documents, require_disjoint, split_documents
+from mpq.data import divide, make_dataset, read_documents, require_disjoint, split_documents
 from mpq.eval_result import EvalResult
 from mpq.evaluate import DocumentScores, Reference, score
 from mpq.formats import FORMATS, parse_scheme
@@ -75,6 +76,7 @@ __all__ = [
     "apply_plan",
     "calibrate",
     "datasets",
+    "divide",
     "functional",
     "load",
     "make_dataset",
