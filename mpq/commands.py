@@ -241,13 +241,10 @@ def make_candidates(
     model: Model, traced: Trace, method: str, data: Dataset | None, stats: Path | None, batch_size: int
 ) -> Candidates:
     """Quantized weights; statistics come from the file, else from the text; some algorithms need none."""
-    collected: dict[str, LayerStats] = {}
-    if stats is not None:
-        collected, _ = read_stats(stats, model, traced)
-    elif QUANTIZERS[method].data_aware:
-        if data is None:
-            raise MpqError(f"method {method!r} needs calibration: give --data TEXT or --stats FILE")
-        collected = run_calibration(traced, model.params, data, batch_size)
+    wanted = stats is not None or QUANTIZERS[method].data_aware
+    if wanted and stats is None and data is None:
+        raise MpqError(f"method {method!r} needs calibration: give --data TEXT or --stats FILE")
+    collected = _collected(model, traced, data, stats, batch_size) if wanted else {}
     return Candidates(model.params, traced.weights, QUANTIZERS[method], collected)
 
 
@@ -264,10 +261,12 @@ def read_stats(path: Path, model: Model, traced: Trace) -> tuple[dict[str, Layer
 
 
 def _collected(
-    model: Model, traced: Trace, data: Dataset, stats: Path | None, batch_size: int
+    model: Model, traced: Trace, data: Dataset | None, stats: Path | None, batch_size: int
 ) -> Mapping[str, LayerStats]:
+    """Statistics from the file, else from the text: one of the two is there."""
     if stats is not None:
         return read_stats(stats, model, traced)[0]
+    assert data is not None
     return run_calibration(traced, model.params, data, batch_size)
 
 

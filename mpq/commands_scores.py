@@ -157,15 +157,17 @@ def activations(
 
 def _apart(model: Model, traced: Trace, text: Data, method: str, stats: Path | None) -> tuple[Dataset, Candidates]:
     """What to score on, and candidates: an algorithm that sees data sees other windows than those."""
-    more = lambda windows: dataclasses.replace(text, max_windows=text.max_windows + windows)
-    if not QUANTIZERS[method].data_aware:
-        data = rest = text.dataset(model, "calibration")
-    elif stats is None:
-        data, rest = divide(more(STATISTICS_WINDOWS).dataset(model, "calibration"), text.max_windows)
+    with_further = lambda windows: dataclasses.replace(text, max_windows=text.max_windows + windows)
+    read = lambda windows: with_further(windows).dataset(model, "calibration")
+    sees_data = QUANTIZERS[method].data_aware
+    if sees_data and stats is not None:
+        collected, seen = read_stats(stats, model, traced)
+        data = take(unseen(read(len(seen)), seen, str(stats)), text.max_windows)
+        return data, Candidates(model.params, traced.weights, QUANTIZERS[method], collected)
+    if sees_data:
+        data, rest = divide(read(STATISTICS_WINDOWS), text.max_windows)
     else:
-        _, seen = read_stats(stats, model, traced)
-        rest = unseen(more(len(seen)).dataset(model, "calibration"), seen, str(stats))
-        data = take(rest, text.max_windows)
+        data = rest = read(0)
     return data, make_candidates(model, traced, method, rest, stats, text.batch_size)
 
 
