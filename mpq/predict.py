@@ -1,7 +1,8 @@
 """Predicted losses of plans: the sum over weights, as it is and corrected by plans measured on the selection set."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,11 @@ class Predictor:
 
     Attributes:
       table: its sensitivities.
-      measured: KL on the selection set, nats per output, by the name of the plan; empty: nothing is corrected.
-      plans: those that were measured, by name.
+      measured: plans and their KL on the selection set, nats per output; empty: nothing is corrected.
     """
 
     table: SensitivityTable
-    measured: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    plans: Mapping[str, Plan] = dataclasses.field(default_factory=dict)
+    measured: Sequence[tuple[Plan, float]] = ()
 
     def summed(self, plan: Plan) -> tuple[float, float]:
         """Sum over weights, whose errors are taken as independent, and its standard error."""
@@ -53,12 +52,15 @@ class Predictor:
         corrected = _corrected(self._correction(None), loss, stderr)
         return dict(zip(_KEYS, (loss, [*map(number, stderr)], *corrected), strict=True))
 
+    @functools.cached_property
+    def _pairs(self) -> list[tuple[Plan, float, float]]:
+        """Measured plans with their sums and their KL, both above zero."""
+        pairs = [(plan, self.summed(plan)[0], kl) for plan, kl in self.measured]
+        return [(plan, loss, kl) for plan, loss, kl in pairs if min(loss, kl) > 0 and np.isfinite([loss, kl]).all()]
+
     def _correction(self, left_out: Plan | None) -> Correction | None:
-        others = [p for p in self.plans.values() if left_out is None or p.choices != left_out.choices]
-        pairs = [(self.summed(p)[0], self.measured[p.name]) for p in others]
-        pairs = [pair for pair in pairs if min(pair) > 0 and np.isfinite(pair).all()]
-        sums = {loss for loss, _ in pairs}
-        if len(pairs) < MIN_PLANS or len(sums) < MIN_PLANS:
+        pairs = [(s, kl) for plan, s, kl in self._pairs if left_out is None or plan.choices != left_out.choices]
+        if len({loss for loss, _ in pairs}) < MIN_PLANS:
             return None
         return Correction.fit(*np.asarray(pairs).T)
 

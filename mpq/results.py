@@ -227,9 +227,9 @@ def predictors(run: Run, winners: Mapping[str, tuple[Plan, Mapping[str, float]]]
     found = {method: Predictor(table) for method, table in run.allocation_tables.items()}
     main = run.config.method
     known = {p.name: p for p in (*run.uniform.values(), *run.mixed[main].values(), *run.heuristics.values())}
-    measured = {name: kl for _, by_name in winners.values() for name, kl in by_name.items() if name in known}
-    plans = {name: known[name] for name in measured}
-    return found | {main: Predictor(run.allocation_tables[main], measured, plans)}
+    kl = {name: value for _, by_name in winners.values() for name, value in by_name.items() if name in known}
+    measured = [(known[name], value) for name, value in kl.items()]
+    return found | {main: Predictor(run.allocation_tables[main], measured)}
 
 
 def frontier(run: Run, predictor: Predictor) -> dict[str, Any]:

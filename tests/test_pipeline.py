@@ -157,8 +157,7 @@ def test_predictions_are_corrected_by_the_other_plans_on_the_selection_set(finis
 def test_too_few_plans_correct_nothing(finished):
     run, _ = finished
     plan = run.uniform["int4_g16"]
-    three = {p.name: p for p in [*run.uniform.values()][:3]}
-    predictor = Predictor(run.allocation_tables["gptq"], dict.fromkeys(three, 0.1), three)
+    predictor = Predictor(run.allocation_tables["gptq"], [(p, 0.1) for p in [*run.uniform.values()][:3]])
     assert predictor.of(plan)["corrected_kl"] is None
     assert predictor.frontier(run.frontiers["gptq"])["corrected_kl"] is None
 
