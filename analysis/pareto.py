@@ -99,7 +99,7 @@ def _frontier_panel(
     frontier = result.frontier
     line = _draw_line(ax, frontier.bits_per_weight, frontier.best_kl, frontier.best_stderr)
     if frontier.corrected_kl:
-        kept = [i for i in thin(frontier.bits_per_weight, _MAX_POINTS) if frontier.predicted_kl[i] > 0]
+        kept = _drawn_points(frontier.bits_per_weight, frontier.predicted_kl)
         x, y = ([column[i] for i in kept] for column in (frontier.bits_per_weight, frontier.predicted_kl))
         ax.plot(x, y, color=PREDICTED, linewidth=0.8, linestyle=DASHES, label="sum over weights", zorder=1)
     draw_plans(ax, result, drawn, lambda plan: plan.kl, lambda plan: 2 * (plan.kl_stderr or 0.0))
@@ -144,7 +144,7 @@ def _draw_line(
     stderr: Sequence[float | None] | None,
 ) -> list[tuple[float, float]]:
     """The predicted frontier and its band; returns the vertices inside the axes."""
-    kept = [i for i in thin(bits_per_weight, _MAX_POINTS) if predicted_kl[i] > 0]
+    kept = _drawn_points(bits_per_weight, predicted_kl)
     x = np.array([bits_per_weight[i] for i in kept])
     y = np.array([predicted_kl[i] for i in kept])
     ax.plot(x, y, color=PREDICTED, label="predicted frontier", zorder=2)
@@ -154,3 +154,8 @@ def _draw_line(
         ax.fill_between(x, low, y + error, color=PREDICTED, alpha=0.18, linewidth=0, zorder=1)
     left, right = ax.get_xlim()
     return [(float(a), float(b)) for a, b in zip(x, y, strict=True) if left <= a <= right]
+
+
+def _drawn_points(bits_per_weight: Sequence[float], kl: Sequence[float]) -> list[int]:
+    """Numbers of the points that a line goes through: not more than can be told apart, and above 0."""
+    return [i for i in thin(bits_per_weight, _MAX_POINTS) if kl[i] > 0]
