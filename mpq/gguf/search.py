@@ -20,8 +20,9 @@ import numpy as np
 
 from mpq.allocate import Problem, Refine, solve_frontier
 from mpq.calibrate import calibrate
-from mpq.data import divide, take
+from mpq.data import divide
 from mpq.evaluate import DocumentScores, Reference, score
+from mpq.export.orbax import Exported
 from mpq.formats import parse_scheme
 from mpq.formats.ggml import GGML_SCHEMES
 from mpq.gguf.container import aligned
@@ -172,7 +173,7 @@ class Search:
 
     def file_bytes(self, choice: Choice) -> int:
         """Of the file of a plan, to the byte."""
-        return size_bytes(in_memory(self.model, self.traced.weights, {}), self.name, choice)
+        return size_bytes(self._unquantized, self.name, choice)
 
     def mix(self, name: str) -> dict[str, Scheme]:
         """Of llama.cpp, for this model."""
@@ -218,10 +219,10 @@ class Search:
             if all(s.fits(w.k) for w in self.traced.weights)
         }
         for others in (mixes, single):
-            fitting = {name: choice for name, choice in others.items() if self.file_bytes(choice) <= budget}
-            if fitting:
-                name = max(fitting, key=lambda name: self.file_bytes(fitting[name]))
-                plans[f"{name} of llama.cpp" if others is mixes else f"all {name}"] = fitting[name]
+            size = {name: self.file_bytes(choice) for name, choice in others.items()}
+            if fitting := {name: size[name] for name in others if size[name] <= budget}:
+                name = max(fitting, key=fitting.__getitem__)
+                plans[f"{name} of llama.cpp" if others is mixes else f"all {name}"] = others[name]
         return plans
 
     def predicted(self, choice: Choice) -> tuple[float, float] | None:
@@ -244,8 +245,13 @@ class Search:
         return save(path, in_memory(self.model, self.traced.weights, self.candidates.choose(choice)), self.name)
 
     @functools.cached_property
+    def _unquantized(self) -> Exported:
+        """What sizes are counted by."""
+        return in_memory(self.model, self.traced.weights, {})
+
+    @functools.cached_property
     def _plan_loss(self) -> PlanLoss:
-        data = take(self.divided[0], self.options.windows)
+        data = self.divided[0]
         reference = Reference(self.model, data, min(self.options.batch_size, len(data.inputs)))
         return PlanLoss(self.model, self.traced, self.candidates, reference, self.store)
 
