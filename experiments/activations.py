@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import tyro
 
-from experiments.distillation import Options as Text
 from experiments.distillation import windows_of
 from mpq.activations import activation_rows, calibrate_activations
 from mpq.activations.apply import RoundedActivation, choose_activations, with_activations
@@ -92,16 +91,10 @@ class Comparison:
     def __init__(self, options: Options) -> None:
         self.options, self.model = options, load(options.model)
         self.traced = self.model.trace(options.batch_size, options.window)
-        shared = {
-            f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name in Text.__annotations__
-        }
-        text = Text(**shared)
-        self.calibration = windows_of(self.model, options.data, text)
+        read = lambda path: windows_of(self.model, path, options.windows, options.window)
+        self.calibration = read(options.data)
         paths = {"test": options.test, "shifted": options.shifted}
-        self.references = {
-            name: Reference(self.model, windows_of(self.model, path, text), options.batch_size)
-            for name, path in paths.items()
-        }
+        self.references = {name: Reference(self.model, read(path), options.batch_size) for name, path in paths.items()}
         self.stats = calibrate(self.traced, self.model.params, self.calibration, options.batch_size)
         self.weights = tuple(w for w in self.traced.weights if re.search(options.only, w.path))
         if not self.weights:

@@ -86,7 +86,8 @@ class Comparison:
     def __init__(self, options: Options) -> None:
         self.options, self.model = options, load(options.model)
         self.traced = self.model.trace(options.batch_size, options.window)
-        self.calibration, test = (windows_of(self.model, path, options) for path in (options.data, options.test))
+        read = lambda path: windows_of(self.model, path, options.windows, options.window)
+        self.calibration, test = read(options.data), read(options.test)
         self.reference = Reference(self.model, test, options.batch_size)
         self.stats = calibrate(self.traced, self.model.params, self.calibration, options.batch_size)
         self.candidates = Candidates(self.model.params, self.traced.weights, GPTQ(), self.stats)
@@ -185,14 +186,14 @@ class Comparison:
         }
 
 
-def windows_of(model: Model, path: Path, options: Options) -> Dataset:
-    """The first windows of a text as one stream, each a document of its own."""
+def windows_of(model: Model, path: Path, windows: int, window: int) -> Dataset:
+    """The first so many windows of a text as one stream, `window` tokens each, each a document of its own."""
     if not isinstance(model.inputs, Tokens):
         raise MpqError(f"model {model.name!r} reads no text: give a language model")
     bos = [] if model.inputs.bos is None else [model.inputs.bos]
     ids = [*bos, *plain_tokenizer(model.tokenizer).encode(path.read_text(), add_special_tokens=False).ids]
-    count = min(len(ids) // options.window, options.windows)
-    tokens = np.asarray(ids[: count * options.window], np.int32).reshape(count, options.window)
+    count = min(len(ids) // window, windows)
+    tokens = np.asarray(ids[: count * window], np.int32).reshape(count, window)
     tokens[:, : len(bos)] = bos
     return new_dataset(tokens, np.ones(tokens.shape, bool), np.arange(count, dtype=np.int32), path.name)
 

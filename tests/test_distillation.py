@@ -71,4 +71,4 @@ def test_what_cannot_be_compared(options):
         Comparison(options).uniform(1)
     images = dataclasses.replace(load(options.model), inputs=Images(4, 4))
     with pytest.raises(MpqError, match="reads no text: give"):
-        windows_of(images, options.data, options)
+        windows_of(images, options.data, options.windows, options.window)
