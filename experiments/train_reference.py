@@ -154,7 +154,7 @@ def make_optimizer(training: Training) -> optax.GradientTransformation:
         return jax.tree_util.tree_map_with_path(
             lambda path, p: (
                 optax.contrib.MuonDimensionNumbers()
-                if p.ndim == 2 and "embed_tokens" not in jax.tree_util.keystr(path)
+                if p.ndim == 2 and "embed" not in jax.tree_util.keystr(path)
                 else None
             ),
             params,
