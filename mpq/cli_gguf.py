@@ -40,7 +40,8 @@ def gguf(
       size: most bytes of the file, such as 4.1GB.
       bpw: most bits per quantized weight.
       like: no more bytes than llama.cpp's Q2_K, Q3_K_M, Q4_K_M, Q5_K_M or Q6_K.
-      types: of ggml, to choose among; default: q2_k to q8_0 and iq4_xs, or those with small blocks where rows do.
+      types: of ggml, to choose among; default: q2_k to q8_0 and iq4_xs, or those with small blocks where rows do
+        not fill 256. Name tq2_0 to have it: not every accelerator runs it.
       pin: the type of every weight whose path the pattern matches; may be repeated.
       metric: that predicts losses, as of `mpq sensitivity`.
       refine: most rounds of a search on measured plans after the exact solution.

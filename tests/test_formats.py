@@ -28,7 +28,7 @@ def test_the_text_form_says_every_part():
     assert parse_scheme("int8_tensor") == Scheme(FORMATS["int8"], per_tensor=True)
     assert parse_scheme("int4_g64_sfloat16") == parse_scheme("int4_g64") == Scheme(FORMATS["int4"], 64)
     assert parse_scheme("nvfp4") == Scheme(FORMATS["fp4"], 16, scale_dtype="float8_e4m3fn")
-    assert parse_scheme("mxfp4") == Scheme(FORMATS["fp4"], 32, scale_dtype="float8_e8m0fnu")
+    assert parse_scheme("fp4_g32_se8m0") == Scheme(FORMATS["fp4"], 32, scale_dtype="float8_e8m0fnu")
     assert [str(parse_scheme(alias)) for alias in ALIASES] == list(ALIASES.values())
 
 
@@ -42,7 +42,7 @@ def test_the_text_form_says_every_part():
         ("int3_tensor_zp_sfloat32", {"qvalue": 1224, "scale": 32, "zero_point": 8}),
         ("nf3_channel_sbfloat16", {"qvalue": 1224, "scale": 11 * 16}),
         ("nvfp4", {"qvalue": 1632, "scale": 3 * 11 * 8, "tensor_scale": 32}),
-        ("mxfp4", {"qvalue": 1632, "scale": 2 * 11 * 8}),
+        ("fp4_g32_se8m0", {"qvalue": 1632, "scale": 2 * 11 * 8}),
         ("fp8_e5m2_tensor", {"qvalue": 3256, "scale": 16}),
         ("bf16", {"qvalue": 6512}),
     ],

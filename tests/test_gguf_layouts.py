@@ -23,12 +23,23 @@ def qtensor(parts: dict[str, np.ndarray], scheme: Scheme) -> QTensor:
     return QTensor(**{"scale": None, "zero_point": None, **arrays}, scheme=scheme)
 
 
+def random_bytes(scheme: Scheme, rng: np.random.Generator) -> np.ndarray:
+    """Every byte that a block can hold; TQ2_0 has no fourth code, MXFP4 one zero, no NaN and normal numbers."""
+    raw = rng.integers(0, 256, (N, row_bytes(scheme, K)), np.uint8)
+    parts = unpack(raw, scheme, K)
+    if str(scheme) == "tq2_0":
+        parts["qvalue"] %= 3
+    if str(scheme) == "mxfp4":
+        parts["scale"] = (2.0 ** rng.integers(-125, 125, parts["scale"].shape)).astype(parts["scale"].dtype)
+    return pack(parts, scheme)
+
+
 def random_rows(scheme: Scheme, seed: int) -> np.ndarray:
     """Random bytes, with finite halves in their places, many of them extreme."""
     rng = np.random.default_rng(seed)
-    parts = unpack(rng.integers(0, 256, (N, row_bytes(scheme, K)), np.uint8), scheme, K)
+    parts = unpack(random_bytes(scheme, rng), scheme, K)
     for half in HALVES:
-        if half in parts:
+        if half in parts and parts[half].dtype == np.float16:
             drawn = rng.standard_normal(parts[half].shape).astype(np.float16)
             parts[half] = np.where(rng.random(drawn.shape) < 0.3, rng.choice(EXTREME, drawn.shape), drawn)
     return pack(parts, scheme)
@@ -45,7 +56,7 @@ class TestEveryType:
 
     def test_every_byte_survives_the_way_to_parts_and_back(self, name):
         scheme = GGML_SCHEMES[name]
-        raw = np.random.default_rng(1).integers(0, 256, (N, row_bytes(scheme, K)), np.uint8)
+        raw = random_bytes(scheme, np.random.default_rng(1))
         parts = unpack(raw, scheme, K)
         np.testing.assert_array_equal(pack(parts, scheme), raw)
         assert parts["qvalue"].min() >= scheme.format.min_qvalue

@@ -7,7 +7,7 @@
     int8_tensor       one for the whole matrix
     int3_g32_zp       with a zero point of 3 bits beside each scale
     nf4_g64_sfp8      scales of 8 bits (e4m3) under one float32 for the whole matrix; so `nvfp4` is fp4_g16_sfp8
-    fp4_g32_se8m0     scales that are powers of two, 8 bits; this one is `mxfp4`
+    fp4_g32_se8m0     scales that are powers of two, 8 bits; `mxfp4` is this one in whole blocks, as ggml has it
     int4_g64_sfloat32 scales of float32, or of bfloat16 with `_sbfloat16`
     bf16              no scale
     q4_k, q8_0        a block type of ggml, see `mpq.formats.ggml`; f16 and f32 are what ggml calls fp16 and fp32
@@ -46,11 +46,9 @@ FORMATS: Mapping[str, NumberFormat] = MappingProxyType(
     }
 )
 
-ALIASES: Mapping[str, str] = MappingProxyType(
-    {"mxfp4": "fp4_g32_se8m0", "nvfp4": "fp4_g16_sfp8", "f16": "fp16", "f32": "fp32"}
-)
-"""Names that `parse_scheme` also takes -> the text that `str()` gives. MXFP4 is that of the OCP Microscaling Formats
-specification 1.0; NVFP4 that of NVIDIA's Blackwell, e4m3 scales of 16 values under one float32."""
+ALIASES: Mapping[str, str] = MappingProxyType({"nvfp4": "fp4_g16_sfp8", "f16": "fp16", "f32": "fp32"})
+"""Names that `parse_scheme` also takes -> the text that `str()` gives. NVFP4 is that of NVIDIA's Blackwell: e4m3 scales
+of 16 values under one float32."""
 
 _SCALES = {suffix: dtype for dtype, suffix in SCALE_SUFFIXES.items()} | {"_sfloat16": "float16"}
 _TEXT = re.compile(

@@ -1,11 +1,16 @@
 """Block types of ggml as schemes: `q4_k`, `q8_0`, `iq4_nl`, stored as llama.cpp reads them.
 
-A block is 32 or 256 consecutive weights of one output channel under one float16 scale. In the K-quants and IQ4_XS each
-group of 16 or 32 of them has an integer besides, which multiplies that scale. Layouts of the bytes are in
-`mpq.gguf.layouts`; facts about the types: ggml's `ggml-common.h` and `dequantize_row_*` of `ggml-quants.c`.
+A block is 32 or 256 consecutive weights of one output channel under one scale, a float16 in all but MXFP4. In the
+K-quants and IQ4_XS each group of 16 or 32 of them has an integer besides, which multiplies that scale. Layouts of the
+bytes are in `mpq.gguf.layouts`; facts about the types: ggml's `ggml-common.h` and `dequantize_row_*` of
+`ggml-quants.c`.
 
-Bits per weight: q2_k 2.625, q3_k 3.4375, q4_k 4.5, q5_k 5.5, q6_k 6.5625, iq4_xs 4.25; q4_0 and iq4_nl 4.5, q4_1 5,
-q5_0 5.5, q5_1 6, q8_0 8.5.
+Bits per weight: tq2_0 2.0625, q2_k 2.625, q3_k 3.4375, iq4_xs and mxfp4 4.25, q4_k, q4_0 and iq4_nl 4.5, q4_1 5, q5_k
+and q5_0 5.5, q5_1 6, q6_k 6.5625, q8_0 8.5.
+
+MXFP4 (OCP Microscaling Formats specification 1.0) has a power of two for each 32 weights; its values are those of
+`fp4_g32_se8m0`, which pads rows and goes into no GGUF. TQ2_0 has the codes -1, 0 and 1; llama.cpp runs it on CPUs, and
+not on every accelerator.
 """
 
 import dataclasses
@@ -17,6 +22,7 @@ import jax.numpy as jnp
 
 from mpq.formats.codebook import Codebook
 from mpq.formats.integer import Integer
+from mpq.formats.minifloat import Minifloat
 from mpq.types import Blocks, MpqError, NumberFormat, Scheme
 
 # The 16 values of ggml's `kvalues_iq4nl`.
@@ -68,10 +74,20 @@ class Unsigned:
 
 
 _IQ4 = Codebook("iq4", tuple(map(float, IQ4_LEVELS)))
+_TERNARY = Codebook("ternary", (-1.0, 0.0, 1.0))
+_E2M1 = Minifloat("fp4", 2, 1, max_qvalue=7)
 
 
-def _scheme(name: str, grid: NumberFormat, rows: int, group: int, sub_bits: int | None, minimum: bool) -> Scheme:
-    return Scheme(grid, group, blocks=Blocks(name, rows, sub_bits, minimum))
+def _scheme(
+    name: str,
+    grid: NumberFormat,
+    rows: int,
+    group: int,
+    sub_bits: int | None,
+    minimum: bool,
+    scale_dtype: str = "float16",
+) -> Scheme:
+    return Scheme(grid, group, scale_dtype=scale_dtype, blocks=Blocks(name, rows, sub_bits, minimum))
 
 
 GGML_SCHEMES: Mapping[str, Scheme] = MappingProxyType(
@@ -90,6 +106,8 @@ GGML_SCHEMES: Mapping[str, Scheme] = MappingProxyType(
             _scheme("q4_0", Integer(4), 32, 32, None, False),
             _scheme("iq4_nl", _IQ4, 32, 32, None, False),
             _scheme("iq4_xs", _IQ4, 256, 32, 6, False),
+            _scheme("mxfp4", _E2M1, 32, 32, None, False, "float8_e8m0fnu"),
+            _scheme("tq2_0", _TERNARY, 256, 256, None, False),
         )
         if scheme.blocks is not None
     }

@@ -9,28 +9,35 @@ import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import ml_dtypes
 import numpy as np
 
 from mpq.formats.ggml import require_fit
+from mpq.formats.minifloat import Minifloat
 from mpq.types import MpqError, Scheme
 
 Parts = Mapping[str, np.ndarray]
 
 
+FLOATS = ("scale", "minimum")
+"""Parts that are no integers."""
+
+
 @dataclasses.dataclass(frozen=True)
-class _Half:
-    """A float16 of the block: `scale` or `minimum`."""
+class _Float:
+    """A float of the block: `scale` or `minimum`."""
 
     part: str
+    dtype: type[np.generic] = np.float16
 
     def size(self, counts: Mapping[str, int]) -> int:
-        return 2
+        return np.dtype(self.dtype).itemsize
 
     def write(self, parts: Parts) -> np.ndarray:
         return np.ascontiguousarray(parts[self.part][:, None]).view(np.uint8)
 
     def read(self, data: np.ndarray, into: dict[str, np.ndarray]) -> None:
-        into[self.part] = np.ascontiguousarray(data).view(np.float16)[:, 0]
+        into[self.part] = np.ascontiguousarray(data).view(self.dtype)[:, 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +65,20 @@ class _Bits:
         folded = (data.reshape(len(data), -1, 1, self.width) >> shifts) & (2**self.bits - 1)
         value = folded.reshape(len(data), -1) << self.low
         into[self.part] = into[self.part] | value if self.part in into else value
+
+
+class _Signs(_Bits):
+    """Of MXFP4: codes of a sign and three bits of magnitude. Its negative zero is read as zero."""
+
+    def write(self, parts: Parts) -> np.ndarray:
+        code = parts[self.part].astype(np.int8)
+        return super().write({self.part: np.where(code < 0, 8 - code, code).astype(np.uint8)})
+
+    def read(self, data: np.ndarray, into: dict[str, np.ndarray]) -> None:
+        found: dict[str, np.ndarray] = {}
+        super().read(data, found)
+        magnitude = (found[self.part] & 7).astype(np.int8)
+        into[self.part] = np.where(found[self.part] > 7, -magnitude, magnitude).astype(np.uint8)
 
 
 class _Nibbles:
@@ -90,8 +111,8 @@ class _Sixes:
         into |= {"sub_scale": join(scale, last & 15), "sub_minimum": join(minimum, last >> 4)}
 
 
-_Field = _Half | _Bits | _Nibbles | _Sixes
-_SCALE, _MINIMUM = _Half("scale"), _Half("minimum")
+_Field = _Float | _Bits | _Nibbles | _Sixes
+_SCALE, _MINIMUM = _Float("scale"), _Float("minimum")
 _code = lambda low, bits, width: _Bits("qvalue", low, bits, width)
 _sub = lambda low, bits, width: _Bits("sub_scale", low, bits, width)
 
@@ -109,6 +130,8 @@ LAYOUTS: Mapping[str, tuple[_Field, ...]] = MappingProxyType(
         "q6_k": (_code(0, 4, 64), _code(4, 2, 32), _sub(0, 8, 1), _SCALE),
         "iq4_nl": (_SCALE, _code(0, 4, 16)),
         "iq4_xs": (_SCALE, _sub(4, 2, 1), _sub(0, 4, 1), _code(0, 4, 16)),
+        "mxfp4": (_Float("scale", ml_dtypes.float8_e8m0fnu), _Signs("qvalue", 0, 4, 16)),
+        "tq2_0": (_code(0, 2, 32), _SCALE),
     }
 )
 """Fields of a block, in the order of the file, by the name of the type."""
@@ -140,7 +163,7 @@ def pack(parts: Parts, scheme: Scheme) -> np.ndarray:
     stored: dict[str, np.ndarray] = {}
     for name, array in parts.items():
         blocks = np.ascontiguousarray(array.T).reshape(n * k // scheme.blocks.rows, -1)
-        if name in ("scale", "minimum"):
+        if name in FLOATS:
             stored[name] = blocks[:, 0]
         else:  # int8 wraps as two's complement does
             stored[name] = (blocks.astype(np.int16) - _zero(scheme, name)).astype(np.uint8)
@@ -171,7 +194,7 @@ def unpack(data: np.ndarray, scheme: Scheme, k: int) -> dict[str, np.ndarray]:
         start = stop
     parts: dict[str, np.ndarray] = {}
     for name, array in stored.items():
-        signed = array if array.dtype == np.float16 else (array.astype(np.int16) + _zero(scheme, name)).astype(np.int8)
+        signed = array if name in FLOATS else (array.astype(np.int16) + _zero(scheme, name)).astype(np.int8)
         parts[name] = np.ascontiguousarray(signed.reshape(n, -1).T)
     return parts
 
@@ -188,8 +211,8 @@ def require_ggml(scheme: Scheme, k: int) -> None:
 
 
 def _zero(scheme: Scheme, part: str) -> int:
-    """The integer that is stored as 0: Q8_0 and the scales of Q6_K are stored in two's complement, all else from 0."""
+    """The integer that is stored as 0: Q8_0, MXFP4 and the scales of Q6_K are signed in the file, all else from 0."""
     assert scheme.blocks is not None
     if part == "qvalue":
-        return 0 if scheme.format.bits == 8 else scheme.format.min_qvalue
+        return 0 if scheme.format.bits == 8 or isinstance(scheme.format, Minifloat) else scheme.format.min_qvalue
     return 0 if scheme.blocks.minimum or scheme.blocks.sub_bits == 8 else -(1 << ((scheme.blocks.sub_bits or 1) - 1))

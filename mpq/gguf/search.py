@@ -43,7 +43,7 @@ from mpq.units import bpw_to_bits, parse_size
 Choice = Mapping[str, Scheme]
 
 K_QUANTS = ("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
-SMALL_BLOCKS = ("q4_0", "iq4_nl", "q4_1", "q5_0", "q5_1", "q8_0")
+SMALL_BLOCKS = ("mxfp4", "q4_0", "iq4_nl", "q4_1", "q5_0", "q5_1", "q8_0")
 """Candidates of weights whose rows fill blocks of 256, and of the others."""
 
 

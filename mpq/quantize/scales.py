@@ -136,7 +136,8 @@ def fit_group(
         propose = lambda ends: _affine(low * ends[..., 0], high * ends[..., 1], scheme, unit)
     else:
         base = _symmetric(jnp.abs(x).max(axis=-2), scheme) / unit
-        empty = 1.0 if scheme.blocks is None else 0.0  # IQ4_NL has no level 0: the smallest scale brings it closest
+        # IQ4_NL has no level 0: the smallest scale brings it closest. A power of two is never 0.
+        empty = 1.0 if scheme.blocks is None or scheme.scale_dtype == _POWER_OF_TWO else 0.0
         propose = lambda factor: (round_scale(jnp.where(base > 0, base * factor, empty), scheme.scale_dtype), None)
     candidates = _candidates(scheme) if method == "mse" else _candidates(scheme)[:1]
     if len(candidates) == 1:
