@@ -9,6 +9,7 @@ import pytest
 from mpq.allocate import Problem, solve_frontier, solve_quadratic
 from mpq.allocate.minorant import branch, maximise
 from mpq.allocate.pairs import Pairs
+from mpq.allocate.semidefinite import _Dual, semidefinite_bound
 from mpq.types import MpqError, Status
 from tests.allocate_cases import SCHEMES, all_choices, make_problem, table, transformer, weight
 
@@ -85,6 +86,54 @@ def test_the_minorant_is_the_loss_itself_in_other_terms():
         assert moved == pytest.approx(pairs.energy(choice), rel=1e-9, abs=1e-9)
         over = minorant.price * (pairs.bits(choice) - budget)
         assert minorant.bound(pairs) <= pairs.energy(choice) + over + 1e-9
+
+
+def test_the_semidefinite_bound_is_below_the_optimum_wherever_its_search_stands():
+    """Of interactions of any sign, which are no Gram; as tight as the price of bits leaves it where they are one."""
+    for seed in range(40):
+        problem, interactions, budget = small(seed)
+        pairs = Pairs.of(problem, interactions, budget)
+        choices, size, _ = all_choices(problem)
+        optimum = energies(problem, interactions, choices)[size <= budget].min()
+        known = optimum + abs(optimum) * (seed % 2)
+        minorant = maximise(pairs, 0.01, known, 5)
+        for iterations in (0, 3, 60):
+            bound = semidefinite_bound(pairs, minorant, known, enough=np.inf, iterations=iterations)
+            assert bound <= optimum + 1e-9 * abs(optimum) + 1e-12
+
+
+def test_the_semidefinite_bound_has_the_derivative_it_says():
+    problem, interactions, budget = small(4)
+    pairs = Pairs.of(problem, interactions, budget)
+    dual = _Dual.of(pairs, problem.allowed, 1.0)
+    rng = np.random.default_rng(0)
+    at = rng.normal(size=1 + len(dual.group) + len(dual.above[0]))
+    _, slope = dual.smoothed(at, 0.3)
+    for _ in range(5):
+        along = rng.normal(size=at.shape)
+        ends = [dual.smoothed(at + step * along, 0.3)[0] for step in (1e-5, -1e-5)]
+        assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(float(slope @ along), rel=1e-5)
+    # without smoothing the bound is higher: a smoothed minimum is below the minimum
+    assert dual.bound(at) >= -dual.smoothed(at, 0.3)[0] * dual.unit
+
+
+def test_errors_that_partly_cancel_need_the_bound_of_all_pairs_at_once():
+    problem, interactions = gram(16, 5, 1, 0.1)
+    budget = (problem.min_bits + problem.max_bits) // 2
+    pairs = Pairs.of(problem, interactions, budget)
+    known = pairs.energy(pairs.descend(problem.by_group(solve_frontier(problem).at(bits=budget).choice)))
+    minorant = maximise(pairs, 0.0, known, 40)
+    pairwise = known - minorant.bound(pairs)
+    assert pairwise > 0.25 * known
+    assert known - semidefinite_bound(pairs, minorant, known, enough=known, iterations=120) < 0.6 * pairwise
+
+
+def test_more_options_than_an_eigendecomposition_serves_have_no_semidefinite_bound(monkeypatch):
+    problem, interactions, budget = small(4)
+    pairs = Pairs.of(problem, interactions, budget)
+    monkeypatch.setattr("mpq.allocate.semidefinite.MOST_OPTIONS", 2)
+    minorant = maximise(pairs, 0.0, 1.0, 2)
+    assert semidefinite_bound(pairs, minorant, 1.0, enough=1.0, iterations=1) == -np.inf
 
 
 @pytest.mark.parametrize(("groups", "schemes", "correlation"), CASES)

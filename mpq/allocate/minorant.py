@@ -132,9 +132,9 @@ class _Dual:
         """Minus the bound, and its derivative in the price and in phi."""
         groups = len(self.loss)
         price, phi = variables[0], self.phi(variables)
-        alone, p = _soft_min(self.loss + price * self.size + phi.sum(axis=2), self.temperature, 1)
+        alone, p = soft_min(self.loss + price * self.size + phi.sum(axis=2), self.temperature, 1)
         rest = np.where(self.allowed[:, :, None, None] & self.allowed, self.rest(phi), np.inf)
-        pair, q = _soft_min(rest, 2 * self.temperature / groups, (1, 3))
+        pair, q = soft_min(rest, 2 * self.temperature / groups, (1, 3))
         np.fill_diagonal(pair, 0.0)
         value = alone.sum() + pair.sum() / 2 - price * self.budget
         by_price = (p * self.size).sum() - self.budget
@@ -142,7 +142,7 @@ class _Dual:
         return -value / self.unit, -np.concatenate([[by_price], by_phi.ravel()]) / self.unit
 
 
-def _soft_min(values: np.ndarray, temperature: float, axis: int | tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+def soft_min(values: np.ndarray, temperature: float, axis: int | tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """-T log sum exp(-values / T) along `axis`, and its derivative."""
     least = values.min(axis=axis, keepdims=True)
     weights = np.exp((least - values) / temperature)
