@@ -211,7 +211,7 @@ def allocate(
       kv: what `mpq sensitivity --of kv` wrote: a scheme for every part of the KV cache; its bytes count in the size.
       context: tokens that the cache holds.
       sequences: of so many tokens each.
-      runtime: gguf, onnx, hf, gptq, gptq_v2, awq or bnb: only what `mpq export --to` it has a form for.
+      runtime: gguf, onnx, litert, hf, gptq, gptq_v2, awq or bnb: only what `mpq export --to` it has a form for.
       frontier: picture of the whole frontier to write (.png or .svg).
       json: print one JSON object.
     """
@@ -261,7 +261,9 @@ def quantize(
     answer(quantize, json, commands.show_written)
 
 
-def export(model: Source, out: Out, to: str = "gguf", json: Json = False) -> None:
+def export(
+    model: Source, out: Out, to: str = "gguf", window: int | None = None, integer: bool = False, json: Json = False
+) -> None:
     """Write a quantized model for another runtime; every code and scale stays as it is.
 
     A plan that the runtime has no form for is refused before anything is written; `mpq allocate --for` solves for one
@@ -270,11 +272,14 @@ def export(model: Source, out: Out, to: str = "gguf", json: Json = False) -> Non
     Args:
       model: folder that `mpq quantize` wrote.
       out: file or folder to write.
-      to: gguf, for llama.cpp; onnx, for ONNX Runtime; hf, a folder in the format of compressed-tensors for transformers
-        and vLLM; gptq, gptq_v2, awq or bnb (bitsandbytes), folders in those formats.
+      to: gguf, for llama.cpp; onnx, for ONNX Runtime; litert, for LiteRT (TensorFlow Lite); hf, a folder in the format
+        of compressed-tensors for transformers and vLLM; gptq, gptq_v2, awq or bnb (bitsandbytes), folders in those.
+      window: litert: tokens that the file reads at once; default the whole context, but at most 512.
+      integer: litert: of static ranges of activations, round sums of residual blocks as well: most is of integers then.
       json: print one JSON object.
     """
-    answer(lambda: commands_export.export(Path(model), to, out), json, commands.show_written)
+    write = lambda: commands_export.export(Path(model), to, out, window=window, integer=integer)
+    answer(write, json, commands.show_written)
 
 
 def evaluate(

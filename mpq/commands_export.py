@@ -16,18 +16,28 @@ from mpq.sensitivity import METRICS
 from mpq.types import MpqError
 
 
-def export(source: Path, to: str, out: Path) -> dict[str, Any]:
-    """Write `source`, what `mpq quantize -o` wrote, in the format `to`; whole or not at all."""
+def export(source: Path, to: str, out: Path, **options: Any) -> dict[str, Any]:
+    """Write `source`, what `mpq quantize -o` wrote, in the format `to`; whole or not at all.
+
+    Args:
+      source: folder.
+      to: name in `TARGETS`.
+      out: file or folder.
+      options: for the format; those that are None or False are not given.
+    """
     target = known("format", to, TARGETS)
     if out.exists():
         raise MpqError(f"{out} exists already: choose another name or remove it")
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    if unknown := [name for name in given if name not in target.options]:
+        raise MpqError(f"format {to} has no option --{unknown[0]}: leave it out")
     exported = orbax.load(source)
-    if rounded := exported.plan.get("activations"):
+    if (rounded := exported.plan.get("activations")) and not target.activations:
         raise MpqError(
             f"{source} rounds {len(rounded)} activations as well, and format {to} holds weights only: quantize with "
             "the plan of the weights alone"
         )
-    written = target.save(out, exported, source.name)
+    written = target.save(out, exported, source.name, **given)
     return {"out": str(out), "to": to, "size_bytes": written}
 
 

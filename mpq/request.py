@@ -160,7 +160,10 @@ class Request:
         Raises:
           MpqError: the rules are wrong, contradict each other or the runtime, or leave a weight no scheme.
         """
-        pose = lambda sets: Problem.from_table(table, pins=self.pins, only=sets, overhead_bits=overhead_bits)
+        bits = WeightSpec.size_bits if self.runtime is None else known("format", self.runtime, TARGETS).stored_bits
+        pose = lambda sets: Problem.from_table(
+            table, pins=self.pins, only=sets, overhead_bits=overhead_bits, stored_bits=bits
+        )
         if self.runtime is None:
             return pose(self.sets)
         allowed, target = allowed_for(self.runtime, table), known("format", self.runtime, TARGETS)

@@ -10,7 +10,7 @@ which sums are exact, ties are ties, and every order of groups gives the same an
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -87,6 +87,7 @@ class Problem:
         pins: Pins | None = None,
         only: Only | None = None,
         overhead_bits: int = 0,
+        stored_bits: Callable[[WeightSpec, Scheme], int] = WeightSpec.size_bits,
     ) -> "Problem":
         """The problem that a sensitivity table poses: losses, variances and sizes summed over each fused group.
 
@@ -97,6 +98,7 @@ class Problem:
           pins: regular expression that matches a whole weight path -> the scheme it must take; its fused group follows.
           only: regular expression -> the schemes it may take; where several match, what they have in common.
           overhead_bits: see the class.
+          stored_bits: size of a weight under a scheme, where a runtime stores it otherwise.
 
         Raises:
           MpqError: a loss is NaN or infinite, or a standard error infinite; a pattern matches nothing or is no regular
@@ -107,7 +109,7 @@ class Problem:
         for row, spec in enumerate(table.weights):
             groups.setdefault(spec.group, []).append(row)
         rows = list(groups.values())
-        size_bits = np.array([[spec.size_bits(scheme) for scheme in table.schemes] for spec in table.weights], np.int64)
+        size_bits = np.array([[stored_bits(w, scheme) for scheme in table.schemes] for w in table.weights], np.int64)
         total = lambda array: np.stack([array[index].sum(axis=0) for index in rows])
         return cls(
             names=tuple(groups),

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 
 from mpq.config import known
@@ -13,6 +12,9 @@ from mpq.hf import export as hf
 from mpq.hf.container import Container
 from mpq.hf.containers import CONTAINERS
 from mpq.hf.sites import site_of, why_not
+from mpq.litert import export as litert
+from mpq.litert.weights import refusal as litert_refusal
+from mpq.litert.weights import size_bits as litert_bits
 from mpq.onnx import export as onnx
 from mpq.onnx.weights import refusal as onnx_refusal
 from mpq.types import MpqError, Scheme, SensitivityTable, WeightSpec
@@ -28,13 +30,19 @@ class Target:
       size_bytes: quantized model and its name -> the same before anything is written.
       refusal: weight and scheme -> why the runtime cannot have it; None where it can.
       uniform: whether all quantized weights must have one scheme.
+      stored_bits: weight and scheme -> bits of the weight in the file.
+      activations: whether it has a form for rounded activations, too.
+      options: what `save` takes beside.
     """
 
     what: str
-    save: Callable[[Path, Exported, str], int]
+    save: Callable[..., int]
     size_bytes: Callable[[Exported, str], int]
     refusal: Callable[[WeightSpec, Scheme], str | None]
     uniform: bool = False
+    stored_bits: Callable[[WeightSpec, Scheme], int] = WeightSpec.size_bits
+    activations: bool = False
+    options: tuple[str, ...] = ()
 
 
 def _ggml_refusal(spec: WeightSpec, scheme: Scheme) -> str | None:
@@ -59,6 +67,15 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
     {
         "gguf": Target("a file for llama.cpp", gguf.save, gguf.size_bytes, _ggml_refusal),
         "onnx": Target("a file for ONNX Runtime", onnx.save, onnx.size_bytes, onnx_refusal),
+        "litert": Target(
+            "a file for LiteRT (TensorFlow Lite)",
+            litert.save,
+            litert.size_bytes,
+            litert_refusal,
+            stored_bits=litert_bits,
+            activations=True,
+            options=("window", "integer"),
+        ),
         "hf": _container("a compressed-tensors folder for transformers and vLLM", CONTAINERS["hf"]),
         "gptq": _container("a GPTQ folder", CONTAINERS["gptq"], uniform=True),
         "gptq_v2": _container("a GPTQ folder of version 2", CONTAINERS["gptq_v2"], uniform=True),

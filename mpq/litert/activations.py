@@ -1,0 +1,128 @@
+"""Which rounded activations of a plan LiteRT has, and what it makes of them.
+
+*Hybrid* operators round their float32 input as it comes, to 8 bits with a zero point: fully connected layers a token
+at a time (`int8_token_asym`), convolutions an image at a time (`int8_tensor_asym`). They multiply integers, by the
+codes of the weight as they are.
+
+A *static* range (`int8_tensor_static`, also `_asym`) is that of an int8 tensor. A convolution by codes of 8 or 4 bits
+with a scale for a channel is one of integers where what it gives has a range, too: where another convolution reads it,
+perhaps after a rectifier. Elsewhere the input is rounded, and multiplied in float32 by the dequantized weight: the
+plan's own arithmetic. If asked (`Rounded.sums`), summands of residual blocks are rounded as well, which the plan does
+not, and most convolutions are of integers (`Codes.beside`).
+"""
+
+import dataclasses
+from typing import Self
+
+import numpy as np
+
+from mpq.activations.apply import RoundedActivation
+from mpq.activations.scheme import scale_and_zero
+from mpq.export.orbax import Exported
+from mpq.litert.graph import Quantization
+from mpq.litert.weights import has_hybrid
+from mpq.types import MpqError, Scheme, WeightSpec
+
+HYBRID = {"matmul": "int8_token_asym", "conv": "int8_tensor_asym"}
+"""Kind of a weight -> the scheme of its input that a hybrid operator has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """How a value is rounded to int8: `value ~= (code - zero) * scale`.
+
+    Attributes:
+      scale: a float32 number.
+      zero: `-128 .. 127`.
+    """
+
+    scale: float
+    zero: int
+
+    @classmethod
+    def of(cls, row: RoundedActivation) -> Self:
+        """Those of a static row, as `mpq.activations.scheme` has them, its codes less 128 where they are not signed."""
+        assert row.low is not None
+        assert row.high is not None
+        low, high = (np.float32(x) for x in (min(row.low[0], 0.0), max(row.high[0], 0.0)))
+        scale, zero = scale_and_zero(low, high, row.scheme.asymmetric, np.float32(row.scheme.top))  # pyright: ignore[reportArgumentType]
+        return cls(float(scale), int(zero) - 128 if row.scheme.asymmetric else 0)
+
+    @classmethod
+    def beside(cls, other: "Codes", total: "Codes", rectified: bool) -> Self:
+        """Those of a summand, of which no more is clipped than the sum clips: `[low - high', high - low']`.
+
+        Args:
+          other: the other summand.
+          total: the sum.
+          rectified: whether it is `max(0, sum)`, whose lower end is then 0.
+        """
+        (low, high), (least, most) = total.ends, other.ends
+        low, high = min((0.0 if rectified else low) - most, 0.0), max(high - least, 0.0)
+        scale = np.float32((high - low) / 255)
+        return cls(float(scale), int(np.clip(np.round(-low / scale) - 128, -128, 127)))
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The smallest and the largest value."""
+        return (-128 - self.zero) * self.scale, (127 - self.zero) * self.scale
+
+    @property
+    def quantization(self) -> Quantization:
+        """As a tensor has it."""
+        return Quantization(np.array([self.scale], np.float32), np.array([self.zero]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+    """What the plan rounds.
+
+    Attributes:
+      hybrid: paths of weights whose input is rounded as it comes.
+      static: path of a weight -> how its input is rounded.
+      sums: whether sums of a convolution and a rounded value are rounded, too.
+    """
+
+    hybrid: frozenset[str] = frozenset()
+    static: dict[str, Codes] = dataclasses.field(default_factory=dict)
+    sums: bool = False
+
+    @classmethod
+    def of(cls, exported: Exported, sums: bool = False) -> Self:
+        """Those of a plan.
+
+        Raises:
+          MpqError: an activation is rounded as LiteRT does not, or its weight has no such operator.
+        """
+        specs, hybrid, static = {spec.path: spec for spec in exported.weights}, set(), {}
+        for path, body in exported.plan.get("activations", {}).items():
+            row = RoundedActivation.from_json(body, exported.ranges.get(path), exported.smooth.get(path))
+            for weight in row.spec.weights:
+                if reason := _why_not(row, specs[weight], exported.qtensors[weight].scheme):
+                    raise MpqError(
+                        f"activation {path} at {row.scheme} has no form in litert: {reason}; quantize with the plan of "
+                        "the weights alone, or another"
+                    )
+                if row.scheme.static is None:
+                    hybrid.add(weight)
+                else:
+                    static[weight] = Codes.of(row)
+        return cls(frozenset(hybrid), static, sums)
+
+
+def _why_not(row: RoundedActivation, spec: WeightSpec, scheme: Scheme) -> str | None:
+    if row.spec.kind != "activation":
+        return "it keeps no KV cache"
+    if row.smooth is not None:
+        return "it divides inputs by no factors"
+    if row.scheme.static is not None:
+        whole = row.scheme.bits == 8 and row.scheme.granularity == "tensor"
+        return None if whole else "static ranges are of whole tensors in 8 bits"
+    uses = {use.kind for use in spec.uses if use.kind != "embedding"}
+    one = all(use.macs == spec.size for use in spec.uses)  # position, which is the whole tensor then
+    wanted = set(HYBRID.values()) if one and uses == {"matmul"} else {HYBRID[kind] for kind in uses}
+    if str(row.scheme) not in wanted or (len(uses) > 1):
+        return f"as they come inputs are rounded by {' or '.join(sorted(wanted))} there"
+    if spec.batch > 1 or spec.factors or not has_hybrid(scheme) or ("conv" in uses and scheme.format.bits == 2):
+        return f"it multiplies no codes of {spec.path} at {scheme}"
+    return None

@@ -1,0 +1,280 @@
+"""Exported files in LiteRT's interpreter against the dequantized model in JAX: every kind of family, any batch."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+from mpq.activations.apply import RoundedActivation, with_activations
+from mpq.activations.rows import activation_rows, kv_rows
+from mpq.activations.scheme import parse_activation_scheme
+from mpq.export.orbax import Exported
+from mpq.formats import parse_scheme
+from mpq.litert import graph
+from mpq.litert.convert import traced
+from mpq.litert.export import load as load_codes
+from mpq.litert.export import save, size_bytes
+from mpq.litert.weights import refusal
+from mpq.models import Model, load
+from mpq.quantize import RTN, Candidates
+from mpq.types import MpqError
+from tests import decoder_cases, tiny
+from tests.command import exit_code
+from tests.runtime_cases import exported, noise, some_inputs
+from tests.test_families_encoder import write as write_encoder
+from tests.test_families_vision import write as write_vision
+
+pytestmark = pytest.mark.parity
+
+SCHEMES = ("int4_g16", "int8_channel", "int4_g8_zp", "int2_g16_zp", "int8_g16_zp_sbfloat16", "int4_tensor_zp", "bf16")
+DECODERS = ("llama", "gpt2", "gemma2", "opt, post-norm, projected", "qwen2_moe")
+VISION = ("resnet", "vit")
+
+
+def write(folder: Path, name: str) -> Model:
+    if name in DECODERS:
+        decoder_cases.write(folder, name)
+    elif name == "bert":
+        write_encoder(folder)
+    else:
+        write_vision(folder, name)
+    return load(str(folder))
+
+
+def run(path, inputs: np.ndarray, kernels: OpResolverType = OpResolverType.BUILTIN) -> np.ndarray:
+    interpreter = Interpreter(model_path=str(path), experimental_op_resolver_type=kernels, num_threads=1)
+    (given,), (out,) = interpreter.get_input_details(), interpreter.get_output_details()
+    interpreter.resize_tensor_input(given["index"], inputs.shape, strict=True)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(given["index"], inputs)
+    interpreter.invoke()
+    return interpreter.get_tensor(out["index"]).copy()
+
+
+def kl(want: np.ndarray, got: np.ndarray) -> float:
+    p, q = jax.nn.log_softmax(want), jax.nn.log_softmax(got)
+    return float((jnp.exp(p) * (p - q)).sum(-1).mean())
+
+
+def require_equal_codes(path, quantized: Exported) -> None:
+    codes = load_codes(path)
+    assert set(codes) == set(quantized.qtensors)
+    for name, q in quantized.qtensors.items():
+        assert str(codes[name].scheme) == str(q.scheme)
+        for part in ("qvalue", "scale", "zero_point"):
+            ours, theirs = getattr(q, part), getattr(codes[name], part)
+            assert (ours is None) == (theirs is None), (name, part)
+            assert ours is None or (ours.dtype == theirs.dtype and bool(jnp.array_equal(ours, theirs))), (name, part)
+
+
+def require_bits_of_the_plan(path, quantized: Exported) -> None:
+    """The type of every stored weight, as the runtime itself tells it."""
+    interpreter = Interpreter(model_path=str(path))
+    schema = graph.require_litert()
+    model = schema.ModelT.InitFromPackedBuf(Path(path).read_bytes(), 0)
+    kinds = {t.name.decode(): (t.type, t.buffer) for t in model.subgraphs[0].tensors}
+    names = {number: name for name, number in vars(schema.TensorType).items() if name.isupper()}
+    of = {"bf16": "BFLOAT16", "fp16": "FLOAT16", "fp32": "FLOAT32"}
+    for spec in quantized.weights:
+        scheme = quantized.qtensors[spec.path].scheme
+        kind, buffer = kinds[spec.path]
+        assert names[kind] == of.get(scheme.format.name, scheme.format.name.upper()), spec.path
+        assert len(model.buffers[buffer].data) == -(-spec.size * scheme.format.bits // 8), spec.path
+    assert {d["name"] for d in interpreter.get_tensor_details()} >= {spec.path for spec in quantized.weights}
+
+
+@pytest.mark.parametrize("name", [*DECODERS, "bert", *VISION])
+def test_every_kind_of_family(name, tmp_path):
+    model = write(tmp_path / "model", name)
+    quantized = exported(model, SCHEMES, tmp_path / "orbax", refusal)
+    size = save(tmp_path / "model.tflite", quantized, name, window=None if name in VISION else 10)
+    assert size == (tmp_path / "model.tflite").stat().st_size
+    assert size == size_bytes(quantized, name, window=None if name in VISION else 10)
+    inputs = some_inputs(model, 3, 10)
+    want = np.asarray(jax.jit(model.apply)(quantized.dequantized(), inputs))
+    # The same float32 weights, in sums of another order and with functions of a few ulp: 2^-22 of the largest value in
+    # each of about two hundred steps.
+    close = lambda got, want: np.testing.assert_allclose(got, want, atol=200 * 2.0**-22 * np.abs(want).max())
+    close(run(tmp_path / "model.tflite", inputs), want)
+    close(run(tmp_path / "model.tflite", inputs[:1], OpResolverType.BUILTIN_REF), want[:1])
+    require_equal_codes(tmp_path / "model.tflite", quantized)
+    require_bits_of_the_plan(tmp_path / "model.tflite", quantized)
+
+
+def test_the_reference_model_on_held_out_text(root, tmp_path, capsys):
+    model = load("reference")
+    schemes = ("int4_g32", "int8_channel", "int2_g16", "int8_g64_zp", "int4_channel_zp")
+    quantized = exported(
+        model, schemes, tmp_path / "q", refusal, Candidates(model.params, model.trace(1, 16).weights, RTN()).qtensor
+    )
+    arguments = ("--to", "litert", "--window", 504, "-o", tmp_path / "model.tflite", "--json")
+    assert exit_code("export", tmp_path / "q", *arguments) == 0
+    text = (root / "mpq/assets/reference_lm/text/test.txt").read_text()
+    tokens = np.asarray(model.tokenizer.encode(text[:40_000]).ids[: 8 * 504], np.int32).reshape(8, 504)
+    want = np.asarray(jax.jit(model.apply)(quantized.dequantized(), tokens))
+    got = run(tmp_path / "model.tflite", tokens)
+    assert kl(want, got) < 1e-7
+    assert (want.argmax(-1) == got.argmax(-1)).mean() >= 0.999
+    require_bits_of_the_plan(tmp_path / "model.tflite", quantized)
+
+
+def rounded(model: Model, scheme: str, inputs: np.ndarray, trace=(1, 16)) -> list[RoundedActivation]:
+    """Every input of a weight, its static range that of the largest values seen."""
+    of, rows = parse_activation_scheme(scheme), activation_rows(model.trace(*trace))
+    if of.static is None:
+        return [RoundedActivation(row, of) for row in rows]
+    seen: dict[str, tuple[float, float]] = {}
+    by = {row.at: row.path for row in rows}
+
+    def look(site, x, w, default):
+        if site.use.input in by:
+            seen[by[site.use.input]] = float(x.min()), float(x.max())
+        return default(x, w)
+
+    model.trace(*trace).evaluate(model.params, jnp.asarray(inputs), look)
+    return [RoundedActivation(row, of, (seen[row.path][0],), (seen[row.path][1],)) for row in rows]
+
+
+def test_inputs_that_are_rounded_as_they_come(root, tmp_path):
+    model = load("reference")
+    rows = rounded(model, "int8_token_asym", np.zeros(0))
+    rtn = Candidates(model.params, model.trace(1, 16).weights, RTN())
+    schemes = ("int8_channel", "int4_g32")
+    quantized = exported(model, schemes, tmp_path / "orbax", refusal, rtn.qtensor, rows)
+    save(tmp_path / "model.tflite", quantized, "x", window=256)
+    text = (root / "mpq/assets/reference_lm/text/test.txt").read_text()
+    tokens = np.asarray(model.tokenizer.encode(text[:10_000]).ids[: 4 * 256], np.int32).reshape(4, 256)
+    rounds = with_activations(model, model.trace(1, 16), rows)
+    want = np.asarray(jax.jit(rounds.apply)(quantized.dequantized(), tokens))
+    plain = np.asarray(jax.jit(model.apply)(quantized.dequantized(), tokens))
+    got = run(tmp_path / "model.tflite", tokens)
+    assert kl(want, got) < 1e-3
+    assert kl(plain, got) > 1e-4  # inputs are rounded
+    require_equal_codes(tmp_path / "model.tflite", quantized)
+
+
+@pytest.mark.parametrize("name", ["resnet_cifar", "mobilenet_v2"])
+def test_static_ranges(name, tmp_path):
+    model = write(tmp_path / "model", name)
+    inputs = some_inputs(model, 256, 0)
+    rows = rounded(model, "int8_tensor_static_asym", inputs, trace=(256,))
+    make = noise(model)
+    quantized = exported(model, ("int8_channel", "int4_channel"), tmp_path / "orbax", refusal, make, rows, trace=(256,))
+    assert save(tmp_path / "model.tflite", quantized, name) == size_bytes(quantized, name)
+    want = np.asarray(jax.jit(with_activations(model, model.trace(256), rows).apply)(quantized.dequantized(), inputs))
+    assert kl(want, run(tmp_path / "model.tflite", inputs)) < 1e-3
+    require_equal_codes(tmp_path / "model.tflite", quantized)
+    require_bits_of_the_plan(tmp_path / "model.tflite", quantized)
+    save(tmp_path / "integer.tflite", quantized, name, integer=True)
+    require_equal_codes(tmp_path / "integer.tflite", quantized)
+    assert kl(want, run(tmp_path / "integer.tflite", inputs)) < 1e-2
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    model = load(str(tiny.write_folder(folder / "model")))
+    return model, exported(model, ("int4_g16", "int8_channel"), folder / "orbax", refusal)
+
+
+def test_sizes_are_known_for_random_plans_and_equal_models_give_equal_bytes(small, tmp_path):
+    model, quantized = small
+    rng, make = np.random.default_rng(0), noise(model)
+    schemes = [parse_scheme(s) for s in ("int4_g16", "int8_channel", "bf16", "fp32", "int2_g8_zp")]
+    for trial in range(5):
+        qtensors = {w.path: make(w, schemes[rng.integers(len(schemes))]) for w in quantized.weights}
+        plan = dataclasses.replace(quantized, qtensors=qtensors)
+        assert save(tmp_path / "a", plan, "n" * 50 * trial) == size_bytes(plan, "n" * 50 * trial)
+    save(tmp_path / "b", plan, "n" * 50 * trial)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def message_of(call) -> str:
+    with pytest.raises(MpqError) as caught:
+        call()
+    return str(caught.value)
+
+
+class TestWhatCannotBeWritten:
+    def test_a_scheme(self, small, tmp_path):
+        model, quantized = small
+        path = "layers.0.mlp.up_proj.kernel"
+        three = RTN()(model.params[path][None], parse_scheme("int3_g16"))
+        plan = dataclasses.replace(quantized, qtensors=quantized.qtensors | {path: three})
+        message = f"weight {path} at int3_g16 has no form in litert: it takes int2, int4 and int8; choose another plan"
+        assert message_of(lambda: save(tmp_path / "x", plan, "x")) == message
+        assert not list(tmp_path.iterdir())
+
+    def test_an_operation(self, small, tmp_path, monkeypatch):
+        monkeypatch.setattr("mpq.litert.convert.OPS", {})
+        message = message_of(lambda: save(tmp_path / "x", small[1], "x"))
+        assert message.endswith("has no form in LiteRT here: export this model to another runtime")
+        assert not list(tmp_path.iterdir())
+
+    def test_more_than_one_file_holds(self, small, monkeypatch, tmp_path):
+        monkeypatch.setattr(graph, "LIMIT", 1000)
+        size = size_bytes(small[1], "x")
+        message = f"the LiteRT file would have {size} bytes, and one holds 1000: choose a smaller plan"
+        assert message_of(lambda: save(tmp_path / "x", small[1], "x")) == message
+        assert not list(tmp_path.iterdir())
+
+    def test_a_window_that_the_model_does_not_read(self, small, tmp_path):
+        message = "a window of 65 tokens: the model reads 2 to 64"
+        assert message_of(lambda: save(tmp_path / "x", small[1], "x", window=65)) == message
+
+    def test_what_depends_on_the_batch_otherwise(self, small):
+        model = dataclasses.replace(small[0], apply=lambda params, x: x.reshape(-1, 3))
+        message = (
+            "the model computes otherwise for other batches, which one graph cannot: Cannot divide evenly the sizes of "
+            "shapes (batch, 64) and (-1, 3)"
+        )
+        assert message_of(lambda: traced(model, None)) == message
+
+    @pytest.mark.parametrize(
+        ("scheme", "weights", "reason"),
+        [
+            ("int8_token", "int8_channel", "as they come inputs are rounded by int8_token_asym there"),
+            ("int8_token_asym", "int8_g16", "it multiplies no codes of {first} at int8_g16"),
+            ("int4_tensor_static", "int8_channel", "static ranges are of whole tensors in 8 bits"),
+        ],
+    )
+    def test_an_activation(self, small, tmp_path, scheme, weights, reason):
+        model = small[0]
+        rows = rounded(model, scheme, some_inputs(model, 1, 16))[:1]
+        plan = exported(model, (weights,), tmp_path / "orbax", refusal, activations=rows)
+        message = (
+            f"activation {rows[0].spec.path} at {scheme} has no form in litert: "
+            f"{reason.format(first=rows[0].spec.weights[0])}; quantize with the plan of the weights alone, or another"
+        )
+        assert message_of(lambda: save(tmp_path / "x", plan, "x")) == message
+        assert not (tmp_path / "x").exists()
+
+    def test_a_cache_and_factors(self, small, tmp_path):
+        model = small[0]
+        (row, *_) = kv_rows(model.trace(1, 16))
+        cache = RoundedActivation(row, parse_activation_scheme("int8_head"))
+        (first, *_) = activation_rows(model.trace(1, 16))
+        divided = RoundedActivation(first, parse_activation_scheme("int8_token_asym"), smooth=(1.0,) * first.width)
+        for i, (one, reason) in enumerate(
+            ((cache, "it keeps no KV cache"), (divided, "it divides inputs by no factors"))
+        ):
+            plan = exported(model, ("int8_channel",), tmp_path / f"orbax{i}", refusal, activations=[one])
+            message = (
+                f"activation {one.spec.path} at {one.scheme} has no form in litert: {reason}; quantize with the plan "
+                "of the weights alone, or another"
+            )
+            assert message_of(lambda plan=plan: save(tmp_path / "x", plan, "x")) == message
+
+    def test_an_option_of_another_format(self, small, tmp_path, capsys):
+        exported(small[0], ("int8_channel",), tmp_path / "orbax", refusal)
+        assert exit_code("export", tmp_path / "orbax", "--to", "onnx", "--window", 64, "-o", tmp_path / "x") == 2
+        assert "format onnx has no option --window: leave it out" in " ".join(capsys.readouterr().err.split())
+
+    def test_a_file_that_is_none(self, tmp_path):
+        (tmp_path / "x").write_bytes(b"nothing at all")
+        message = f"{tmp_path / 'x'} is no LiteRT file that `mpq export --to litert` wrote: ValueError"
+        assert message_of(lambda: load_codes(tmp_path / "x")) == message
