@@ -2,13 +2,14 @@
 
 *Hybrid* operators round their float32 input as it comes, to 8 bits with a zero point: fully connected layers a token
 at a time (`int8_token_asym`), convolutions an image at a time (`int8_tensor_asym`). They multiply integers, by the
-codes of the weight as they are.
+codes of the weight as they are. Ranges and rounding are the runtime's own, close to the plan's and not the same.
 
 A *static* range (`int8_tensor_static`, also `_asym`) is that of an int8 tensor. A convolution by codes of 8 or 4 bits
 with a scale for a channel is one of integers where what it gives has a range, too: where another convolution reads it,
 perhaps after a rectifier. Elsewhere the input is rounded, and multiplied in float32 by the dequantized weight: the
 plan's own arithmetic. If asked (`Rounded.sums`), summands of residual blocks are rounded as well, which the plan does
-not, and most convolutions are of integers (`Codes.beside`).
+not, and most convolutions are of integers (`Codes.beside`). Integer operators want positive scales: absmax ones are; a
+channel with another has its codes turned where that is possible, and is one of the dequantized where not.
 """
 
 import dataclasses
@@ -23,8 +24,9 @@ from mpq.litert.graph import Quantization
 from mpq.litert.weights import has_hybrid
 from mpq.types import MpqError, Scheme, WeightSpec
 
-HYBRID = {"matmul": "int8_token_asym", "conv": "int8_tensor_asym"}
-"""Kind of a weight -> the scheme of its input that a hybrid operator has."""
+TOKEN, TENSOR = "int8_token_asym", "int8_tensor_asym"
+HYBRID = {"matmul": (TOKEN, TENSOR), "conv": (TENSOR,)}
+"""Kind of a weight -> the schemes of its input that a hybrid operator has; `TENSOR` where that is one position."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +80,12 @@ class Rounded:
     """What the plan rounds.
 
     Attributes:
-      hybrid: paths of weights whose input is rounded as it comes.
+      hybrid: path of a weight whose input is rounded as it comes -> the scheme.
       static: path of a weight -> how its input is rounded.
       sums: whether sums of a convolution and a rounded value are rounded, too.
     """
 
-    hybrid: frozenset[str] = frozenset()
+    hybrid: dict[str, str] = dataclasses.field(default_factory=dict)
     static: dict[str, Codes] = dataclasses.field(default_factory=dict)
     sums: bool = False
 
@@ -94,7 +96,7 @@ class Rounded:
         Raises:
           MpqError: an activation is rounded as LiteRT does not, or its weight has no such operator.
         """
-        specs, hybrid, static = {spec.path: spec for spec in exported.weights}, set(), {}
+        specs, hybrid, static = {spec.path: spec for spec in exported.weights}, {}, {}
         for path, body in exported.plan.get("activations", {}).items():
             row = RoundedActivation.from_json(body, exported.ranges.get(path), exported.smooth.get(path))
             for weight in row.spec.weights:
@@ -104,10 +106,10 @@ class Rounded:
                         "the weights alone, or another"
                     )
                 if row.scheme.static is None:
-                    hybrid.add(weight)
+                    hybrid[weight] = str(row.scheme)
                 else:
                     static[weight] = Codes.of(row)
-        return cls(frozenset(hybrid), static, sums)
+        return cls(hybrid, static, sums)
 
 
 def _why_not(row: RoundedActivation, spec: WeightSpec, scheme: Scheme) -> str | None:
@@ -118,11 +120,9 @@ def _why_not(row: RoundedActivation, spec: WeightSpec, scheme: Scheme) -> str | 
     if row.scheme.static is not None:
         whole = row.scheme.bits == 8 and row.scheme.granularity == "tensor"
         return None if whole else "static ranges are of whole tensors in 8 bits"
-    uses = {use.kind for use in spec.uses if use.kind != "embedding"}
-    one = all(use.macs == spec.size for use in spec.uses)  # position, which is the whole tensor then
-    wanted = set(HYBRID.values()) if one and uses == {"matmul"} else {HYBRID[kind] for kind in uses}
-    if str(row.scheme) not in wanted or (len(uses) > 1):
-        return f"as they come inputs are rounded by {' or '.join(sorted(wanted))} there"
-    if spec.batch > 1 or spec.factors or not has_hybrid(scheme) or ("conv" in uses and scheme.format.bits == 2):
+    (use, *others) = sorted({use.kind for use in spec.uses if use.kind != "embedding"})
+    if others or str(row.scheme) not in HYBRID[use]:
+        return f"as they come inputs are rounded by {HYBRID[use][0]} there"
+    if spec.batch > 1 or spec.factors or not has_hybrid(scheme) or (use == "conv" and scheme.format.bits == 2):
         return f"it multiplies no codes of {spec.path} at {scheme}"
     return None

@@ -14,7 +14,7 @@ from jax import export
 
 from mpq.export.jaxprs import Param, dtype_of, shape_of, walk
 from mpq.inputs import Tokens
-from mpq.litert.activations import Codes, Rounded
+from mpq.litert.activations import TENSOR, TOKEN, Codes, Rounded
 from mpq.litert.affine import NONE, RELU, Affine, Sum, affine
 from mpq.litert.call import Call, broadcast, merged
 from mpq.litert.graph import Content, Graph, Quantization
@@ -155,10 +155,14 @@ class Converter:
         scheme, out = self._weights.scheme(spec), [merged(call.shape[:-1]), spec.n]
         known = merged([d for d in call.shape[:-1] if isinstance(d, int)])
         hybrid = spec.path in self._rounded.hybrid
-        if hybrid or folds(scheme) or known < _FEW:
-            w = self._weights.codes(spec) if hybrid else self._weights.values(spec)
+        if hybrid and self._rounded.hybrid[spec.path] == TENSOR and known != 1:
+            raise MpqError(f"the input of {spec.path} is rounded token by token in LiteRT: quantize with {TOKEN}")
+        codes = self._weights.hybrid(spec) if hybrid else None
+        if codes is not None or folds(scheme) or known < _FEW:
+            w, turn = codes or (self._weights.values(spec), 1.0)
+            scale = scale * turn
             bias, rest = self._bias(scale, shift)
-            options: dict[str, Any] = {"keepNumDims": False, "asymmetricQuantizeInputs": hybrid}
+            options: dict[str, Any] = {"keepNumDims": False, "asymmetricQuantizeInputs": codes is not None}
             options["fusedActivationFunction"] = NONE if rest else act
             made = call.one("FULLY_CONNECTED", x, w, bias, shape=out, **options)
         else:
@@ -205,8 +209,10 @@ class Converter:
     def _convolved(self, eqn: Any, x: int, w: Any, scale: Any, shift: Any, act: int) -> int:
         call, (layout, ohwi, deep) = Call(self._graph, eqn, []), _kernel(eqn)
         path = self._specs[w.path].path if isinstance(w, Param) and w.path in self._specs else ""
-        if path in self._rounded.hybrid:
-            kernel = self._weights.codes(self._specs[w.path], ohwi)
+        codes = self._weights.hybrid(self._specs[w.path], ohwi) if path in self._rounded.hybrid else None
+        if codes is not None:
+            kernel, turn = codes
+            scale = scale * turn
         else:
             kernel = self._filter(w, eqn.invars[1], layout, ohwi)
         x, options = _window(call, x, eqn)

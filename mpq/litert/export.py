@@ -95,7 +95,7 @@ class _Reader:
         """What is stored of a weight, with its scales, wherever they are."""
         tensor = self._tensors[weight]
         found = {"qvalue": self._array(tensor)}
-        for part in ("scale", "zero_point"):
+        for part in ("scale", "zero_point", "sign"):
             if (own := self._tensors.get(f"{weight}.{part}")) is not None:
                 found[part] = self._array(own)
         q = tensor.quantization

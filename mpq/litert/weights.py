@@ -27,6 +27,7 @@ from mpq.types import QTensor, Scheme, WeightSpec
 
 WIDTHS = (2, 4, 8)
 FLOATS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_LEAST = np.float32(2.0**-100)  # a scale of 0, which runtimes refuse
 CHANNEL_BITS = 96
 """Of a row's float32 scale and its zero point, which the file has in 64 bits."""
 
@@ -109,11 +110,29 @@ class Weights:
             self._stored[spec.path] = self._store(spec, list(shape or (spec.batch * spec.n, spec.k)))
         return self._stored[spec.path]
 
+    def hybrid(self, spec: WeightSpec, shape: Sequence[int] | None = None) -> tuple[int, np.ndarray] | None:
+        """The codes of a weight for a hybrid operator, and what its channels are multiplied by then: 1 or -1.
+
+        Runtimes want positive scales; where the plan has others, they lie beside. None: blocks have such scales.
+        """
+        scale = np.asarray(self._qtensors[spec.path].scale).astype(np.float32).reshape(-1)
+        if (scale > 0).all():
+            return self.codes(spec, shape), np.ones(spec.n)
+        if self.scheme(spec).group_size is not None:
+            return None
+        if spec.path not in self._integers:
+            self._beside(spec, "scale", scale)
+            bits, shape = self.scheme(spec).format.bits, shape or (spec.n, spec.k)
+            content = _packed(spec.size, bits, lambda: _rows(self._qtensors[spec.path].qvalue))
+            quantization = Quantization(np.maximum(np.abs(scale), _LEAST))
+            self._integers[spec.path] = self._graph.tensor(spec.path, shape, f"int{bits}", content, quantization)
+        return self._integers[spec.path], np.broadcast_to(np.where(scale < 0, -1.0, 1.0), spec.n)
+
     def integer(self, spec: WeightSpec, shape: Sequence[int], axis: int, factor: np.ndarray) -> int | None:
         """The codes of a weight with a scale for a channel, its channels multiplied by `factor`.
 
-        Channels times a negative number have the codes of the opposite sign; the scales of the plan, negative there,
-        lie beside. None: the weight lies elsewhere in the graph as it is, or a channel has no such codes.
+        Channels whose scale is negative then have the codes of the opposite sign; which they are lies beside, and the
+        scales of the plan. None: the weight lies elsewhere in the graph as it is, or a channel has no such codes.
 
         Args:
           spec: the weight.
@@ -122,20 +141,26 @@ class Weights:
           factor: `float64[channels]`.
         """
         q, bits = self._qtensors[spec.path], self.scheme(spec).format.bits
-        rows, sign = _rows(q.qvalue).reshape(-1, spec.k), np.sign(factor).astype(np.int8)
-        plain = bool((factor == 1).all())
+        scale = np.broadcast_to(np.asarray(q.scale).astype(np.float32).reshape(spec.batch, -1), (spec.batch, spec.n))
+        scale = np.ascontiguousarray(scale.reshape(-1))
+        rows, sign = _rows(q.qvalue).reshape(-1, spec.k), np.sign(scale * factor).astype(np.int8)
         elsewhere = spec.path in self._stored or spec.path in self._integers
         if elsewhere or not sign.all() or (rows[sign < 0] == -(2 ** (bits - 1))).any():
             return None
-        scale = np.broadcast_to(np.asarray(q.scale).astype(np.float32).reshape(spec.batch, -1), (spec.batch, spec.n))
-        if not plain:
-            kept = np.ascontiguousarray(scale.reshape(-1) * sign, np.float32)
-            self._graph.tensor(f"{spec.path}.scale", kept.shape, "float32", Content(kept.nbytes, kept.tobytes))
+        if (factor != 1).any() or (scale < 0).any():
+            self._beside(spec, "scale", scale)
+        if (sign < 0).any():
+            self._beside(spec, "sign", sign)
         turned = lambda: np.ascontiguousarray((rows * sign[:, None]).T if axis else rows * sign[:, None])
-        quantization = Quantization((scale.reshape(-1) * np.abs(factor)).astype(np.float32), None, axis)
+        quantization = Quantization(np.abs(scale * factor).astype(np.float32), None, axis)
         content = _packed(spec.size, bits, turned)
         self._integers[spec.path] = self._graph.tensor(spec.path, shape, f"int{bits}", content, quantization)
         return self._integers[spec.path]
+
+    def _beside(self, spec: WeightSpec, part: str, array: np.ndarray) -> None:
+        """A tensor that nothing reads but `load`."""
+        content = Content(array.nbytes, array.tobytes)
+        self._graph.tensor(f"{spec.path}.{part}", array.shape, array.dtype.name, content)
 
     def values(self, spec: WeightSpec, shape: Sequence[int] | None = None) -> int:
         """The weight in float32: rows, in any shape of as many elements."""
@@ -244,8 +269,7 @@ def read_codes(arrays: Mapping[str, np.ndarray], scheme: Scheme, k: int, n: int,
     """The quantized weight `[batch, k, n]` back from what is stored of it, all in rows.
 
     Args:
-      arrays: `qvalue`, unpacked, `scale` and `zero_point`, as numbers of any shape; where scales are negative, codes
-        have the opposite sign.
+      arrays: `qvalue`, unpacked, `scale`, `zero_point` and the `sign` that codes were multiplied by, of any shape.
       scheme: its scheme.
       k: rows of the weight.
       n: its columns.
@@ -253,9 +277,8 @@ def read_codes(arrays: Mapping[str, np.ndarray], scheme: Scheme, k: int, n: int,
     """
     turn = lambda array, rows: jnp.asarray(array.reshape(batch, n, rows).transpose(0, 2, 1))
     values, scale = turn(arrays["qvalue"], k), arrays.get("scale")
-    if scale is not None and scale.size == batch * n:
-        values = values * jnp.where(jnp.asarray(scale).reshape(batch, 1, n) < 0, -1, 1).astype(values.dtype)
-        scale = np.abs(scale)
+    if "sign" in arrays:
+        values = values * turn(arrays["sign"], 1)
     if not scheme.has_scale:
         return QTensor(values, None, None, scheme)
     groups = scheme.scale_shape(k, n)

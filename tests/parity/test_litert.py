@@ -253,6 +253,14 @@ class TestWhatCannotBeWritten:
         assert message_of(lambda: save(tmp_path / "x", plan, "x")) == message
         assert not (tmp_path / "x").exists()
 
+    def test_a_tensor_of_many_tokens_that_is_rounded_as_it_comes(self, small, tmp_path):
+        rows = rounded(small[0], "int8_tensor_asym", np.zeros(0))[:1]
+        plan = exported(small[0], ("int8_channel",), tmp_path / "orbax", refusal, activations=rows)
+        message = (
+            f"the input of {rows[0].spec.weights[0]} is rounded token by token in LiteRT: quantize with int8_token_asym"
+        )
+        assert message_of(lambda: save(tmp_path / "x", plan, "x")) == message
+
     def test_a_cache_and_factors(self, small, tmp_path):
         model = small[0]
         (row, *_) = kv_rows(model.trace(1, 16))
