@@ -157,6 +157,28 @@ def test_inputs_that_are_rounded_as_they_come(root, tmp_path):
     require_equal_codes(tmp_path / "model.tflite", quantized)
 
 
+def turned(quantized: Exported) -> Exported:
+    """Every other channel with a scale and codes of the opposite sign: the same weights, but for lowest codes."""
+    made = {}
+    for path, q in quantized.qtensors.items():
+        sign = jnp.where(jnp.arange(q.qvalue.shape[-1]) % 2, -1, 1).astype(jnp.int8)
+        codes = jnp.maximum(q.qvalue, q.scheme.format.min_qvalue + 1) * sign
+        made[path] = dataclasses.replace(q, qvalue=codes, scale=q.scale * sign.astype(q.scale.dtype))
+    return dataclasses.replace(quantized, qtensors=made)
+
+
+def test_scales_of_either_sign(tmp_path):
+    model = load(str(tiny.write_folder(tmp_path / "model", tiny.CONFIG | {"tie_word_embeddings": False})))
+    rows = rounded(model, "int8_token_asym", np.zeros(0))
+    quantized = turned(exported(model, ("int8_channel", "int4_g32"), tmp_path / "orbax", refusal, activations=rows))
+    save(tmp_path / "model.tflite", quantized, "x")
+    inputs = some_inputs(model, 4, 64)
+    want = np.asarray(jax.jit(model.apply)(quantized.dequantized(), inputs))
+    assert 1e-4 < kl(want, run(tmp_path / "model.tflite", inputs)) < 1e-2  # inputs of 8 bits, and nothing worse
+    require_equal_codes(tmp_path / "model.tflite", quantized)
+    require_bits_of_the_plan(tmp_path / "model.tflite", quantized)
+
+
 @pytest.mark.parametrize("name", ["resnet_cifar", "mobilenet_v2"])
 def test_static_ranges(name, tmp_path):
     model = write(tmp_path / "model", name)
@@ -164,6 +186,7 @@ def test_static_ranges(name, tmp_path):
     rows = rounded(model, "int8_tensor_static_asym", inputs, trace=(256,))
     make = noise(model)
     quantized = exported(model, ("int8_channel", "int4_channel"), tmp_path / "orbax", refusal, make, rows, trace=(256,))
+    quantized = turned(quantized)
     assert save(tmp_path / "model.tflite", quantized, name) == size_bytes(quantized, name)
     want = np.asarray(jax.jit(with_activations(model, model.trace(256), rows).apply)(quantized.dequantized(), inputs))
     assert kl(want, run(tmp_path / "model.tflite", inputs)) < 1e-3
