@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mpq.formats import parse_scheme
-from mpq.quantize import gptq, scales
+from mpq.quantize import chain, gptq, scales
 from mpq.quantize.gptq import GPTQ
 from mpq.quantize.rtn import RTN
 from mpq.types import MpqError
@@ -170,10 +170,10 @@ class TestGptq:
     def test_weights_of_equal_k_share_one_compilation_whatever_their_n(self):
         quantizer, scheme, gram = GPTQ(columns=8), parse_scheme("int3_g8"), jnp.eye(24)[None]
         quantizer(jnp.ones((1, 24, 8)), scheme, gram)
-        before = gptq._quantize._cache_size(), gptq._factor._cache_size()
+        before = gptq._quantize._cache_size(), chain.factor._cache_size()
         for n in (1, 5, 8, 9, 31):
             quantizer(jnp.asarray(weights(n, 24, n)), scheme, 2 * gram)
-        assert (gptq._quantize._cache_size(), gptq._factor._cache_size()) == before
+        assert (gptq._quantize._cache_size(), chain.factor._cache_size()) == before
 
     @pytest.mark.parametrize("text", ["int4_g16", "int4_channel", "nf4_g16", "int2_g16_zp", "nvfp4", "int4_tensor"])
     @pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act_order"])

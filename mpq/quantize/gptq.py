@@ -31,11 +31,13 @@ import numpy as np
 
 from mpq.formats.ggml import require_fit
 from mpq.quantize import block_scales, scales
-from mpq.quantize.loss import better, dot
+from mpq.quantize.chain import Chain, at_places, before, below, factor, unplace
+from mpq.quantize.loss import choose, dot
 from mpq.quantize.rtn import RTN
 from mpq.quantize.widths import common, with_width
 from mpq.types import MpqError, QTensor, Scheme
 
+_WIDE = 2048  # columns computed at once of wide weights
 _Fit = tuple[jax.Array, jax.Array | None] | block_scales.BlockFit  # scale and zero point, or what blocks store
 
 
@@ -72,8 +74,9 @@ class GPTQ:
       act_order: round the rows of the largest E[x^2] first; scales are then those of the original weights.
       block_size: rows whose effect on later blocks is applied at once. For speed only.
       scale: as in `RTN`.
-      columns: output columns computed at once. They are independent, so this only bounds memory and lets weights of
-        different n share one compilation; raise it where launching many small steps costs more than computing.
+      columns: output columns computed at once, of weights of 2048 columns and more eight times as many. They are
+        independent, so this only bounds memory and lets weights of different n share one compilation; raise it where
+        launching many small steps costs more than computing.
     """
 
     damping: float = 0.01
@@ -116,14 +119,17 @@ class GPTQ:
         if gram is None or not scheme.has_scale:
             return RTN(self.scale)(w, scheme, gram)
         block, place = _places(gram, scheme, self)
-        factor = _factor(gram, place, jnp.float32(self.damping))
-        n, tile, shared = w.shape[-1], self.columns, scales.Shared()
+        chunks = 1 if self.act_order else _chunks(scheme, w.shape[-2])[0]
+        chain = factor(gram, place, jnp.float32(self.damping), chunks)
+        n, shared = w.shape[-1], scales.Shared()
+        tile = self.columns if n < _WIDE else 8 * self.columns
         if scheme.per_tensor or scheme.has_tensor_scale:
             row_weight = scales.row_weight(gram.diagonal(axis1=-2, axis2=-1))
             shared = _fit_matrix(w, row_weight, *common(scheme), self.scale)
         w = jnp.pad(w, ((0, 0), (0, 0), (0, -n % tile)))
         part = lambda start: jax.lax.dynamic_slice_in_dim(w, start, tile, axis=2)
-        arguments = (gram, place, factor, shared, *common(scheme), self.scale, block, self.act_order)
+        diagonal = gram.diagonal(axis1=-2, axis2=-1)
+        arguments = (diagonal, place, chain, shared, *common(scheme), self.scale, block, self.act_order)
         parts = [_quantize(part(start), *arguments) for start in range(0, n, tile)]
         joined = jax.tree.map(lambda *a: jnp.concatenate(a, axis=-1)[..., :n], *parts)
         return shared.restore(dataclasses.replace(joined, scheme=scheme))
@@ -157,36 +163,12 @@ def _chunks(scheme: Scheme, k: int) -> tuple[int, int]:
     return scheme.num_groups(k), min(scheme.group_size or k, k)
 
 
-@jax.jit
-@functools.partial(jax.vmap, in_axes=(0, 0, None))
-def _factor(gram: jax.Array, place: jax.Array, damping: jax.Array) -> jax.Array:
-    """Upper triangular `R[places, places]` with R RT = gram + damping * mean(diagonal) * I.
-
-    Places without a row are free of all others.
-    """
-    mean = gram.diagonal().mean()
-    mean = jnp.where(mean > 0, mean, 1.0)
-    empty = jnp.diag(jnp.where(place == gram.shape[0], mean, 0.0))
-    gram = _place(_place(gram, place).T, place) + empty
-    unit = mean * jnp.eye(gram.shape[0])
-
-    def attempt(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        damping, _ = state
-        lower = jax.lax.linalg.cholesky((gram + damping * unit)[::-1, ::-1], symmetrize_input=False)
-        return jnp.maximum(10 * damping, 1e-6), lower[::-1, ::-1]
-
-    # A gram that is positive semidefinite up to rounding is factored long before 1e3; any other ends as NaN, and so as
-    # RTN.
-    failed = lambda state: ~jnp.isfinite(state[1]).all() & (state[0] < 1e3)
-    return jax.lax.while_loop(failed, attempt, attempt((damping, gram)))[1]
-
-
 @functools.partial(jax.jit, static_argnames=("scheme", "method", "block", "act_order"))
 def _quantize(
     w: jax.Array,
-    gram: jax.Array,
+    diagonal: jax.Array,
     place: jax.Array,
-    factor: jax.Array,
+    chain: Chain,
     shared: scales.Shared,
     scheme: Scheme,
     width: jax.Array | None,
@@ -201,78 +183,92 @@ def _quantize(
         return dataclasses.replace(got, scheme=scheme)
 
     if len(w) == 1:  # the usual case compiles a quarter faster without the batch axis
-        first = jax.tree.map(lambda a: a[0], (w, gram, place, factor, shared))
+        first = jax.tree.map(lambda a: a[0], (w, diagonal, place, chain, shared))
         return jax.tree.map(lambda a: a[None], one(*first))
-    return jax.vmap(one)(w, gram, place, factor, shared)
+    return jax.vmap(one)(w, diagonal, place, chain, shared)
 
 
 def _one(
     w: jax.Array,
-    gram: jax.Array,
+    diagonal: jax.Array,
     place: jax.Array,
-    factor: jax.Array,
+    chain: Chain,
     shared: scales.Shared,
     scheme: Scheme,
     method: str,
     block: int,
     act_order: bool,
 ) -> QTensor:
-    """`_quantize` of one batch entry: `w[k, n]`, `gram[k, k]`, `place[places]`, `factor[places, places]`.
+    """`_quantize` of one batch entry: `w[k, n]`, `diagonal[k]` of its gram, `place[places]`.
 
     What is shared comes back along `n`, as everything that is chosen by column.
     """
-    k, row_weight = w.shape[0], scales.row_weight(gram.diagonal())
+    k, row_weight = w.shape[0], scales.row_weight(diagonal)
     nearest = scales.quantize(w, scheme, method, row_weight, shared)
-    chain = factor.T / factor.diagonal()[:, None]  # [j, i] is R_ij / R_jj: what row j takes over of the error of row i
     if act_order:
-        qvalue = _in_order(_place(w, place), chain, nearest, place, block)
-        got = dataclasses.replace(nearest, qvalue=_unplace(qvalue, place, k))
+        qvalue, residual = _in_order(at_places(w, place), chain.links, nearest, place, block)
+        got = dataclasses.replace(nearest, qvalue=unplace(qvalue, place, k))
     else:
-        placed = _place(w, place), _place(row_weight[:, None], place)
-        qvalue, fit = _in_groups(*placed, chain, shared, scheme, _chunks(scheme, k)[0], method, block)
-        qvalue = _unplace(qvalue, place, k)
+        placed = at_places(w, place), at_places(row_weight[:, None], place)
+        qvalue, fit, residual = _in_groups(*placed, chain, shared, scheme, _chunks(scheme, k)[0], method, block)
+        qvalue = unplace(qvalue, place, k)
         if isinstance(fit, block_scales.BlockFit):
             got = block_scales.store(qvalue, fit, scheme)
         else:
             got = QTensor(qvalue, fit[0].astype(scheme.scale_dtype), fit[1], scheme, shared.tensor_scale)
-    return better(got, nearest, w, gram)
+    first, second = (w - q.dequantize() for q in (got, nearest))
+    allowance = chain.damping * jnp.sum((first - second) * (first + second), axis=0)
+    loss = jnp.sum(chain.weight[:, None] * residual**2, axis=0) - allowance
+    return choose(below(loss, chain, at_places(second, place)), got, nearest)
 
 
-def _in_order(w: jax.Array, chain: jax.Array, nearest: QTensor, place: jax.Array, block: int) -> jax.Array:
-    """Codes of rows in any order, under the scales of `nearest`."""
+def _in_order(
+    w: jax.Array, links: jax.Array, nearest: QTensor, place: jax.Array, block: int
+) -> tuple[jax.Array, jax.Array]:
+    """Codes of rows in any order, under the scales of `nearest`; and `links @ error`."""
     effective = nearest.effective_scale
     assert effective is not None
     k = nearest.qvalue.shape[0]
     group = jnp.minimum(place, k - 1) // (nearest.scheme.group_size or k)
     grid = jax.tree.map(lambda a: a[group], _Grid(effective, nearest.zero_point, nearest.offset))
-    return _round_rows(w, jnp.zeros_like(w), chain, grid, block, nearest.scheme)[0]
+    qvalue, _, residual = _round_rows(w, jnp.zeros_like(w), links, grid, block, nearest.scheme)
+    return qvalue, residual
 
 
 def _in_groups(
     w: jax.Array,
     row_weight: jax.Array,
-    chain: jax.Array,
+    chain: Chain,
     shared: scales.Shared,
     scheme: Scheme,
     groups: int,
     method: str,
     block: int,
-) -> tuple[jax.Array, _Fit]:
-    """Codes and fit, in storage order; a group takes its scales when all earlier rows have had their effect on it."""
+) -> tuple[jax.Array, _Fit, jax.Array]:
+    """Codes, fit and `links @ error`, rows in storage order.
+
+    A group takes its scales when all earlier rows have had their effect on it.
+    """
     size, n = w.shape[0] // groups, w.shape[1]
     shared = jax.tree.map(lambda a: a[0], shared)
 
-    def group(error: jax.Array, start: jax.Array) -> tuple[jax.Array, tuple[jax.Array, _Fit]]:
+    def group(
+        error: jax.Array, row: tuple[jax.Array, jax.Array | None]
+    ) -> tuple[jax.Array, tuple[jax.Array, _Fit, jax.Array]]:
+        start, solve = row
         rows = lambda a: jax.lax.dynamic_slice_in_dim(a, start, size)
-        here = jax.lax.dynamic_slice_in_dim(rows(chain), start, size, axis=1)
-        pull = dot(rows(chain), error)  # rows not yet rounded have error 0
-        updated = rows(w) + jax.scipy.linalg.solve_triangular(here, pull, lower=True, unit_diagonal=True)
+        here = jax.lax.dynamic_slice_in_dim(rows(chain.links), start, size, axis=1)
+        pull, updated = jnp.zeros((size, n)), rows(w)
+        if solve is not None:
+            pull = before(rows(chain.links), error, start, size)
+            updated = updated + dot(solve, pull)
         fit, grid = _fit_rows(updated, rows(row_weight), shared, scheme, method)
-        qvalue, new = _round_rows(rows(w), pull, here, grid, block, scheme)
-        return jax.lax.dynamic_update_slice_in_dim(error, new, start, 0), (qvalue, fit)
+        qvalue, new, residual = _round_rows(rows(w), pull, here, grid, block, scheme)
+        return jax.lax.dynamic_update_slice_in_dim(error, new, start, 0), (qvalue, fit, residual)
 
-    _, (qvalue, fit) = jax.lax.scan(group, jnp.zeros_like(w), jnp.arange(groups) * size)
-    return qvalue.reshape(-1, n), fit
+    xs = (jnp.arange(groups) * size, chain.solve)
+    _, (qvalue, fit, residual) = jax.lax.scan(group, jnp.zeros_like(w), xs)
+    return qvalue.reshape(-1, n), fit, residual.reshape(-1, n)
 
 
 def _fit_rows(
@@ -298,23 +294,23 @@ def _fit_rows(
 def _round_rows(
     w: jax.Array,
     pull: jax.Array,
-    chain: jax.Array,
+    links: jax.Array,
     grid: _Grid,
     block: int,
     scheme: Scheme,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rounds `w[rows, n]` row by row: block by block, so that most of the work is matrix products.
 
     Args:
       w: `float32[rows, n]`.
       pull: `float32[rows, n]`, what rows outside add to the target of each row.
-      chain: `float32[rows, rows]`, unit lower triangular: what row j takes over of the error of row i.
+      links: `float32[rows, rows]`, as in `Chain`.
       grid: what every row is rounded to.
       block: rows of a block; divides `rows`.
       scheme: the scheme.
 
     Returns:
-      qvalue and error `w - dequantized`, each `[rows, n]`.
+      qvalue, error `w - dequantized`, and `pull + links @ error`, each `[rows, n]`.
     """
 
     def one_row(error: jax.Array, row: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
@@ -322,28 +318,20 @@ def _round_rows(
         qvalue = grid.encode(base + dot(link, error), scheme)
         return error.at[index].set(value - grid.decode(qvalue, scheme)), qvalue
 
-    def one_by_one(*table: Any) -> tuple[jax.Array, jax.Array]:
-        return jax.lax.scan(one_row, jnp.zeros((block, w.shape[1])), (jnp.arange(block), *table))
+    def one_by_one(w: jax.Array, pull: jax.Array, here: jax.Array, grid: _Grid) -> tuple[jax.Array, ...]:
+        table = (jnp.arange(block), w + pull, here, w, grid)
+        error, qvalue = jax.lax.scan(one_row, jnp.zeros((block, w.shape[1])), table)
+        return qvalue, error, pull + dot(here, error)
 
-    def one_block(error: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def one_block(error: jax.Array, start: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         rows = lambda a: jax.lax.dynamic_slice_in_dim(a, start, block)
-        here = jax.lax.dynamic_slice_in_dim(rows(chain), start, block, axis=1)
-        base = rows(w) + rows(pull) + dot(rows(chain), error)
-        new, qvalue = one_by_one(base, here, *jax.tree.map(rows, (w, grid)))
-        return jax.lax.dynamic_update_slice_in_dim(error, new, start, 0), qvalue
+        here = jax.lax.dynamic_slice_in_dim(rows(links), start, block, axis=1)
+        outside = rows(pull) + before(rows(links), error, start, block)
+        qvalue, new, residual = one_by_one(rows(w), outside, here, jax.tree.map(rows, grid))
+        return jax.lax.dynamic_update_slice_in_dim(error, new, start, 0), (qvalue, residual)
 
     if block == len(w):  # nothing to collect from earlier blocks, and one loop less to compile
-        error, qvalue = one_by_one(w + pull, chain, w, grid)
-        return qvalue, error
-    error, qvalue = jax.lax.scan(one_block, jnp.zeros_like(w), jnp.arange(0, len(w), block))
-    return qvalue.reshape(w.shape), error
-
-
-def _place(a: jax.Array, place: jax.Array) -> jax.Array:
-    """Rows of `a[k, ...]` at their places; 0 where there is none."""
-    return a.at[place].get(mode="fill", fill_value=0)
-
-
-def _unplace(a: jax.Array, place: jax.Array, k: int) -> jax.Array:
-    """Inverse of `_place`."""
-    return jnp.zeros((k, *a.shape[1:]), a.dtype).at[place].set(a, mode="drop")
+        qvalue, error, residual = one_by_one(w, pull, links, grid)
+        return qvalue, error, residual
+    error, (qvalue, residual) = jax.lax.scan(one_block, jnp.zeros_like(w), jnp.arange(0, len(w), block))
+    return qvalue.reshape(w.shape), error, residual.reshape(w.shape)

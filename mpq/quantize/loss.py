@@ -22,6 +22,10 @@ def better(first: QTensor, second: QTensor, w: jax.Array, gram: jax.Array) -> QT
 
     What all columns share is one value in both: a tensor scale, or the scale and zero point of a scheme per tensor.
     """
-    keep = layer_loss(w, first, gram) < layer_loss(w, second, gram)
-    choose = lambda a, b: jnp.where(keep[..., None, :], a, b) if a.shape[-1] == keep.shape[-1] else b
-    return jax.tree.map(choose, first, second)
+    return choose(layer_loss(w, first, gram) < layer_loss(w, second, gram), first, second)
+
+
+def choose(keep: jax.Array, first: QTensor, second: QTensor) -> QTensor:
+    """Every output column from `first` where `keep[..., n]`, else from `second`, and what all columns share, too."""
+    pick = lambda a, b: jnp.where(keep[..., None, :], a, b) if a.shape[-1] == keep.shape[-1] else b
+    return jax.tree.map(pick, first, second)

@@ -1,0 +1,180 @@
+"""How fast GPTQ rounds one large weight, beside the loop of the reference implementations in PyTorch.
+
+Run:     python -m experiments.bench_gptq --out FILE      (needs PyTorch: pip install torch)
+Expect:  at least 3 times the speed of the loop at 4096 x 4096 in groups of 128 on two cores, the same layer loss, and
+         at most 4 times the weight plus the gram in memory
+Writes:  one JSON object: seconds of both, and those of all their threads, of `repeats` calls after one that compiles;
+         the ratios of the shortest; layer losses over that of rounding to nearest; what each holds at most, weight and
+         gram included, in sizes of the weight plus the gram; and the load of the machine
+
+Each runs in a process of its own, on the same weight and gram, in turn. `loop` is Algorithm 1 of the paper (Frantar et
+al. 2022, arXiv:2210.17323) as published implementations run it: one row after another in Python, the inverse's Cholesky
+factor, updates collected over blocks of 128 rows. Both choose absmax scales and zero points from the updated weights of
+a group, round the rows in storage order, and damp the gram by 1 % of its mean; `ours_mse` searches the scales, too.
+Libraries, compilers and programs take memory of any size of the weight: so memory is the difference of the peaks of two
+shapes over the difference of their sizes.
+"""
+
+import dataclasses
+import importlib
+import json
+import multiprocessing
+import os
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from mpq.files import write_json
+from mpq.formats import parse_scheme
+from mpq.quantize import GPTQ, RTN
+from mpq.record import RunRecord
+
+CLOCKS = {"seconds": time.perf_counter, "core_seconds": time.process_time}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    Attributes:
+      out: JSON file, or None.
+      k, n: shape of the weight.
+      scheme: with zero points, in groups that divide `k`.
+      repeats: of every timing.
+      threads: of PyTorch; JAX takes all cores there are.
+      seed: of weight and inputs.
+    """
+
+    out: Path | None = None
+    k: int = 4096
+    n: int = 4096
+    scheme: str = "int4_g128_zp"
+    repeats: int = 3
+    threads: int = 2
+    seed: int = 0
+
+
+def problem(options: Options) -> tuple[np.ndarray, np.ndarray]:
+    """A random weight `float32[k, n]`, and the gram of correlated inputs of unequal size."""
+    rng = np.random.default_rng(options.seed)
+    w = rng.standard_normal((options.k, options.n), np.float32) / np.float32(options.k**0.5)
+    common = rng.standard_normal((options.k // 8, options.k), np.float32)
+    x = rng.standard_normal((2 * options.k, options.k), np.float32)
+    x += rng.standard_normal((2 * options.k, options.k // 8), np.float32) @ common / np.float32(options.k**0.5)
+    x *= np.exp(0.5 * rng.standard_normal(options.k)).astype(np.float32)
+    return w, x.T @ x / np.float32(len(x))
+
+
+def main(options: Options) -> None:
+    """Measure, print, write."""
+    results = {name: measure(options, name) for name in ("loop", "ours", "ours_mse")}
+    ratio = lambda name, clock: round(min(results["loop"][clock]) / min(results[name][clock]), 2)
+    body = {
+        "results": results,
+        "loop_over_ours": {clock: ratio("ours", clock) for clock in CLOCKS},
+        "loop_over_ours_mse": {clock: ratio("ours_mse", clock) for clock in CLOCKS},
+        "load": os.getloadavg(),
+        "record": RunRecord.collect(
+            dataclasses.asdict(options) | {"out": None},
+            seeds={"problem": options.seed},
+            inputs={},
+            command="python -m experiments.bench_gptq",
+        ).to_json(),
+    }
+    print(json.dumps({key: value for key, value in body.items() if key != "record"}, indent=1))
+    if options.out is not None:
+        write_json(options.out, body)
+
+
+def measure(options: Options, name: str) -> dict[str, Any]:
+    """Seconds, layer loss over that of rounding to nearest, and memory, each shape in a process of its own."""
+    small = dataclasses.replace(options, k=options.k // 2, n=options.n // 2, repeats=1)
+    peaks, result = [], {}
+    for shape in (small, options):
+        with tempfile.NamedTemporaryFile(suffix=".npz") as file:
+            w, gram = problem(shape)
+            np.savez(file.name, w=w, gram=gram)
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                times, rounded, peak = pool.apply(run, (shape, name, file.name))
+        nearest = np.asarray(RTN()(jnp.asarray(w)[None], parse_scheme(shape.scheme)).dequantize()[0])
+        result = {**times, "loss_over_rtn": loss(w, rounded, gram) / loss(w, nearest, gram)}
+        peaks.append((peak, w.nbytes + gram.nbytes))
+    (low, few), (high, many) = peaks
+    return result | {"peak_over_weight_and_gram": round((high - low) / (many - few), 2)}
+
+
+def run(options: Options, name: str, path: str) -> tuple[dict[str, list[float]], np.ndarray, int]:
+    """Times of every call, what the codes stand for, and the most bytes that this process held before that."""
+    with np.load(path) as file:
+        w, gram = file["w"], file["gram"]
+    scheme = parse_scheme(options.scheme)
+    if name == "loop":
+        torch = importlib.import_module("torch")
+        torch.set_num_threads(options.threads)
+        arrays = torch.from_numpy(w).T.contiguous(), torch.from_numpy(gram)
+        size, steps = scheme.group_size or options.k, 2**scheme.format.bits - 1
+        call = lambda: rounded_by_loop(*arrays, size, steps)
+        values = lambda got: got.T.numpy()
+    else:
+        weight, moments = jnp.asarray(w)[None], jnp.asarray(gram)[None]
+        quantizer = GPTQ(scale="mse" if name == "ours_mse" else "absmax")
+        call = lambda: jax.block_until_ready(quantizer(weight, scheme, moments))
+        values = lambda got: np.asarray(got.dequantize()[0])
+    got, times = call(), {clock: [] for clock in CLOCKS}
+    for _ in range(options.repeats):
+        start = [read() for read in CLOCKS.values()]
+        got = call()
+        for (clock, read), before in zip(CLOCKS.items(), start, strict=True):
+            times[clock].append(round(read() - before, 3))
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return times, values(got), peak
+
+
+def rounded_by_loop(weight: Any, gram: Any, group: int, steps: int, damping: float = 0.01, block: int = 128) -> Any:
+    """What the codes stand for, a tensor like `weight[n, k]`, outputs first as PyTorch stores them.
+
+    Whole groups make up a block.
+    """
+    torch = importlib.import_module("torch")
+    weight, k, block = weight.clone(), weight.shape[1], group * max(1, block // group)
+    damped = gram + damping * gram.diagonal().mean() * torch.eye(k)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    result = torch.zeros_like(weight)
+    scale = zero = torch.zeros(len(weight))
+    for first in range(0, k, block):
+        last = min(first + block, k)
+        part, links = weight[:, first:last].clone(), upper[first:last, first:last]
+        errors = torch.zeros_like(part)
+        for column in range(last - first):
+            if (first + column) % group == 0:
+                here = part[:, column : column + group]
+                low, high = here.amin(dim=1).clamp(max=0), here.amax(dim=1).clamp(min=0)
+                scale = (high - low) / steps
+                zero = torch.round(-low / scale)
+            value = part[:, column]
+            code = torch.clamp(torch.round(value / scale) + zero, 0, steps)
+            rounded = scale * (code - zero)
+            result[:, first + column] = rounded
+            error = (value - rounded) / links[column, column]
+            part[:, column:] -= error[:, None] @ links[column : column + 1, column:]
+            errors[:, column] = error
+        weight[:, last:] -= errors @ upper[first:last, last:]
+    return result
+
+
+def loss(w: np.ndarray, got: np.ndarray, gram: np.ndarray) -> float:
+    """tr(eT gram e)."""
+    error = w - got
+    return float(np.sum(error * (gram @ error), dtype=np.float64))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
