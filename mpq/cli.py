@@ -245,7 +245,7 @@ def quantize(
       out: folder to write.
       data: calibration text, or `reference`; all methods but rtn and hqq need it or `stats`.
       stats: what `mpq calibrate` wrote, or an importance matrix of llama.cpp.
-      method: rounding algorithm: gptq, gptq_act_order, best, signround, hqq or rtn.
+      method: rounding algorithm: gptq, gptq_act_order, best, adaround, signround, hqq or rtn.
       distill: steps of training codes, scales and zero points to the outputs of the original on the text; interrupted,
         it continues when typed again.
       ranges: what `mpq calibrate --of activations` wrote, for static schemes of activations; else `data` gives them.

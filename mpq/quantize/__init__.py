@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from mpq.quantize.adaround import AdaRound
 from mpq.quantize.best import Best
 from mpq.quantize.candidates import Candidates as Candidates
 from mpq.quantize.candidates import apply_plan as apply_plan
@@ -20,6 +21,7 @@ QUANTIZERS: Mapping[str, Quantizer] = MappingProxyType(
         "gptq": GPTQ(),
         "gptq_act_order": GPTQ(act_order=True),
         "signround": SignRound(),
+        "adaround": AdaRound(),
         "best": Best(),
     }
 )

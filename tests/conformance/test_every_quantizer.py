@@ -21,7 +21,7 @@ TEXTS += ("fp4_g16_sfp8", "fp4_g32_se8m0", "int3_tensor_zp")  # NVFP4, MXFP4, an
 SCHEMES = {text: parse_scheme(text) for text in TEXTS}
 # What compiles long is asked for few, those that it treats differently.
 FEW = dict.fromkeys(("best", "gptq_act_order"), ("int2_g16", "fp4_g16_sfp8", "int3_tensor_zp"))
-FEW["signround"] = ("int2_g16", "int3_g24_zp", "nf4_g16", "fp4_g16_sfp8", "int3_tensor_zp")
+FEW["adaround"] = FEW["signround"] = ("int2_g16", "int3_g24_zp", "nf4_g16", "fp4_g16_sfp8", "int3_tensor_zp")
 PAIRS = [(q, s) for q in QUANTIZERS for s in FEW.get(q, SCHEMES)]
 GRAMS = pytest.mark.parametrize("with_gram", [True, False], ids=["gram", "no gram"])
 # What fits scales of its own: a diagonal gram does not make it RTN.
