@@ -192,7 +192,7 @@ BAD = {
     ),
     "unknown method": (
         ["quantize", "model", "int4_g32", "--method", "magic", "-o", "x"],
-        "the valid ones are rtn, hqq, gptq, gptq_act_order, signround, best",
+        "the valid ones are rtn, hqq, gptq, gptq_act_order, signround, adaround, best",
     ),
     "gptq without data": (["quantize", "model", "int4_g32", "-o", "x"], "needs calibration: give --data"),
     "no such plan": (["quantize", "model", "plam.json", "-o", "x"], "neither a file nor a scheme"),

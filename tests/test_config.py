@@ -72,7 +72,7 @@ def test_a_missing_config_file_is_refused():
         ({"metrics": ("kl", "magic")}, "unknown metric 'magic': the valid ones are kl, fisher, hessian_trace"),
         (
             {"method": "magic"},
-            "unknown method 'magic': the valid ones are rtn, hqq, gptq, gptq_act_order, signround, best$",
+            "unknown method 'magic': the valid ones are rtn, hqq, gptq, gptq_act_order, signround, adaround, best$",
         ),
         ({"compare_methods": ("magic",)}, "unknown method 'magic'"),
         ({"metrics": ("fisher",)}, "allocate_by 'kl' is not among the metrics"),
