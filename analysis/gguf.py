@@ -51,8 +51,9 @@ def page(results: Mapping[str, Result]) -> str:
         "# Files for llama.cpp at equal bytes",
         "KL of every file to the file of plain floats, both run in llama.cpp, on the same held-out windows: nats per "
         "token, standard errors over documents. Written by `python -m analysis.gguf` from what "
-        "`python -m experiments.gguf_peers` measured. Rows of tiny1m fill no blocks of 256: its mixes consist of the "
-        "types that llama.cpp falls back to.",
+        "`python -m experiments.gguf_peers` measured. The student is a GPT-2 that "
+        "`python -m experiments.train_student` trains on the reference's text: its rows fill blocks of 256, too. "
+        "Those of tiny1m do not: its mixes consist of the types that llama.cpp falls back to.",
     ]
     for name, result in results.items():
         measured = f"{result['documents']} documents, {result['tokens']:,} tokens"
