@@ -272,8 +272,9 @@ def export(
     Args:
       model: folder that `mpq quantize` wrote.
       out: file or folder to write.
-      to: gguf, for llama.cpp; onnx, for ONNX Runtime; litert, for LiteRT (TensorFlow Lite); hf, a folder in the format
-        of compressed-tensors for transformers and vLLM; gptq, gptq_v2, awq or bnb (bitsandbytes), folders in those.
+      to: gguf, for llama.cpp; onnx, for ONNX Runtime, which rounds activations too where the plan does, a folder where
+        the file would have more than 2 GB; litert, for LiteRT (TensorFlow Lite); hf, a folder in the format of
+        compressed-tensors for transformers and vLLM; gptq, gptq_v2, awq or bnb (bitsandbytes), folders in those.
       window: litert: tokens that the file reads at once; default the whole context, but at most 512.
       integer: litert: of static ranges of activations, round sums of residual blocks as well: most is of integers then.
       json: print one JSON object.

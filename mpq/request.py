@@ -22,7 +22,7 @@ from mpq.allocate import (
 from mpq.artifacts import load_interactions, require_model
 from mpq.config import known
 from mpq.export.rules import RULES
-from mpq.export.targets import TARGETS, allowed_for
+from mpq.export.targets import TARGETS, allowed_for, require_rounding
 from mpq.files import read_json
 from mpq.types import Allocation, MpqError, Scheme, SensitivityTable, WeightSpec
 from mpq.units import bpw_to_bits, parse_size
@@ -95,7 +95,8 @@ class Request:
         """The problem of weights, activations and the KV cache.
 
         Raises:
-          MpqError: a table is damaged or of another model, or the tables do not go together.
+          MpqError: a table is damaged or of another model, the tables do not go together, or the runtime cannot round
+            what they are of.
         """
         tables = [None if path is None else load_activation_table(path) for path in (self.activations, self.cache)]
         for path, table, kind in zip((self.activations, self.cache), tables, ("activation", "kv"), strict=True):
@@ -104,6 +105,8 @@ class Request:
                 if any(row.kind != kind for row in table.activations):
                     of = {"activation": "activations", "kv": "kv"}[kind]
                     raise MpqError(f"{path} is no table of {of}: give what `mpq sensitivity --of {of}` wrote")
+        if self.runtime is not None:
+            require_rounding(self.runtime, [table for table in tables if table is not None])
         return joint_problem(problem, tables[0], tables[1], self.context * self.sequences)
 
     @property

@@ -174,12 +174,18 @@ def test_the_commands_choose_all_three_and_write_one_plan(place, capsys, monkeyp
     assert body["cache_bytes"] <= 64 * 2 * 4 * 16 * 2
     assert mpq("quantize", "model", "p", "--method", "rtn", "--data", "text.txt", *TEXT[2:-2], "-o", "q")[0] == 0
     assert mpq("evaluate", "q", "--data", "text.txt", *TEXT[2:-2])[0] == 0
+    code, body, _ = mpq("allocate", "w", "--activations", "a", "--for", "onnx", "--bpw", "8.47", "-o", "for", "--json")
+    assert code == 0
+    assert set(body["choices"].values()) == {"int8_channel"}
     told = mpq(*ask, "--bpw", "9")[1]
     assert "KV cache: " in told
     wrong = {
         ("--kv", "a"): "a is no table of kv: give what `mpq sensitivity --of kv` wrote",
         ("--rules", "qwix=x"): "--activations and --kv go with a size, --max-kl and --max-bops: leave out "
         "--interactions, --latency and --rules",
+        ("--for", "gguf"): "format gguf holds weights only: leave out --activations and --kv, or use --for onnx",
+        ("--for", "onnx", "--kv", "k"): "onnx has no form for layers.0.self_attn.k_proj.kernel at int4_head: the graph "
+        "keeps no KV cache; leave it out",
     }
     for arguments, message in wrong.items():
         code, _, err = mpq("allocate", "w", "--activations", "a", *arguments, "--bpw", "9", "-o", "x")

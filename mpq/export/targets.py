@@ -1,9 +1,10 @@
 """Every runtime that `mpq export --to` writes for, and the schemes that each has, known before a plan is solved."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
+from mpq.activations import ActivationScheme, ActivationSpec, ActivationTable
 from mpq.config import known
 from mpq.export.orbax import Exported
 from mpq.gguf import export as gguf
@@ -16,6 +17,7 @@ from mpq.litert import export as litert
 from mpq.litert.weights import refusal as litert_refusal
 from mpq.litert.weights import size_bits as litert_bits
 from mpq.onnx import export as onnx
+from mpq.onnx.activations import refusal as onnx_rounding_refusal
 from mpq.onnx.weights import refusal as onnx_refusal
 from mpq.types import MpqError, Scheme, SensitivityTable, WeightSpec
 
@@ -33,6 +35,8 @@ class Target:
       stored_bits: weight and scheme -> bits of the weight in the file.
       activations: whether it has a form for rounded activations, too.
       options: what `save` takes beside.
+      rounding_refusal: activation and scheme -> why the runtime cannot round it so, of one that rounds some; None where it
+        can.
     """
 
     what: str
@@ -43,6 +47,7 @@ class Target:
     stored_bits: Callable[[WeightSpec, Scheme], int] = WeightSpec.size_bits
     activations: bool = False
     options: tuple[str, ...] = ()
+    rounding_refusal: Callable[[ActivationSpec, ActivationScheme], str | None] = lambda row, scheme: None
 
 
 def _ggml_refusal(spec: WeightSpec, scheme: Scheme) -> str | None:
@@ -66,7 +71,14 @@ def _container(what: str, container: Container, uniform: bool = False) -> Target
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
         "gguf": Target("a file for llama.cpp", gguf.save, gguf.size_bytes, _ggml_refusal),
-        "onnx": Target("a file for ONNX Runtime", onnx.save, onnx.size_bytes, onnx_refusal),
+        "onnx": Target(
+            "a file for ONNX Runtime",
+            onnx.save,
+            onnx.size_bytes,
+            onnx_refusal,
+            activations=True,
+            rounding_refusal=onnx_rounding_refusal,
+        ),
         "litert": Target(
             "a file for LiteRT (TensorFlow Lite)",
             litert.save,
@@ -103,3 +115,19 @@ def allowed_for(name: str, table: SensitivityTable) -> dict[str, list[Scheme]]:
                 f"{name} has no form for {spec.path} at any scheme of the table ({first}: {reason}): score bf16 too"
             )
     return allowed
+
+
+def require_rounding(name: str, tables: Sequence[ActivationTable]) -> None:
+    """Refuse activations that the runtime `name` rounds in no way of a table.
+
+    Raises:
+      MpqError: an unknown name, or names the activation and the reason.
+    """
+    target = known("format", name, TARGETS)
+    for table in tables:
+        if not target.activations:
+            raise MpqError(f"format {name} holds weights only: leave out --activations and --kv, or use --for onnx")
+        for row in table.activations:
+            for scheme in table.schemes:
+                if reason := target.rounding_refusal(row, scheme):
+                    raise MpqError(f"{name} has no form for {row.path} at {scheme}: {reason}; leave it out")

@@ -4,23 +4,29 @@ A weight that a matmul reads as it is, or transposed, becomes `MatMulNBits` wher
 is dequantized once and read as any other array. What depends on constants alone is computed here.
 """
 
+import collections
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax import export
 
+from mpq.activations.apply import RoundedActivation
 from mpq.inputs import Tokens
 from mpq.models import Model
 from mpq.onnx import weights as nbits
+from mpq.onnx.activations import Activations, is_integer
 from mpq.onnx.graph import Graph, Stored, Tensor
-from mpq.onnx.ops import OPS, dtype_of, shape_of
+from mpq.onnx.ops import OPS, convolution, dtype_of, shape_of
 from mpq.types import MpqError, QTensor, WeightSpec
 
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat")
 _THROUGH = ("copy", "copy_p", "stop_gradient", "optimization_barrier")
+_READS = ("dot_general", "conv_general_dilated", "gather")
+_LAYOUT = ("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "convert_element_type")
 _FOLDED = 2**16  # elements of a constant that is computed here
 
 
@@ -66,6 +72,7 @@ class Converter:
         specs: Mapping[str, WeightSpec],
         qtensors: Mapping[str, QTensor],
         params: Mapping[str, np.ndarray],
+        rows: Sequence[RoundedActivation] = (),
     ) -> None:
         """Prepare.
 
@@ -74,9 +81,13 @@ class Converter:
           specs: parameter path -> the weight that it is.
           qtensors: weight path -> quantized weight.
           params: every other parameter, in the dtype that it is stored in.
+          rows: activations that are rounded.
         """
         self._graph, self._specs, self._qtensors, self._params = graph, specs, qtensors, params
         self._arrays: dict[str, str] = {}
+        self._activations, self._rows = Activations(graph, (), ""), tuple(rows)
+        self._origins: dict[str, str] = {}  # value -> the weight that it is, laid out in some way
+        self._reads = collections.Counter[str]()
 
     def run(self, closed: Any, paths: list[str], x: Tensor, out: Tensor) -> None:
         """Emit the whole function; parameters are its first arguments, in the order of `paths`."""
@@ -85,10 +96,13 @@ class Converter:
             if not isinstance(dim, int):
                 shape = graph.one("Shape", x.name, start=axis, end=axis + 1)
                 graph.symbols[str(dim)] = shape
+        self._activations = Activations(graph, self._rows, x.shape[0])
         value = x.name if dtype.name == x.dtype else graph.one("Cast", x.name, to=6)
         args = [*map(_Param, paths), value]
         (result,) = self._jaxpr(closed.jaxpr, closed.consts, args)
         graph.result(self._name(result, closed.jaxpr.outvars[0]), out.name)
+        if self._rows:  # which value a weight reads is known by the number of the read: none must be missed
+            assert all(self._reads[spec.param] == len(spec.uses) for spec in self._specs.values())
 
     def _jaxpr(self, jaxpr: Any, consts: Any, args: list[Any]) -> list[Any]:
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, map(np.asarray, consts), strict=True))
@@ -112,26 +126,61 @@ class Converter:
             return [dataclasses.replace(values[0], transposed=not values[0].transposed)]
         if (folded := _fold(eqn, values)) is not None:
             return folded
-        if name == "dot_general" and (product := self._product(eqn, values)) is not None:
-            return [product]
         if name not in OPS:
             raise MpqError(f"the operation {name!r} has no form in ONNX here: export this model to another runtime")
-        made = OPS[name](self._graph, eqn, [self._name(v, var) for v, var in zip(values, eqn.invars, strict=True)])
+        if self._rows and name in _READS:
+            values, made = self._read(eqn, values)
+            if made is not None:
+                return [made]
+        if name == "dot_general" and (product := self._product(eqn, values)) is not None:
+            return [product]
+        inputs = [self._name(v, var) for v, var in zip(values, eqn.invars, strict=True)]
+        made = OPS[name](self._graph, eqn, inputs)
+        if name in _LAYOUT and inputs[0] in self._origins:
+            self._origins[str(made)] = self._origins[inputs[0]]
         return [made] if isinstance(made, str) else made
+
+    def _read(self, eqn: Any, values: list[Any]) -> tuple[list[Any], str | None]:
+        """The operands of what may read a weight, the other one rounded as the plan says; or the whole product."""
+        paths = [v.path if isinstance(v, _Param) else self._origins.get(v) for v in values if not _is_array(v)]
+        if len(paths) != 2 or (path := next((p for p in paths if p in self._specs), None)) is None:
+            return values, None
+        spec, name = self._specs[path], eqn.primitive.name
+        use, w = spec.uses[self._reads[path]], paths.index(path)
+        self._reads[path] += 1
+        if use.kind == "embedding" or (row := self._activations.of(use.input)) is None:
+            return values, None
+        var = eqn.invars[1 - w]
+        x = Tensor(self._name(values[1 - w], var), shape_of(var), "float32")
+        numbers, qtensor = eqn.params["dimension_numbers"], self._qtensors[spec.path]
+        axes = (numbers.lhs_spec[1],) if name == "conv_general_dilated" else tuple(map(int, numbers[0][1 - w]))
+        if is_integer(row, spec, qtensor, use.kind):
+            if name == "conv_general_dilated" and values[1] == _Param(path):
+                convolve = functools.partial(convolution, self._graph, eqn)
+                return values, self._activations.conv(row, x, axes[0], spec, qtensor, convolve)
+            if name == "dot_general" and w == 1 and self._is_plain(eqn, values[1]):
+                return values, self._activations.matmul(row, x, spec, qtensor)
+        rounded = self._activations.rounded(row, x, axes)
+        return [rounded, values[1]] if w == 1 else [values[0], rounded], None
+
+    def _is_plain(self, eqn: Any, w: Any) -> bool:
+        """Whether a product is that of rows, the last axis of its first operand, with the `[k, n]` of a weight."""
+        (contract_x, contract_w), (batch, _) = eqn.params["dimension_numbers"]
+        if not isinstance(w, _Param) or len(self._specs[w.path].shape) != 2 or batch:
+            return False
+        last = tuple(contract_x) == (len(shape_of(eqn.invars[0])) - 1,)
+        return last and (1 - contract_w[0] if w.transposed else contract_w[0]) == self._specs[w.path].permutation[0]
 
     def _product(self, eqn: Any, values: list[Any]) -> str | None:
         """A matmul that reads the codes of a weight, where there is one."""
         x, w = values
-        (contract_x, contract_w), (batch, _) = eqn.params["dimension_numbers"]
-        if not isinstance(w, _Param) or isinstance(x, _Param) or w.path not in self._specs or batch:
+        if not isinstance(w, _Param) or isinstance(x, _Param) or w.path not in self._specs:
             return None
-        spec, shape = self._specs[w.path], shape_of(eqn.invars[0])
+        spec = self._specs[w.path]
         qtensor = self._qtensors[spec.path]
-        if not nbits.is_matmul(spec, qtensor.scheme) or tuple(contract_x) != (len(shape) - 1,):
+        if not nbits.is_matmul(spec, qtensor.scheme) or not self._is_plain(eqn, w):
             return None
-        if (1 - contract_w[0] if w.transposed else contract_w[0]) != spec.permutation[0]:
-            return None
-        operand = Tensor(self._name(x, eqn.invars[0]), shape, "float32")
+        operand = Tensor(self._name(x, eqn.invars[0]), shape_of(eqn.invars[0]), "float32")
         return nbits.matmul(self._graph, spec, qtensor, operand)
 
     def _name(self, value: Any, var: Any) -> str:
@@ -139,7 +188,9 @@ class Converter:
             return value
         if isinstance(value, _Param):
             array = self._array(value.path)
-            return self._graph.one("Transpose", array, perm=[1, 0]) if value.transposed else array
+            array = self._graph.one("Transpose", array, perm=[1, 0]) if value.transposed else array
+            self._origins[array] = value.path
+            return array
         return self._graph.constant(np.asarray(value, dtype_of(var)))
 
     def _array(self, path: str) -> str:
@@ -154,6 +205,10 @@ class Converter:
                 name = self._graph.store(path, stored)
                 self._arrays[path] = name if value.dtype == np.float32 else self._graph.one("Cast", name, to=1)
         return self._arrays[path]
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray)
 
 
 def _fold(eqn: Any, values: list[Any]) -> list[Any] | None:

@@ -1,53 +1,65 @@
 """A quantized model as one ONNX file for ONNX Runtime: `mpq export OUT --to onnx`.
 
 Text models read `input_ids`, `int64[batch, time]`, of any length within their context; others `inputs`. Schemes and
-shapes of the weights are in the metadata of the file, so that `load` gives the codes back.
+shapes of the weights are in the metadata of the file, so that `load` gives the codes back. Activations that the plan
+rounds are rounded by the same formulas, `mpq.onnx.activations`.
 """
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
+from mpq.activations.apply import RoundedActivation
 from mpq.export.orbax import Exported
-from mpq.files import write_bytes
+from mpq.files import write_bytes, writing
 from mpq.formats import parse_scheme
-from mpq.models import FAMILIES, find_family, functional
+from mpq.inputs import Tokens
+from mpq.models import FAMILIES, Model, find_family, functional
 from mpq.models.checkpoint import make_model
+from mpq.onnx.activations import refusal as rounding_refusal
 from mpq.onnx.convert import Converter, traced
-from mpq.onnx.graph import Graph, require_onnx
+from mpq.onnx.graph import DATA, LIMIT, MODEL, Graph, require_onnx
 from mpq.onnx.weights import read_codes, refusal
 from mpq.types import MpqError, QTensor
 
 
-def save(path: str | os.PathLike[str], exported: Exported, name: str) -> int:
-    """Write the file, whole or not at all.
+def save(path: str | os.PathLike[str], exported: Exported, name: str, limit: int = LIMIT) -> int:
+    """Write the file, or a folder of two where it would be too large; whole or not at all.
 
     Args:
-      path: of the file.
+      path: of the file or folder.
       exported: a quantized model, as `mpq.export.orbax.load` reads it.
       name: of the model, for a person.
+      limit: bytes of a file; beyond them large tensors lie in `model.onnx.data` beside `model.onnx`.
 
     Returns:
       Its size in bytes, which is `size_bytes`.
 
     Raises:
-      MpqError: a weight and its scheme, or an operation of the model, have no form in ONNX, the `onnx` package is not
-        installed, or the disk is full or refuses.
+      MpqError: a weight and its scheme, a rounded activation or an operation of the model have no form in ONNX, the
+        `onnx` package is not installed, or the disk is full or refuses.
     """
     graph, model = _build(exported, name)
-    data = graph.fill(model)
-    write_bytes(path, data)
-    return len(data)
+    size = graph.size_bytes(model, limit)
+    if graph.is_one_file(model, limit):
+        write_bytes(path, graph.fill(model))
+        return size
+    with writing(path) as folder:
+        folder.mkdir()
+        with open(folder / DATA, "wb") as data:
+            (folder / MODEL).write_bytes(graph.fill(model, data))
+    return size
 
 
-def size_bytes(exported: Exported, name: str) -> int:
-    """Bytes of the file that `save` writes. Raises as it does."""
+def size_bytes(exported: Exported, name: str, limit: int = LIMIT) -> int:
+    """Bytes of what `save` writes. Raises as it does."""
     graph, model = _build(exported, name)
-    return graph.size_bytes(model)
+    return graph.size_bytes(model, limit)
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, QTensor]:
@@ -57,10 +69,11 @@ def load(path: str | os.PathLike[str]) -> dict[str, QTensor]:
       MpqError: the file is no ONNX model, or not one of `save`.
     """
     onnx = require_onnx()
+    path = Path(path)
     from google.protobuf.message import DecodeError  # comes with onnx
 
     try:
-        model = onnx.load(path)
+        model = onnx.load(path / MODEL if path.is_dir() else path)
         weights = {p.key: p.value for p in model.metadata_props}["mpq.weights"]
     except (OSError, ValueError, KeyError, DecodeError) as error:
         raise MpqError(f"{path} is no ONNX file that `mpq export --to onnx` wrote: {type(error).__name__}") from error
@@ -79,17 +92,35 @@ def _build(exported: Exported, name: str) -> tuple[Graph, Any]:
         scheme = exported.qtensors[spec.path].scheme
         if reason := refusal(spec, scheme):
             raise MpqError(f"weight {spec.path} at {scheme} has no form in onnx: {reason}; choose another plan")
-    closed, x, out = traced(_shapes(exported, name))
+    model = _shapes(exported, name)
+    rows = _rows(exported, model)
+    closed, x, out = traced(model)
     graph, paths = Graph(onnx), sorted(exported.shapes)
     specs = {spec.param: spec for spec in exported.weights}
     params = {path: np.asarray(value) for path, value in exported.params.items()}
-    Converter(graph, specs, exported.qtensors, params).run(closed, paths, x, out)
+    Converter(graph, specs, exported.qtensors, params, rows).run(closed, paths, x, out)
     described = {s.path: [str(exported.qtensors[s.path].scheme), s.k, s.n, s.batch] for s in exported.weights}
     metadata = {"mpq.model": name, "mpq.weights": json.dumps(described, sort_keys=True)}
+    if rows:
+        metadata["mpq.activations"] = json.dumps({row.spec.path: str(row.scheme) for row in rows}, sort_keys=True)
     return graph, graph.model([x], [out], metadata)
 
 
-def _shapes(exported: Exported, name: str) -> Any:
+def _rows(exported: Exported, model: Model) -> list[RoundedActivation]:
+    """The activations that the plan rounds."""
+    rows: list[RoundedActivation] = []
+    for path, body in exported.plan.get("activations", {}).items():
+        row = RoundedActivation.from_json(body, exported.ranges.get(path), exported.smooth.get(path))
+        reason = rounding_refusal(row.spec, row.scheme)
+        if row.scheme.granularity == "tensor" and row.limits is None and isinstance(model.inputs, Tokens):
+            reason = "a range would be that of a whole batch of texts, padding too"
+        if reason:
+            raise MpqError(f"{path} at {row.scheme} has no form in onnx: {reason}; choose another plan")
+        rows.append(row)
+    return rows
+
+
+def _shapes(exported: Exported, name: str) -> Model:
     """The model with shapes for parameters."""
     family = find_family(exported.config, FAMILIES)
     apply, _ = functional(nnx.eval_shape(lambda: family.build(family.parse(exported.config))))

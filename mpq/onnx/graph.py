@@ -7,7 +7,7 @@ The file is a protocol buffer, so its size follows from the nodes and from shape
 import ast
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -16,7 +16,13 @@ from mpq.types import MpqError
 OPSET, CONTRIB = 21, "com.microsoft"
 IR_VERSION = 10
 LIMIT = 2**31 - 1
-"""Bytes of a protocol buffer; ONNX keeps larger models in several files, which are not written here."""
+"""Bytes of a protocol buffer; the large tensors of a larger model lie in a second file."""
+
+MODEL, DATA = "model.onnx", "model.onnx.data"
+"""Names of both files."""
+
+OUTSIDE, ALIGNMENT = 1024, 64
+"""Bytes of the smallest tensor in the second file, and of what its tensors begin at multiples of."""
 
 # TensorProto.DataType
 TYPES: Mapping[str, int] = {
@@ -131,29 +137,63 @@ class Graph:
         helper.set_model_props(model, dict(metadata))
         return model
 
-    def size_bytes(self, model: Any) -> int:
-        """Bytes of the file that `fill` makes of `model`."""
-        graph = model.graph.ByteSize()
-        outside = model.ByteSize() - _field(graph)
-        tensors = (self._tensor(name, s).ByteSize() + _field(s.nbytes) for name, s in self.stored.items())
-        return outside + _field(graph + sum(map(_field, tensors)))
+    def size_bytes(self, model: Any, limit: int = LIMIT) -> int:
+        """Bytes of the file that `fill` makes of `model`, or of both files where one would have more than `limit`."""
+        whole = self._file_bytes(model, {})
+        if whole <= limit:
+            return whole
+        places, length = self._places()
+        return self._file_bytes(model, places) + length
 
-    def fill(self, model: Any) -> bytes:
+    def is_one_file(self, model: Any, limit: int) -> bool:
+        """Whether one file of at most `limit` bytes holds all."""
+        return self._file_bytes(model, {}) <= limit
+
+    def fill(self, model: Any, data: BinaryIO | None = None) -> bytes:
         """The file: `model` with the stored tensors.
 
-        Raises:
-          MpqError: it is larger than one file may be.
+        Args:
+          model: without them.
+          data: where large tensors go instead, for the file `DATA` beside it; None: they stay in the file.
         """
-        if (size := self.size_bytes(model)) > LIMIT:
-            raise MpqError(f"the ONNX file would have {size} bytes, and one file holds {LIMIT}: choose a smaller plan")
+        places, length = ({}, 0) if data is None else self._places()
         for name, stored in self.stored.items():
-            tensor = self._tensor(name, stored)
-            tensor.raw_data = stored.make()
+            tensor = self._tensor(name, stored, places.get(name))
+            if data is None or name not in places:
+                tensor.raw_data = stored.make()
+            else:
+                data.write(b"\0" * (places[name] - data.tell()))
+                data.write(stored.make())
             model.graph.initializer.append(tensor)
+        assert data is None or data.tell() == length
         return model.SerializeToString(deterministic=True)
 
-    def _tensor(self, name: str, stored: Stored) -> Any:
-        return self._onnx.TensorProto(name=name, data_type=TYPES[stored.dtype], dims=stored.shape)
+    def _places(self) -> tuple[dict[str, int], int]:
+        """Where tensors of `OUTSIDE` bytes and more lie in the second file, and its bytes."""
+        places: dict[str, int] = {}
+        end = 0
+        for name, stored in self.stored.items():
+            if stored.nbytes >= OUTSIDE:
+                places[name] = -(-end // ALIGNMENT) * ALIGNMENT
+                end = places[name] + stored.nbytes
+        return places, end
+
+    def _file_bytes(self, model: Any, places: Mapping[str, int]) -> int:
+        graph = model.graph.ByteSize()
+        outside = model.ByteSize() - _field(graph)
+        tensors = (
+            _field(self._tensor(name, s, places.get(name)).ByteSize() + (0 if name in places else _field(s.nbytes)))
+            for name, s in self.stored.items()
+        )
+        return outside + _field(graph + sum(tensors))
+
+    def _tensor(self, name: str, stored: Stored, place: int | None = None) -> Any:
+        tensor = self._onnx.TensorProto(name=name, data_type=TYPES[stored.dtype], dims=stored.shape)
+        if place is not None:
+            tensor.data_location = tensor.EXTERNAL
+            for key, value in (("location", DATA), ("offset", place), ("length", stored.nbytes)):
+                tensor.external_data.add(key=key, value=str(value))
+        return tensor
 
 
 def _field(size: int) -> int:

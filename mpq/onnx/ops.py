@@ -1,6 +1,6 @@
 """Primitives of JAX as nodes of ONNX, one function each; `OPS` is the table. Shapes may be symbolic."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -177,7 +177,24 @@ def einsum(graph: Graph, eqn: Any, inputs: list[str]) -> str:
     return graph.one("Einsum", *inputs, equation=f"{''.join(left)},{''.join(right)}->{result}")
 
 
-def _conv(graph: Graph, eqn: Any, inputs: list[str]) -> str:
+def convolution(
+    graph: Graph,
+    eqn: Any,
+    kind: str,
+    inputs: list[str],
+    more: Sequence[str] = (),
+    done: Callable[[str], str] = lambda made: made,
+) -> str:
+    """A convolution.
+
+    Args:
+      graph: to add to.
+      eqn: the equation.
+      kind: `Conv`, or another operation with its attributes.
+      inputs: the value and the kernel, laid out as the equation has them.
+      more: inputs of the operation beside them.
+      done: to its result, which is `[batch, channels, ...]`.
+    """
     p = eqn.params
     numbers, spatial = p["dimension_numbers"], len(p["window_strides"])
     if p["batch_group_count"] != 1 or any(d != 1 for d in p["lhs_dilation"]):
@@ -186,16 +203,21 @@ def _conv(graph: Graph, eqn: Any, inputs: list[str]) -> str:
     w = graph.one("Transpose", inputs[1], perm=list(numbers.rhs_spec))
     pads = [int(low) for low, _ in p["padding"]] + [int(high) for _, high in p["padding"]]
     made = graph.one(
-        "Conv",
+        kind,
         x,
         w,
+        *more,
         strides=list(p["window_strides"]),
         dilations=list(p["rhs_dilation"]),
         pads=pads,
         group=p["feature_group_count"],
         kernel_shape=[int(shape_of(eqn.invars[1])[axis]) for axis in numbers.rhs_spec[2 : 2 + spatial]],
     )
-    return graph.one("Transpose", made, perm=[int(axis) for axis in np.argsort(numbers.out_spec)])
+    return graph.one("Transpose", done(made), perm=[int(axis) for axis in np.argsort(numbers.out_spec)])
+
+
+def _conv(graph: Graph, eqn: Any, inputs: list[str]) -> str:
+    return convolution(graph, eqn, "Conv", inputs)
 
 
 def _max_pool(graph: Graph, eqn: Any, inputs: list[str]) -> str:

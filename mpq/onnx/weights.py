@@ -15,7 +15,7 @@ import numpy as np
 from mpq.formats.integer import Integer
 from mpq.hf.container import signed, unsigned
 from mpq.hf.words import pack_rows, unpack_rows
-from mpq.onnx.graph import CONTRIB, Graph, Stored, Tensor
+from mpq.onnx.graph import CONTRIB, TYPES, Graph, Stored, Tensor
 from mpq.types import QTensor, Scheme, WeightSpec
 
 WIDTHS = (2, 4, 8)
@@ -72,15 +72,48 @@ def matmul(graph: Graph, spec: WeightSpec, qtensor: QTensor, x: Tensor) -> str:
 
 def dequantized(graph: Graph, spec: WeightSpec, qtensor: QTensor) -> str:
     """The weight as an array of its parameter's shape."""
-    scheme, batch = qtensor.scheme, (spec.batch,) if spec.batch > 1 else ()
-    matrix = (*batch, spec.k, spec.n)
+    scheme, matrix = qtensor.scheme, _matrix(spec)
     if not scheme.has_scale:
         dtype = FLOATS[scheme.format.name]
         nbytes = spec.size * np.dtype(np.asarray(qtensor.qvalue).dtype).itemsize
         name = _store(graph, spec, "qvalue", dtype, matrix, nbytes, lambda: np.asarray(qtensor.qvalue).tobytes())
-        values = name if dtype == "float32" else graph.one("Cast", name, to=1)
-    else:
-        values = _dequantize(graph, spec, qtensor, matrix)
+        return _placed(graph, spec, name if dtype == "float32" else graph.one("Cast", name, to=1))
+    codes, scale, zero = _parts(graph, spec, qtensor)
+    if scheme.group_size is not None:
+        inputs = [codes, scale] if zero is None else [codes, scale, zero]
+        values = graph.one("DequantizeLinear", *inputs, axis=len(matrix) - 2, block_size=scheme.group_size)
+        return _placed(graph, spec, values)
+    # ONNX Runtime makes of DequantizeLinear with a scale a column and MatMul one operation that rounds the inputs too.
+    value = graph.one("Cast", codes, to=1)
+    value = value if zero is None else graph.one("Sub", value, graph.one("Cast", zero, to=1))
+    return _placed(graph, spec, graph.one("Mul", value, scale))
+
+
+def offset_codes(graph: Graph, spec: WeightSpec, qtensor: QTensor, *, placed: bool = False) -> str:
+    """Codes plus 128, `uint8`, as `[k, n]` or in the shape of the parameter; ONNX Runtime computes them as it loads."""
+    codes = _offset(graph, _parts(graph, spec, qtensor)[0])
+    return _placed(graph, spec, codes) if placed else codes
+
+
+def column_parts(graph: Graph, spec: WeightSpec, qtensor: QTensor, shape: tuple[int, ...]) -> tuple[str, str | None]:
+    """Scales in float32 and zero points plus 128, of columns or of the matrix, in this shape; matrices go first."""
+    _, scale, zero = _parts(graph, spec, qtensor)
+    reshaped = lambda name: graph.one("Reshape", name, graph.shape(shape))
+    return reshaped(scale), None if zero is None else reshaped(_offset(graph, zero))
+
+
+def _offset(graph: Graph, codes: str) -> str:
+    wide = graph.one("Cast", codes, to=TYPES["int32"])
+    return graph.one("Cast", graph.one("Add", wide, graph.constant(128, np.int32)), to=TYPES["uint8"])
+
+
+def _matrix(spec: WeightSpec) -> tuple[int, ...]:
+    return (*((spec.batch,) if spec.batch > 1 else ()), spec.k, spec.n)
+
+
+def _placed(graph: Graph, spec: WeightSpec, values: str) -> str:
+    """A matrix in the shape of the parameter."""
+    matrix = _matrix(spec)
     permuted = tuple((spec.factors or spec.shape)[axis] for axis in spec.permutation)
     if permuted != matrix:
         values = graph.one("Reshape", values, graph.shape(permuted))
@@ -89,25 +122,18 @@ def dequantized(graph: Graph, spec: WeightSpec, qtensor: QTensor) -> str:
     return graph.one("Reshape", values, graph.shape(spec.shape)) if spec.factors else values
 
 
-def _dequantize(graph: Graph, spec: WeightSpec, qtensor: QTensor, matrix: tuple[int, ...]) -> str:
+def _parts(graph: Graph, spec: WeightSpec, qtensor: QTensor) -> tuple[str, str, str | None]:
+    """Codes `[k, n]`, scales in float32 and zero points, as they are stored outside `MatMulNBits`."""
     scheme, bits = qtensor.scheme, qtensor.scheme.format.bits
     dtype, size = f"int{bits}", -(-spec.size * bits // 8)
     stored = lambda codes: np.asarray(codes).tobytes() if bits == 8 else nibbles(np.asarray(codes))
-    codes = _store(graph, spec, "qvalue", dtype, matrix, size, lambda: stored(qtensor.qvalue))
+    codes = _store(graph, spec, "qvalue", dtype, _matrix(spec), size, lambda: stored(qtensor.qvalue))
     shape = ((spec.batch,) if spec.batch > 1 else ()) + scheme.scale_shape(spec.k, spec.n)
     scale, zero = _scale(graph, spec, qtensor, shape, lambda scale: scale.reshape(shape)), None
     if qtensor.zero_point is not None:
-        count = int(np.prod(shape))
-        zero = _store(
-            graph, spec, "zero_point", dtype, shape, -(-count * bits // 8), lambda: stored(qtensor.zero_point)
-        )
-    if scheme.group_size is not None:
-        inputs = [codes, scale] if zero is None else [codes, scale, zero]
-        return graph.one("DequantizeLinear", *inputs, axis=len(matrix) - 2, block_size=scheme.group_size)
-    # ONNX Runtime makes of DequantizeLinear with a scale a column and MatMul one operation that rounds the inputs too.
-    value = graph.one("Cast", codes, to=1)
-    value = value if zero is None else graph.one("Sub", value, graph.one("Cast", zero, to=1))
-    return graph.one("Mul", value, scale)
+        nbytes = -(-int(np.prod(shape)) * bits // 8)
+        zero = _store(graph, spec, "zero_point", dtype, shape, nbytes, lambda: stored(qtensor.zero_point))
+    return codes, scale, zero
 
 
 def read_codes(arrays: Mapping[str, np.ndarray], scheme: Scheme, k: int, n: int, batch: int) -> QTensor:

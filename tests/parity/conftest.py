@@ -6,9 +6,11 @@ needed = {
     "test_*_transformers.py": ("torch", "transformers"),
     "test_llama_cpp.py": ("xllamacpp",),
     "test_onnxruntime.py": ("onnx", "onnxruntime"),
+    "test_onnxruntime_activations.py": ("onnx", "onnxruntime"),
     "test_runtimes_experiment.py": ("onnx", "onnxruntime", "onnx_ir"),
     "test_litert.py": ("ai_edge_litert",),
     "test_litert_experiment.py": ("ai_edge_litert", "ai_edge_quantizer"),
+    "test_runtimes_w8a8_experiment.py": ("onnx", "onnxruntime"),
     "test_hf_checkpoints.py": ("torch", "transformers", "compressed_tensors"),
 }
 collect_ignore_glob = [

@@ -15,7 +15,6 @@ from mpq.export.orbax import Exported
 from mpq.formats import parse_scheme
 from mpq.inputs import Tokens
 from mpq.models import Model, load
-from mpq.onnx import graph
 from mpq.onnx.convert import traced
 from mpq.onnx.export import load as load_codes
 from mpq.onnx.export import save, size_bytes
@@ -34,16 +33,20 @@ DECODERS = ("llama", "gemma2", "opt, post-norm, projected", "gpt_neox", "qwen2_m
 VISION = ("resnet", "resnet_cifar", "mobilenet_v2", "vit")
 
 
-def exported(model: Model, schemes: tuple[str, ...], folder, make=None) -> Exported:
-    """The model with its weights at these schemes in turn, each at the next one that the runtime has for it."""
+def exported(model: Model, schemes: tuple[str, ...], folder, make=None, rows=()) -> Exported:
+    """The model with its weights at these schemes in turn, each at the next one that the runtime has for it.
+
+    `rows` are activations, rounded.
+    """
     weights, choice = model.trace(1, 16).weights, {}
     for i, spec in enumerate(weights):
         turn = [parse_scheme(schemes[(i + k) % len(schemes)]) for k in range(len(schemes))]
         choice[spec.path] = next(scheme for scheme in turn if refusal(spec, scheme) is None)
     plan = artifacts.make_plan("mix", choice, None, weights, 0, model.digest)
+    plan = plan.with_activations({row.spec.path: row.to_json() for row in rows})
     make = make or Candidates(model.params, weights, RTN()).qtensor
     qtensors = {spec.path: make(spec, choice[spec.path]) for spec in weights}
-    orbax.save(folder, **export_arguments(model, weights, qtensors, plan))
+    orbax.save(folder, **export_arguments(model, weights, qtensors, plan, rows))
     return orbax.load(folder)
 
 
@@ -76,15 +79,31 @@ def some_inputs(model: Model, batch: int, time: int) -> np.ndarray:
     return rng.integers(0, 20 if isinstance(model.inputs, Tokens) else 256, struct.shape).astype(struct.dtype)
 
 
+def made(name: str, folder) -> Model:
+    """A tiny random model of a family."""
+    if name in (*DECODERS, "qwen2_moe"):
+        decoder_cases.write(folder, name)
+    elif name == "bert":
+        write_encoder(folder)
+    else:
+        write_vision(folder, name)
+    return load(str(folder))
+
+
+def require_codes(path, quantized: Exported) -> None:
+    """The file gives the codes, scales and zero points back."""
+    codes = load_codes(path)
+    for weight, q in quantized.qtensors.items():
+        assert str(codes[weight].scheme) == str(q.scheme)
+        for part in ("qvalue", "scale", "zero_point"):
+            ours, theirs = getattr(q, part), getattr(codes[weight], part)
+            assert (ours is None) == (theirs is None), (weight, part)
+            assert ours is None or bool(jnp.array_equal(ours, theirs)), (weight, part)
+
+
 @pytest.mark.parametrize("name", [*DECODERS, "bert", *VISION])
 def test_every_kind_of_family(name, tmp_path):
-    if name in DECODERS:
-        decoder_cases.write(tmp_path / "model", name)
-    elif name == "bert":
-        write_encoder(tmp_path / "model")
-    else:
-        write_vision(tmp_path / "model", name)
-    model = load(str(tmp_path / "model"))
+    model = made(name, tmp_path / "model")
     quantized = exported(model, SCHEMES, tmp_path / "orbax", noise(model))
     size = save(tmp_path / "model.onnx", quantized, name)
     assert size == (tmp_path / "model.onnx").stat().st_size == size_bytes(quantized, name)
@@ -96,13 +115,7 @@ def test_every_kind_of_family(name, tmp_path):
     # One file for every batch and length; what a decoder says of a token depends on no later one.
     part = (slice(0, 1), slice(0, 7)) if name in DECODERS else (slice(0, 1),)
     close(run(tmp_path / "model.onnx", inputs[part]), want[part])
-    codes = load_codes(tmp_path / "model.onnx")
-    for path, q in quantized.qtensors.items():
-        assert str(codes[path].scheme) == str(q.scheme)
-        for part in ("qvalue", "scale", "zero_point"):
-            ours, theirs = getattr(q, part), getattr(codes[path], part)
-            assert (ours is None) == (theirs is None), (path, part)
-            assert ours is None or bool(jnp.array_equal(ours, theirs)), (path, part)
+    require_codes(tmp_path / "model.onnx", quantized)
 
 
 def test_the_reference_model_on_held_out_text(root, tmp_path, capsys):
@@ -138,6 +151,22 @@ def test_sizes_are_known_for_random_plans_and_equal_models_give_equal_bytes(smal
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+def test_what_one_file_cannot_hold_lies_in_two(small, tmp_path):
+    model, quantized = small
+    size = save(tmp_path / "one", quantized, "x")
+    assert (tmp_path / "one").is_file()
+    assert size_bytes(quantized, "x", limit=size) == size
+    two = save(tmp_path / "two", quantized, "x", limit=size - 1)
+    assert two == size_bytes(quantized, "x", limit=size - 1)
+    files = {file.name: file.stat().st_size for file in (tmp_path / "two").iterdir()}
+    assert set(files) == {"model.onnx", "model.onnx.data"}
+    assert sum(files.values()) == two
+    assert files["model.onnx.data"] > size / 4
+    inputs = some_inputs(model, 2, 9)
+    np.testing.assert_array_equal(run(tmp_path / "two" / "model.onnx", inputs), run(tmp_path / "one", inputs))
+    require_codes(tmp_path / "two", quantized)
+
+
 def message_of(call) -> str:
     with pytest.raises(MpqError) as caught:
         call()
@@ -159,12 +188,6 @@ class TestWhatCannotBeWritten:
         message = message_of(lambda: save(tmp_path / "x", small[1], "x"))
         assert message.endswith("has no form in ONNX here: export this model to another runtime")
         assert not list(tmp_path.iterdir())
-
-    def test_more_than_one_file_holds(self, small, monkeypatch, tmp_path):
-        monkeypatch.setattr(graph, "LIMIT", 1000)
-        size = size_bytes(small[1], "x")
-        message = f"the ONNX file would have {size} bytes, and one file holds 1000: choose a smaller plan"
-        assert message_of(lambda: save(tmp_path / "x", small[1], "x")) == message
 
     def test_what_depends_on_the_length_otherwise(self, small):
         model = dataclasses.replace(small[0], apply=lambda params, x: x.reshape(-1, 2, 3))
