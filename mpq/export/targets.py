@@ -35,8 +35,7 @@ class Target:
       stored_bits: weight and scheme -> bits of the weight in the file.
       activations: whether it has a form for rounded activations, too.
       options: what `save` takes beside.
-      rounding_refusal: activation and scheme -> why the runtime cannot round it so, of one that rounds some; None where it
-        can.
+      rounding_refusal: activation and scheme -> why a runtime with such forms cannot round it so; None where it can.
     """
 
     what: str

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.parity
 def options(tmp_path_factory) -> Options:
     root = tmp_path_factory.mktemp("runtimes")
     of_text = {"windows": 4, "test_windows": 4, "window": 16, "batch_size": 4, "repeats": 2}
-    return Options(**tiny.model_and_texts(root), out=root / "tiny.json", quantizers=("static_by_channel",), **of_text)
+    return Options(**tiny.model_and_texts(root), out=root / "tiny.json", quantizers=("dynamic_by_channel",), **of_text)
 
 
 def test_a_row_has_both_files(options):
