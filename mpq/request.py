@@ -85,6 +85,10 @@ class Request:
                 "--activations and --kv go with a size, --max-kl and --max-bops: leave out --interactions, --latency "
                 "and --rules"
             )
+        if self.is_joint and self.runtime is not None and not known("format", self.runtime, TARGETS).activations:
+            raise MpqError(
+                f"format {self.runtime} holds weights only: leave out --activations and --kv, or use --for onnx"
+            )
 
     @property
     def is_joint(self) -> bool:

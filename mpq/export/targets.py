@@ -117,15 +117,13 @@ def allowed_for(name: str, table: SensitivityTable) -> dict[str, list[Scheme]]:
 
 
 def require_rounding(name: str, tables: Sequence[ActivationTable]) -> None:
-    """Refuse activations that the runtime `name` rounds in no way of a table.
+    """Refuse activations that the runtime `name` cannot round under a scheme of their table.
 
     Raises:
       MpqError: an unknown name, or names the activation and the reason.
     """
     target = known("format", name, TARGETS)
     for table in tables:
-        if not target.activations:
-            raise MpqError(f"format {name} holds weights only: leave out --activations and --kv, or use --for onnx")
         for row in table.activations:
             for scheme in table.schemes:
                 if reason := target.rounding_refusal(row, scheme):
