@@ -9,9 +9,6 @@ import numpy as np
 
 CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat")
 THROUGH = ("copy", "copy_p", "stop_gradient", "optimization_barrier")
-FOLDED = 2**14
-"""Elements of a constant that is computed here and not in the graph."""
-
 Emit = Callable[[Any, list[Any]], list[Any]]
 """Equation and values of what it reads -> values of what it gives."""
 
@@ -34,7 +31,7 @@ def shape_of(var: Any) -> tuple[Any, ...]:
     return tuple(var.aval.shape)
 
 
-def walk(jaxpr: Any, consts: Any, args: list[Any], emit: Emit) -> list[Any]:
+def walk(jaxpr: Any, consts: Any, args: list[Any], emit: Emit, *, folded: int) -> list[Any]:
     """Values of the outputs of a jaxpr.
 
     Args:
@@ -42,40 +39,42 @@ def walk(jaxpr: Any, consts: Any, args: list[Any], emit: Emit) -> list[Any]:
       consts: of the jaxpr.
       args: a value for every input: `np.ndarray` where it is known, `Param`, or whatever `emit` gives.
       emit: makes what is neither known nor a mere call, copy or transposition.
+      folded: most elements of a constant that is computed here and not in the graph.
     """
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, map(np.asarray, consts), strict=True))
     env |= dict(zip(jaxpr.invars, args, strict=True))
     read = lambda var: np.asarray(var.val, dtype_of(var)) if hasattr(var, "val") else env[var]
     for eqn in jaxpr.eqns:
-        env |= dict(zip(eqn.outvars, _equation(eqn, [read(var) for var in eqn.invars], emit), strict=True))
+        values = [read(var) for var in eqn.invars]
+        env |= dict(zip(eqn.outvars, _equation(eqn, values, emit, folded), strict=True))
     return [read(var) for var in jaxpr.outvars]
 
 
-def _equation(eqn: Any, values: list[Any], emit: Emit) -> list[Any]:
+def _equation(eqn: Any, values: list[Any], emit: Emit, folded: int) -> list[Any]:
     name = eqn.primitive.name
     if name in CALLS:
         inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr") or eqn.params["fun_jaxpr"]
         closed = hasattr(inner, "consts")
-        return walk(inner.jaxpr if closed else inner, inner.consts if closed else (), values, emit)
+        return walk(inner.jaxpr if closed else inner, inner.consts if closed else (), values, emit, folded=folded)
     if name in THROUGH:
         return values
     if name == "convert_element_type" and dtype_of(eqn.invars[0]) == np.dtype(eqn.params["new_dtype"]):
         return values
     if name == "transpose" and isinstance(values[0], Param) and eqn.params["permutation"] == (1, 0):
         return [dataclasses.replace(values[0], transposed=not values[0].transposed)]
-    if (folded := fold(eqn, values)) is not None:
-        return folded
+    if (known := fold(eqn, values, folded)) is not None:
+        return known
     return emit(eqn, values)
 
 
-def fold(eqn: Any, values: list[Any]) -> list[Any] | None:
+def fold(eqn: Any, values: list[Any], most: int) -> list[Any] | None:
     """What an equation gives, where all that it reads is known and nothing of it is symbolic or large."""
     if not all(isinstance(value, np.ndarray) for value in values) or eqn.primitive.name == "dim_as_value":
         return None
     sizes = [shape_of(var) for var in eqn.outvars]
     if not all(isinstance(size, int) for shape in sizes for size in shape):
         return None
-    if any(int(np.prod(shape)) > FOLDED for shape in sizes):
+    if any(int(np.prod(shape)) > most for shape in sizes):
         return None
     made = eqn.primitive.bind(*map(jax.numpy.asarray, values), **eqn.params)
     return [np.asarray(m) for m in (made if eqn.primitive.multiple_results else [made])]

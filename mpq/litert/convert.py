@@ -26,6 +26,7 @@ from mpq.types import MpqError, QTensor, WeightSpec
 
 WINDOW = 512
 """Tokens of a text model's input where a longer context allows more and nothing else is asked."""
+_FOLDED = 2**14  # elements of a constant that is computed here and not in the graph
 _KNOWN = 2**12  # elements of a parameter that is taken as a constant: norms and biases
 _FEW = (
     8  # positions for which multiplying by an array that the delegate has not seen before costs more than its product
@@ -107,7 +108,7 @@ class Converter:
           name: of the input.
         """
         x = self._graph.tensor(name, shape, dtype)
-        (result,) = walk(closed.jaxpr, closed.consts, [*map(self._parameter, paths), x], self._emit)
+        (result,) = walk(closed.jaxpr, closed.consts, [*map(self._parameter, paths), x], self._emit, folded=_FOLDED)
         return x, self._full(result, closed.jaxpr.outvars[0])
 
     def _parameter(self, path: str) -> Any:

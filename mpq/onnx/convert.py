@@ -5,7 +5,6 @@ is dequantized once and read as any other array. What depends on constants alone
 """
 
 import collections
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,27 +14,18 @@ import numpy as np
 from jax import export
 
 from mpq.activations.apply import RoundedActivation
+from mpq.export.jaxprs import Param, dtype_of, shape_of, walk
 from mpq.inputs import Tokens
 from mpq.models import Model
 from mpq.onnx import weights as nbits
 from mpq.onnx.activations import Activations, is_integer
 from mpq.onnx.graph import Graph, Stored, Tensor
-from mpq.onnx.ops import OPS, convolution, dtype_of, shape_of
+from mpq.onnx.ops import OPS, convolution
 from mpq.types import MpqError, QTensor, WeightSpec
 
-_CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat")
-_THROUGH = ("copy", "copy_p", "stop_gradient", "optimization_barrier")
 _READS = ("dot_general", "conv_general_dilated", "gather")
 _LAYOUT = ("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "convert_element_type")
 _FOLDED = 2**16  # elements of a constant that is computed here
-
-
-@dataclasses.dataclass(frozen=True)
-class _Param:
-    """A parameter that nothing was done to but perhaps a transposition of its two axes."""
-
-    path: str
-    transposed: bool = False
 
 
 def traced(model: Model) -> tuple[Any, Tensor, Tensor]:
@@ -98,34 +88,14 @@ class Converter:
                 graph.symbols[str(dim)] = shape
         self._activations = Activations(graph, self._rows, x.shape[0])
         value = x.name if dtype.name == x.dtype else graph.one("Cast", x.name, to=6)
-        args = [*map(_Param, paths), value]
-        (result,) = self._jaxpr(closed.jaxpr, closed.consts, args)
+        args = [*map(Param, paths), value]
+        (result,) = walk(closed.jaxpr, closed.consts, args, self._emit, folded=_FOLDED)
         graph.result(self._name(result, closed.jaxpr.outvars[0]), out.name)
         if self._rows:  # which value a weight reads is known by the number of the read: none must be missed
             assert all(self._reads[spec.param] == len(spec.uses) for spec in self._specs.values())
 
-    def _jaxpr(self, jaxpr: Any, consts: Any, args: list[Any]) -> list[Any]:
-        env: dict[Any, Any] = dict(zip(jaxpr.constvars, map(np.asarray, consts), strict=True))
-        env |= dict(zip(jaxpr.invars, args, strict=True))
-        read = lambda var: np.asarray(var.val, dtype_of(var)) if hasattr(var, "val") else env[var]
-        for eqn in jaxpr.eqns:
-            env |= dict(zip(eqn.outvars, self._eqn(eqn, [read(var) for var in eqn.invars]), strict=True))
-        return [read(var) for var in jaxpr.outvars]
-
-    def _eqn(self, eqn: Any, values: list[Any]) -> list[Any]:
+    def _emit(self, eqn: Any, values: list[Any]) -> list[Any]:
         name = eqn.primitive.name
-        if name in _CALLS:
-            inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr") or eqn.params["fun_jaxpr"]
-            closed = hasattr(inner, "consts")
-            return self._jaxpr(inner.jaxpr if closed else inner, inner.consts if closed else (), values)
-        if name in _THROUGH:
-            return values
-        if name == "convert_element_type" and dtype_of(eqn.invars[0]) == np.dtype(eqn.params["new_dtype"]):
-            return values
-        if name == "transpose" and isinstance(values[0], _Param) and eqn.params["permutation"] == (1, 0):
-            return [dataclasses.replace(values[0], transposed=not values[0].transposed)]
-        if (folded := _fold(eqn, values)) is not None:
-            return folded
         if name not in OPS:
             raise MpqError(f"the operation {name!r} has no form in ONNX here: export this model to another runtime")
         if self._rows and name in _READS:
@@ -142,7 +112,7 @@ class Converter:
 
     def _read(self, eqn: Any, values: list[Any]) -> tuple[list[Any], str | None]:
         """The operands of what may read a weight, the other one rounded as the plan says; or the whole product."""
-        paths = [v.path if isinstance(v, _Param) else self._origins.get(v) for v in values if not _is_array(v)]
+        paths = [v.path if isinstance(v, Param) else self._origins.get(v) for v in values if not _is_array(v)]
         if len(paths) != 2 or (path := next((p for p in paths if p in self._specs), None)) is None:
             return values, None
         spec, name = self._specs[path], eqn.primitive.name
@@ -155,7 +125,7 @@ class Converter:
         numbers, qtensor = eqn.params["dimension_numbers"], self._qtensors[spec.path]
         axes = (numbers.lhs_spec[1],) if name == "conv_general_dilated" else tuple(map(int, numbers[0][1 - w]))
         if is_integer(row, spec, qtensor, use.kind):
-            if name == "conv_general_dilated" and values[1] == _Param(path):
+            if name == "conv_general_dilated" and values[1] == Param(path):
                 convolve = functools.partial(convolution, self._graph, eqn)
                 return values, self._activations.conv(row, x, axes[0], spec, qtensor, convolve)
             if name == "dot_general" and w == 1 and self._is_plain(eqn, values[1]):
@@ -166,7 +136,7 @@ class Converter:
     def _is_plain(self, eqn: Any, w: Any) -> bool:
         """Whether a product is that of rows, the last axis of its first operand, with the `[k, n]` of a weight."""
         (contract_x, contract_w), (batch, _) = eqn.params["dimension_numbers"]
-        if not isinstance(w, _Param) or len(self._specs[w.path].shape) != 2 or batch:
+        if not isinstance(w, Param) or len(self._specs[w.path].shape) != 2 or batch:
             return False
         last = tuple(contract_x) == (len(shape_of(eqn.invars[0])) - 1,)
         return last and (1 - contract_w[0] if w.transposed else contract_w[0]) == self._specs[w.path].permutation[0]
@@ -174,7 +144,7 @@ class Converter:
     def _product(self, eqn: Any, values: list[Any]) -> str | None:
         """A matmul that reads the codes of a weight, where there is one."""
         x, w = values
-        if not isinstance(w, _Param) or isinstance(x, _Param) or w.path not in self._specs:
+        if not isinstance(w, Param) or isinstance(x, Param) or w.path not in self._specs:
             return None
         spec = self._specs[w.path]
         qtensor = self._qtensors[spec.path]
@@ -186,7 +156,7 @@ class Converter:
     def _name(self, value: Any, var: Any) -> str:
         if isinstance(value, str):
             return value
-        if isinstance(value, _Param):
+        if isinstance(value, Param):
             array = self._array(value.path)
             array = self._graph.one("Transpose", array, perm=[1, 0]) if value.transposed else array
             self._origins[array] = value.path
@@ -209,16 +179,3 @@ class Converter:
 
 def _is_array(value: Any) -> bool:
     return isinstance(value, np.ndarray)
-
-
-def _fold(eqn: Any, values: list[Any]) -> list[Any] | None:
-    """What an equation gives, where all that it reads is constant and nothing of it is symbolic or large."""
-    if not all(isinstance(value, np.ndarray) for value in values) or eqn.primitive.name == "dim_as_value":
-        return None
-    sizes = [shape_of(var) for var in eqn.outvars]
-    if not all(isinstance(size, int) for shape in sizes for size in shape):
-        return None
-    if any(int(np.prod(shape)) > _FOLDED for shape in sizes):
-        return None
-    made = eqn.primitive.bind(*map(jax.numpy.asarray, values), **eqn.params)
-    return [np.asarray(m) for m in (made if eqn.primitive.multiple_results else [made])]

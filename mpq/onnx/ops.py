@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mpq.export.jaxprs import dtype_of, shape_of
 from mpq.onnx.graph import TYPES, Graph
 from mpq.types import MpqError
 
@@ -17,16 +18,6 @@ _LAST = np.iinfo(np.int64).max
 
 def _same(kind: str, **attributes: Any) -> Op:
     return lambda graph, eqn, inputs: graph.one(kind, *inputs, **attributes)
-
-
-def dtype_of(var: Any) -> np.dtype:
-    """Of a variable of a jaxpr."""
-    return np.dtype(var.aval.dtype)
-
-
-def shape_of(var: Any) -> tuple[Any, ...]:
-    """Of a variable of a jaxpr."""
-    return tuple(var.aval.shape)
 
 
 def _constant_like(graph: Graph, eqn: Any, value: float) -> str:

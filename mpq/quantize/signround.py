@@ -32,6 +32,7 @@ from mpq.quantize import block_scales, scales
 from mpq.quantize.gptq import GPTQ
 from mpq.quantize.loss import better, dot
 from mpq.quantize.rtn import RTN
+from mpq.quantize.tiles import by_columns
 from mpq.quantize.widths import common, with_width
 from mpq.types import MpqError, QTensor, Scheme
 
@@ -88,17 +89,9 @@ class SignRound:
         if gram is None or not scheme.has_scale or block_scales.applies(scheme):
             return start
         form, width = common(scheme)
-        start, n = dataclasses.replace(start, scheme=form), w.shape[-1]
-        tile = min(self.columns, 1 << (n - 1).bit_length())
-        pad = lambda a: a if a.shape[-1] == 1 < n else jnp.pad(a, ((0, 0), (0, 0), (0, -n % tile)), mode="edge")
-        part = lambda a, at: a if a.shape[-1] == 1 < n else jax.lax.dynamic_slice_in_dim(a, at, tile, axis=2)
-        w, start = pad(w), jax.tree.map(pad, start)
-        parts = [
-            _learn(part(w, at), jax.tree.map(lambda a, at=at: part(a, at), start), gram, width, self.steps, self.ranges)
-            for at in range(0, n, tile)
-        ]
-        join = lambda *a: a[0] if a[0].shape[-1] == 1 < n else jnp.concatenate(a, axis=-1)[..., :n]
-        return dataclasses.replace(jax.tree.map(join, *parts), scheme=scheme)
+        learn = lambda w, start: _learn(w, start, gram, width, self.steps, self.ranges)
+        learned = by_columns(learn, w, dataclasses.replace(start, scheme=form), self.columns)
+        return dataclasses.replace(learned, scheme=scheme)
 
 
 class _Learned(NamedTuple):

@@ -8,21 +8,18 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from mpq import artifacts
-from mpq.export import orbax
-from mpq.export.arguments import export_arguments
 from mpq.export.orbax import Exported
 from mpq.formats import parse_scheme
-from mpq.inputs import Tokens
 from mpq.models import Model, load
 from mpq.onnx.convert import traced
 from mpq.onnx.export import load as load_codes
 from mpq.onnx.export import save, size_bytes
 from mpq.onnx.weights import refusal
 from mpq.quantize import RTN, Candidates
-from mpq.types import MpqError, QTensor
-from tests import decoder_cases, tiny
+from mpq.types import MpqError
+from tests import decoder_cases, runtime_cases, tiny
 from tests.command import exit_code
+from tests.runtime_cases import noise, some_inputs
 from tests.test_families_encoder import write as write_encoder
 from tests.test_families_vision import write as write_vision
 
@@ -38,45 +35,14 @@ def exported(model: Model, schemes: tuple[str, ...], folder, make=None, rows=())
 
     `rows` are activations, rounded.
     """
-    weights, choice = model.trace(1, 16).weights, {}
-    for i, spec in enumerate(weights):
-        turn = [parse_scheme(schemes[(i + k) % len(schemes)]) for k in range(len(schemes))]
-        choice[spec.path] = next(scheme for scheme in turn if refusal(spec, scheme) is None)
-    plan = artifacts.make_plan("mix", choice, None, weights, 0, model.digest)
-    plan = plan.with_activations({row.spec.path: row.to_json() for row in rows})
-    make = make or Candidates(model.params, weights, RTN()).qtensor
-    qtensors = {spec.path: make(spec, choice[spec.path]) for spec in weights}
-    orbax.save(folder, **export_arguments(model, weights, qtensors, plan, rows))
-    return orbax.load(folder)
-
-
-def noise(model: Model):
-    """Weights of any codes, about as large as the model's: nothing is compiled to make them."""
-    rng = np.random.default_rng(0)
-
-    def make(spec, scheme) -> QTensor:
-        w = np.asarray(model.params[spec.param], np.float32)
-        shape, grid = (spec.batch, spec.k, spec.n), scheme.format
-        if not scheme.has_scale:
-            return QTensor(jnp.asarray(rng.normal(0, w.std(), shape), grid.dtype), None, None, scheme)
-        any_code = lambda size: jnp.asarray(rng.integers(grid.min_qvalue, grid.max_qvalue + 1, size), jnp.int8)
-        groups = (spec.batch, *scheme.scale_shape(spec.k, spec.n))
-        scale = rng.uniform(1, 2, groups) * w.std() / 2 ** (grid.bits - 1)
-        zero = any_code(groups) if scheme.zero_point else None
-        return QTensor(any_code(shape), jnp.asarray(scale, scheme.scale_dtype), zero, scheme)
-
-    return make
+    make = make or Candidates(model.params, model.trace(1, 16).weights, RTN()).qtensor
+    return runtime_cases.exported(model, schemes, folder, refusal, make, rows)
 
 
 def run(path, inputs: np.ndarray) -> np.ndarray:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (given,) = session.get_inputs()
     return session.run(None, {given.name: inputs.astype(np.int64) if given.name == "input_ids" else inputs})[0]
-
-
-def some_inputs(model: Model, batch: int, time: int) -> np.ndarray:
-    rng, struct = np.random.default_rng(batch), model.inputs.struct(batch, time)
-    return rng.integers(0, 20 if isinstance(model.inputs, Tokens) else 256, struct.shape).astype(struct.dtype)
 
 
 def made(name: str, folder) -> Model:
