@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mpq.files import writing
+from mpq.progress import track
 from mpq.types import MpqError
 
 Value = bool | int | float | str | Sequence[int] | Sequence[float] | Sequence[str]
@@ -72,7 +73,7 @@ def write(
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for t in tensors:
+            for t in track(tensors, "export gguf", len(tensors)):
                 writer.write_tensor_data(t.data())
         finally:
             writer.close()

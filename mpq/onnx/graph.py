@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mpq.progress import track
 from mpq.types import MpqError
 
 OPSET, CONTRIB = 21, "com.microsoft"
@@ -157,7 +158,7 @@ class Graph:
           data: where large tensors go instead, for the file `DATA` beside it; None: they stay in the file.
         """
         places, length = ({}, 0) if data is None else self._places()
-        for name, stored in self.stored.items():
+        for name, stored in track(self.stored.items(), "export onnx", len(self.stored)):
             tensor = self._tensor(name, stored, places.get(name))
             if data is None or name not in places:
                 tensor.raw_data = stored.make()

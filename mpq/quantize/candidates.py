@@ -9,6 +9,7 @@ import numpy as np
 
 from mpq.files import digest_arrays, digest_json
 from mpq.formats.ggml import require_fit
+from mpq.progress import track
 from mpq.quantize.quantizer import Quantizer
 from mpq.quantize.widths import common
 from mpq.types import LayerStats, MpqError, Params, QTensor, Scheme, WeightSpec
@@ -97,6 +98,9 @@ class Candidates:
             raise MpqError(
                 f"the plan names {unknown[0]}, which is not one of the {len(self._weights)} weights: trace it again"
             )
+        missing = [key for key in choice.items() if key not in self._qtensors]
+        for path, scheme in track(missing, "quantize", len(missing)) if missing else ():
+            self.qtensor(self._weights[path], scheme)
         return {path: self.qtensor(self._weights[path], scheme) for path, scheme in choice.items()}
 
     def squared_error(self, spec: WeightSpec, scheme: Scheme) -> float:
