@@ -1,8 +1,9 @@
 """How fast GPTQ rounds one large weight, beside the loop of the reference implementations in PyTorch.
 
 Run:     python -m experiments.bench_gptq --out FILE      (needs PyTorch: pip install torch)
-Expect:  at least 3 times the speed of the loop at 4096 x 4096 in groups of 128 on two cores, the same layer loss, and
-         at most 4 times the weight plus the gram in memory
+Aim:     3 times the speed of the loop at 4096 x 4096 in groups of 128 on two cores, which
+         `experiments/results/bench_gptq.json` does not reach yet; the same layer loss, and at most 4 times the weight
+         plus the gram in memory, which it does
 Writes:  one JSON object: seconds of both, and those of all their threads, of `repeats` calls after one that compiles;
          the ratios of the shortest; layer losses over that of rounding to nearest; what each holds at most, weight and
          gram included, in sizes of the weight plus the gram; and the load of the machine
