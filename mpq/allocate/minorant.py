@@ -89,8 +89,7 @@ def maximise(pairs: Pairs, price: float, known: float, iterations: int) -> Minor
       iterations: most at each temperature.
     """
     groups = len(pairs.loss)
-    unit = max(abs(known), float(np.abs(pairs.loss).min(axis=1).sum())) / groups or 1.0
-    span = float(np.ptp(pairs.size)) or 1.0
+    unit, span = pairs.unit(known), pairs.span
     minorant = Minorant(pairs.loss, pairs.pairs, price)
     variables = np.zeros(1 + pairs.loss.size * groups)
     variables[0] = price * span / unit

@@ -69,6 +69,15 @@ class Pairs:
         loss = np.where(np.isfinite(self.loss), np.abs(self.loss), 0.0).max(axis=1).sum()
         return 1e-12 * float(loss + np.abs(self.pairs).max(axis=(1, 3)).sum())
 
+    @functools.cached_property
+    def span(self) -> float:
+        """Bits from the smallest option to the largest: what bounds count sizes in."""
+        return float(np.ptp(self.size)) or 1.0
+
+    def unit(self, known: float) -> float:
+        """Mean loss of a group, nats: what bounds count losses in; `known` is E of a plan."""
+        return max(abs(known), float(np.abs(self.loss).min(axis=1).sum())) / len(self.loss) or 1.0
+
     def energy(self, choice: np.ndarray) -> float:
         """E of one scheme index per group."""
         rows = np.arange(len(choice))

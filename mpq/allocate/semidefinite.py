@@ -99,8 +99,7 @@ class _Dual:
     def of(cls, pairs: Pairs, allowed: np.ndarray, known: float) -> "_Dual":
         groups = len(pairs.loss)
         group, option = np.nonzero(allowed)
-        unit = max(abs(known), float(np.abs(pairs.loss).min(axis=1).sum())) / groups or 1.0
-        span = float(np.ptp(pairs.size)) or 1.0
+        unit, span = pairs.unit(known), pairs.span
         loss = pairs.loss[group, option] / unit
         weight = np.concatenate([[1.0], np.sqrt(np.maximum(np.abs(loss), 1.0))])
         quadratic = pairs.pairs[group, option][:, group, option] / (2 * unit)

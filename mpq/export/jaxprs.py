@@ -1,11 +1,14 @@
 """What every runtime's graph takes from a jaxpr: calls opened, constants computed, transposed parameters followed."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+
+from mpq.models import Model
+from mpq.types import MpqError
 
 CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat")
 THROUGH = ("copy", "copy_p", "stop_gradient", "optimization_barrier")
@@ -29,6 +32,25 @@ def dtype_of(var: Any) -> np.dtype:
 def shape_of(var: Any) -> tuple[Any, ...]:
     """Of a variable of a jaxpr; dimensions may be symbolic."""
     return tuple(var.aval.shape)
+
+
+def trace_open(model: Model, shape: Sequence[Any], cannot: str) -> Any:
+    """The closed jaxpr of a model, parameters first, for inputs of a shape with symbolic dimensions.
+
+    Args:
+      model: what is traced.
+      shape: of its inputs.
+      cannot: for which sizes it must not compute otherwise, and what cannot have that.
+
+    Raises:
+      MpqError: the function depends on an open dimension otherwise than by sums and products.
+    """
+    params = {path: jax.ShapeDtypeStruct(p.shape, p.dtype) for path, p in model.params.items()}
+    try:
+        return jax.make_jaxpr(model.apply)(params, jax.ShapeDtypeStruct(tuple(shape), model.inputs.struct(1).dtype))
+    except jax.errors.InconclusiveDimensionOperation as error:
+        reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
+        raise MpqError(f"the model computes otherwise for other {cannot}: {reason}") from error
 
 
 def walk(jaxpr: Any, consts: Any, args: list[Any], emit: Emit, *, folded: int) -> list[Any]:

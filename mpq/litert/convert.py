@@ -8,11 +8,10 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from jax import export
 
-from mpq.export.jaxprs import Param, dtype_of, shape_of, walk
+from mpq.export.jaxprs import Param, dtype_of, shape_of, trace_open, walk
 from mpq.inputs import Tokens
 from mpq.litert.activations import TENSOR, TOKEN, Codes, Rounded
 from mpq.litert.affine import NONE, RELU, Affine, Sum, affine
@@ -50,12 +49,7 @@ def traced(model: Model, window: int | None) -> tuple[Any, tuple[Any, ...], str]
             raise MpqError(f"a window of {window} tokens: the model reads 2 to {inputs.context}")
     struct = inputs.struct(1, window)
     shape = (*export.symbolic_shape("batch", constraints=["batch >= 1"]), *struct.shape[1:])
-    params = {path: jax.ShapeDtypeStruct(p.shape, p.dtype) for path, p in model.params.items()}
-    try:
-        closed = jax.make_jaxpr(model.apply)(params, jax.ShapeDtypeStruct(shape, struct.dtype))
-    except jax.errors.InconclusiveDimensionOperation as error:
-        reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
-        raise MpqError(f"the model computes otherwise for other batches, which one graph cannot: {reason}") from error
+    closed = trace_open(model, shape, "batches, which one graph cannot")
     return closed, tuple(shape), struct.dtype.name
 
 

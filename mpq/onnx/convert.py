@@ -9,12 +9,11 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax import export
 
 from mpq.activations.apply import RoundedActivation
-from mpq.export.jaxprs import Param, dtype_of, shape_of, walk
+from mpq.export.jaxprs import Param, dtype_of, shape_of, trace_open, walk
 from mpq.inputs import Tokens
 from mpq.models import Model
 from mpq.onnx import weights as nbits
@@ -40,14 +39,7 @@ def traced(model: Model) -> tuple[Any, Tensor, Tensor]:
         shape = export.symbolic_shape("batch, time", constraints=limits)
     else:
         shape = (*export.symbolic_shape("batch", constraints=["batch >= 1"]), *struct.shape[1:])
-    params = {path: jax.ShapeDtypeStruct(p.shape, p.dtype) for path, p in model.params.items()}
-    try:
-        closed = jax.make_jaxpr(model.apply)(params, jax.ShapeDtypeStruct(shape, struct.dtype))
-    except jax.errors.InconclusiveDimensionOperation as error:
-        reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
-        raise MpqError(
-            f"the model computes otherwise for other batches or lengths, which one ONNX graph cannot: {reason}"
-        ) from error
+    closed = trace_open(model, shape, "batches or lengths, which one ONNX graph cannot")
     name, dtype = ("input_ids", "int64") if isinstance(inputs, Tokens) else ("inputs", struct.dtype.name)
     (out,) = closed.jaxpr.outvars
     return closed, Tensor(name, tuple(shape), dtype), Tensor("outputs", shape_of(out), dtype_of(out).name)
