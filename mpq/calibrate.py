@@ -4,8 +4,10 @@ The gram E[x xT] is the curvature of a layer's squared output error, and all tha
 arXiv:2210.17323, eq. 1-3) needs to know of the data. Weights that read the same input share one array.
 """
 
+import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -79,7 +81,7 @@ def calibrate(traced: Trace, params: Params, data: Dataset, batch_size: int) -> 
                     f"in batch {number} of {data.source}: check the model on these inputs."
                 )
             counts[name] += int(seen[name].positions)
-    return _stats(traced, jax.device_get(sums), counts)
+    return _stats(traced, sums, counts)
 
 
 def count_lookups(traced: Trace, params: Params, data: Dataset, batch_size: int) -> dict[str, np.ndarray]:
@@ -172,12 +174,8 @@ def _add(
             return state
         counted = counted_rows(site, mask)
         rows = jnp.where(counted[:, None], site.inputs_matrix(x).astype(jnp.float32), 0.0)
-        gram = _gram(rows)
         (total, rest, absmax), (count, finite) = state[name]
-        # The exact error of a float32 sum (Knuth 1997, TAOCP 2, 4.2.2, theorem B), carried along instead of lost.
-        larger = total + gram
-        shadow = larger - total
-        rest = rest + ((total - (larger - shadow)) + (gram - shadow))
+        larger, rest = _add_gram(total, rest, rows)
         # |x_i x_j| <= max(x_i^2, x_j^2): a sum that overflows does so on the diagonal too, and NaN always shows there.
         finite &= jnp.isfinite(jnp.diagonal(larger, axis1=1, axis2=2)).all()
         absmax = jnp.maximum(absmax, jnp.abs(rows).max(axis=1, initial=0.0))
@@ -188,20 +186,27 @@ def _add(
     return {name: s for name, (s, _) in state.items()}, {name: seen for name, (_, seen) in state.items()}
 
 
-def _gram(rows: jax.Array) -> jax.Array:
-    """`float32[batch, k, k]`: the sum of x xT over `rows[batch, tokens, k]`, some tokens at a time.
+def _add_gram(total: jax.Array, rest: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`total + rest`, both `float32[batch, k, k]`, plus the sum of x xT over `rows[batch, tokens, k]`.
 
-    XLA divides a long contraction among the threads of a CPU, and their number would decide how it is rounded.
+    Some tokens at a time: XLA divides a long contraction among the threads of a CPU, and their number would decide how
+    it is rounded. And in a loop, which adds in place: one product is held beside the totals, not one an input. A loop
+    of one step would be undone, so there are two at least.
     """
     batch, tokens, k = rows.shape
-    steps = -(-tokens // _STEP)
-    filled = jnp.pad(rows, ((0, 0), (0, steps * _STEP - tokens), (0, 0)))
+    step = min(_STEP, -(-tokens // 2))
+    steps = -(-tokens // step)
+    filled = jnp.pad(rows, ((0, 0), (0, steps * step - tokens), (0, 0)))
 
-    def add(total: jax.Array, part: jax.Array) -> tuple[jax.Array, None]:
-        return total + jnp.einsum("btk,btl->bkl", part, part, precision=jax.lax.Precision.HIGHEST), None
+    def add(sums: tuple[jax.Array, jax.Array], part: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        total, rest = sums
+        gram = jnp.einsum("btk,btl->bkl", part, part, precision=jax.lax.Precision.HIGHEST)
+        # The exact error of a float32 sum (Knuth 1997, TAOCP 2, 4.2.2, theorem B), carried along instead of lost.
+        larger = total + gram
+        shadow = larger - total
+        return (larger, rest + ((total - (larger - shadow)) + (gram - shadow))), None
 
-    parts = filled.reshape(batch, steps, _STEP, k).swapaxes(0, 1)
-    return jax.lax.scan(add, jnp.zeros((batch, k, k), jnp.float32), parts)[0]
+    return jax.lax.scan(add, (total, rest), filled.reshape(batch, steps, step, k).swapaxes(0, 1))[0]
 
 
 def counted_rows(site: Site, mask: jax.Array) -> jax.Array:
@@ -231,24 +236,32 @@ def _zeros(site: Site, params: Params) -> _Sums:
     return _Sums(gram(), gram(), jnp.zeros((batch, k), jnp.float32))
 
 
-def _stats(traced: Trace, sums: Mapping[str, _Sums], counts: Mapping[str, int]) -> dict[str, LayerStats]:
-    """Means per weight; weights that read the same inputs get the same object."""
-    by_inputs: dict[tuple[str, ...], LayerStats] = {}
-    stats = {}
-    for spec in traced.weights:
-        inputs = tuple(dict.fromkeys(use.input for use in spec.uses if use.kind != "embedding"))
-        if not inputs:
-            continue
-        if inputs not in by_inputs:
-            count = sum(counts[name] for name in inputs)
-            gram = np.zeros(sums[inputs[0]].gram.shape)
-            for name in inputs:
-                gram += sums[name].gram
-                gram += sums[name].rest
-            absmax = np.max([sums[name].absmax for name in inputs], axis=0)
-            by_inputs[inputs] = LayerStats((gram / max(count, 1)).astype(np.float32), absmax, count)
-        stats[spec.path] = by_inputs[inputs]
-    return stats
+def _stats(traced: Trace, sums: dict[str, _Sums], counts: Mapping[str, int]) -> dict[str, LayerStats]:
+    """Means per weight; weights that read the same inputs get the same object. Takes the sums out of their mapping."""
+    read_by = {
+        spec.path: tuple(dict.fromkeys(u.input for u in spec.uses if u.kind != "embedding")) for spec in traced.weights
+    }
+    distinct = dict.fromkeys(inputs for inputs in read_by.values() if inputs)
+    readers = collections.Counter(itertools.chain.from_iterable(distinct))
+    by_inputs = {inputs: _mean(inputs, sums, counts, readers) for inputs in distinct}
+    return {path: by_inputs[inputs] for path, inputs in read_by.items() if inputs}
+
+
+def _mean(
+    inputs: tuple[str, ...], sums: dict[str, _Sums], counts: Mapping[str, int], readers: collections.Counter[str]
+) -> LayerStats:
+    """Over several inputs; the sums of an input go with its last reader, or all would be held twice."""
+    count = sum(counts[name] for name in inputs)
+    gram = np.zeros(sums[inputs[0]].gram.shape)
+    for name in inputs:
+        gram += sums[name].gram
+        gram += sums[name].rest
+    absmax = np.max([sums[name].absmax for name in inputs], axis=0)
+    readers.subtract(inputs)
+    for name in inputs:
+        if not readers[name]:
+            del sums[name]
+    return LayerStats((gram / max(count, 1)).astype(np.float32), absmax, count)
 
 
 def _require_finite(traced: Trace, params: Params) -> None:

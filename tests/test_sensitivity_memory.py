@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mpq import quantize
 from mpq.formats import parse_scheme
 from mpq.inputs import Tokens
 from mpq.models.model import Model
@@ -85,3 +86,15 @@ def test_a_pass_over_a_large_model_holds_a_fraction_of_its_weights_however_many_
     monkeypatch.setattr(errors, "SMALL", 0)
     # A quarter of the weights is worked on at a time; as much again for copies of that and for the activations.
     assert held(wide, SCHEMES) < 0.5
+
+
+def test_candidates_hold_a_quarter_of_the_weights_and_find_the_rest_again(wide, monkeypatch):
+    model, traced, _ = wide
+    monkeypatch.setattr(quantize.candidates, "KEEP_BYTES", 0)
+    candidates, first = Candidates(model.params, traced.weights, RTN()), {}
+    for spec in traced.weights:
+        for scheme in SCHEMES:
+            first[spec, scheme] = np.asarray(candidates.dequantized(spec, scheme))
+    assert candidates._qtensors._held <= sum(spec.size for spec in traced.weights)
+    for (spec, scheme), values in first.items():
+        np.testing.assert_array_equal(candidates.dequantized(spec, scheme), values)

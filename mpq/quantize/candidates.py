@@ -11,8 +11,12 @@ from mpq.files import digest_arrays, digest_json
 from mpq.formats.ggml import require_fit
 from mpq.progress import track
 from mpq.quantize.quantizer import Quantizer
+from mpq.quantize.shelf import Shelf
 from mpq.quantize.widths import common
 from mpq.types import LayerStats, MpqError, Params, QTensor, Scheme, WeightSpec
+
+KEEP_BYTES = 2**26
+"""So much of quantized weights stays in memory, or a quarter of the weights themselves where that is more."""
 
 _dequantize = jax.jit(QTensor.dequantize)
 
@@ -26,7 +30,8 @@ class Candidates:
     """The weights of one model under any scheme, by one rounding algorithm.
 
     Weights are computed one at a time, so a result depends on nothing but its own weight, gram and scheme: the same
-    bits whatever else was asked for before. Weights of equal shape share their compilations. Results are kept.
+    bits whatever else was asked for before. Weights of equal shape share their compilations. Results are kept, those of
+    a large model in a temporary file: ten schemes would take the memory of some two and a half models.
     """
 
     def __init__(
@@ -50,7 +55,7 @@ class Candidates:
         self._stats = stats or {}
         self._checked: set[str] = set()
         self._digests: dict[str, str] = {}
-        self._qtensors: dict[tuple[str, Scheme], QTensor] = {}
+        self._qtensors = Shelf(max(KEEP_BYTES, sum(spec.size for spec in weights)))
 
     def qtensor(self, spec: WeightSpec, scheme: Scheme) -> QTensor:
         """The quantized weight.

@@ -39,7 +39,7 @@ class CandidateSource(Protocol):
         ...
 
     def qtensor(self, spec: WeightSpec, scheme: Scheme) -> QTensor:
-        """The quantized weight; asked for again, it is the same object."""
+        """The quantized weight; asked for again, it has the same bits."""
         ...
 
     def dequantized(self, spec: WeightSpec, scheme: Scheme) -> jax.Array:

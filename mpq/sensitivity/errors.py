@@ -2,9 +2,9 @@
 
 Such a pass wants every error at hand: S float32 copies of the model for S schemes. Of a small model that is what it
 gets. Of a large one it gets what the candidates store, which is far smaller and there anyway (`mpq.quantize.Candidates`
-keeps it), and works errors out where they are contracted, some columns at a time: beside the model, its candidates and
-the activations of a batch it then holds a quarter of the float32 weights. (And on a CPU, which turns them to float32
-before it takes columns, a copy of the model for every scheme of 16-bit floats.)
+makes it), their codes packed, and works errors out where they are contracted, some columns at a time: beside the model,
+its candidates and the activations of a batch it then holds a quarter of the float32 weights. (And on a CPU, which turns
+them to float32 before it takes columns, a copy of the model for every scheme of 16-bit floats.)
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.bits import pack_bits, unpack_bits
 from mpq.quantize.widths import common
 from mpq.sensitivity.base import CandidateSource, quantization_error
 from mpq.trace import Trace
@@ -85,7 +86,7 @@ class StoredErrors:
 
     Attributes:
       param: the parameter array that holds the weight.
-      stored: the candidates.
+      stored: the candidates, `packed`.
       spec: static.
       num_values: static; so many may be held at once of errors and what they are contracted with.
     """
@@ -104,12 +105,30 @@ class StoredErrors:
         weight, stored = self.spec.to_matrix(self.param.astype(np.float32)), self.stored
         if select is not None:
             weight, stored = select(weight), [_columns(candidate, select) for candidate in stored]
-        return _dequantized(stored) - weight
+        return _dequantized([_unpacked(candidate, self.spec.k) for candidate in stored]) - weight
 
     def columns_at_once(self, beside: int) -> int:
         """Half of them at most: what is worked out in a loop is not worked out before it."""
         of_column = (len(self) + beside) * self.spec.batch * self.spec.k
         return max(1, min(self.spec.n // 2, self.num_values // of_column))
+
+
+def packed(candidate: QTensor) -> QTensor:
+    """With codes as bytes full of bits, `uint8[batch, rows, n]`; values of a format without codes stay as they are."""
+    codes, of = np.asarray(candidate.qvalue), candidate.scheme.format
+    if codes.dtype != np.int8:
+        return candidate
+    return dataclasses.replace(
+        candidate, qvalue=jnp.asarray(pack_bits((codes - of.min_qvalue).astype(np.uint8), of.bits))
+    )
+
+
+def _unpacked(candidate: QTensor, k: int) -> QTensor:
+    if candidate.qvalue.dtype != jnp.uint8:
+        return candidate
+    of = candidate.scheme.format
+    codes = unpack_bits(candidate.qvalue, of.bits, k).astype(jnp.int16) + of.min_qvalue
+    return dataclasses.replace(candidate, qvalue=codes.astype(jnp.int8))
 
 
 def _columns(candidate: QTensor, select: Select) -> QTensor:
@@ -173,7 +192,8 @@ def _stored(
     num_values: int, params: Params, spec: WeightSpec, schemes: Sequence[Scheme], candidates: CandidateSource
 ) -> tuple[np.ndarray, WeightErrors]:
     keep = np.concatenate([_differs(quantization_error(params, spec, [s], candidates)) for s in schemes])
-    stored = tuple(candidates.qtensor(spec, scheme) for scheme, differs in zip(schemes, keep, strict=True) if differs)
+    differing = [scheme for scheme, differs in zip(schemes, keep, strict=True) if differs]
+    stored = tuple(packed(candidates.qtensor(spec, scheme)) for scheme in differing)
     return keep, StoredErrors(params[spec.param], stored, spec, num_values)
 
 

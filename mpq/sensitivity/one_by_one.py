@@ -152,7 +152,8 @@ def concatenated(rows: Sequence[jax.Array]) -> np.ndarray:
 def direction_of(params: Params) -> Callable[[WeightSpec, Params], Params]:
     """A function of what `Measure` gets: the error of that one weight, and zeros for all other parameters.
 
-    The zeros are made once, so one compiled function of all parameters serves every weight.
+    The zeros are made once, so one compiled function of all parameters serves every weight; those of one shape are one.
     """
-    zeros = {path: jnp.zeros_like(param) for path, param in params.items()}
+    of_shape = {(param.shape, param.dtype): jnp.zeros_like(param) for param in params.values()}
+    zeros = {path: of_shape[param.shape, param.dtype] for path, param in params.items()}
     return lambda spec, changed: {**zeros, spec.param: changed[spec.param] - params[spec.param]}
