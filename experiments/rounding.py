@@ -7,8 +7,9 @@ Writes:  one JSON object: by algorithm, scheme and part of the model, bits per w
          loss, nats per token; the layer loss, summed over the weights; and the seconds that the algorithm took, with
          compilation, 0 where the other part of the model had it rounded already
 
-`blocks` are the weights whose path matches `--only`, `all` every one. Text, windows and sizes are those of
-`experiments.distillation`.
+`blocks` are the weights whose path matches `--only`, `all` every one. `awq` moves scales between layers before weights
+are rounded to nearest, `awq_absmax` too, with scales that need no data, and `awq_gptq` before GPTQ. Text, windows and
+sizes are those of `experiments.distillation`.
 """
 
 import dataclasses
@@ -26,17 +27,22 @@ from experiments.distillation import Comparison
 from experiments.distillation import Options as Text
 from mpq.files import canonical_json, read_json, write_json
 from mpq.formats import parse_scheme
-from mpq.quantize import QUANTIZERS, RTN, Candidates
+from mpq.quantize import GPTQ, QUANTIZERS, RTN, Candidates
 from mpq.quantize.quantizer import Quantizer
 from mpq.quantize.signround import SignRound
 from mpq.record import RunRecord
-from mpq.types import LayerStats, MpqError, QTensor
+from mpq.types import MpqError, QTensor
 
 ALGORITHMS: Mapping[str, Quantizer] = {
     **QUANTIZERS,
     "rtn_mse": RTN("mse"),
     "signround_from_rtn": SignRound(start=RTN("mse")),
+    "awq": RTN("mse"),
+    "awq_absmax": RTN(),
+    "awq_gptq": GPTQ(),
 }
+EQUALIZED = ("awq", "awq_absmax", "awq_gptq")
+"""Of `ALGORITHMS`, those that are given weights whose scales were moved by AWQ."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +78,9 @@ def comparisons(options: Options) -> dict[str, Comparison]:
     return {"blocks": blocks, "all": blocks.of_all_weights()}
 
 
-def layer_loss(comparison: Comparison, qtensors: Mapping[str, QTensor], stats: Mapping[str, LayerStats]) -> float:
+def layer_loss(comparison: Comparison, qtensors: Mapping[str, QTensor]) -> float:
     """Sum of tr(eT gram e) over the weights that are multiplied."""
-    total = 0.0
+    total, stats = 0.0, comparison.stats
     for spec in comparison.weights:
         if spec.path in stats:
             error = np.asarray(spec.read(comparison.model.params), np.float64)
@@ -88,18 +94,22 @@ def rows(options: Options, parts: Mapping[str, Comparison], done: list[dict[str,
     known = {(row["algorithm"], row["scheme"], row["part"]) for row in done}
     first = parts["blocks"]
     for algorithm in options.algorithms:
-        candidates = Candidates(first.model.params, first.traced.weights, ALGORITHMS[algorithm], first.stats)
+        rounded = lambda c, name=algorithm: Candidates(c.model.params, c.traced.weights, ALGORITHMS[name], c.stats)
+        candidates = rounded(first)
         for scheme, part in itertools.product(options.schemes, parts):
             if (algorithm, scheme, part) in known:
                 continue
-            start = time.perf_counter()
-            choice = {w.path: parse_scheme(scheme) for w in parts[part].weights}
+            measured, start = parts[part], time.perf_counter()
+            choice = {w.path: parse_scheme(scheme) for w in measured.weights}
+            if algorithm in EQUALIZED:
+                measured = measured.equalized(choice)
+                candidates = rounded(measured)
             qtensors = jax.block_until_ready(candidates.choose(choice))
             seconds = time.perf_counter() - start
-            row = parts[part].row(qtensors)
+            row = measured.row(qtensors)
             del row["schemes"]
             named = {"algorithm": algorithm, "scheme": scheme, "part": part, **row}
-            yield named | {"layer_loss": layer_loss(parts[part], qtensors, first.stats), "seconds": round(seconds, 2)}
+            yield named | {"layer_loss": layer_loss(measured, qtensors), "seconds": round(seconds, 2)}
 
 
 def main(options: Options) -> None:

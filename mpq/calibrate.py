@@ -129,6 +129,11 @@ def mean_squares(traced: Trace, params: Params, data: Dataset, spec: WeightSpec,
     return total / max(positions, 1)
 
 
+def divided(stats: LayerStats, s: np.ndarray) -> LayerStats:
+    """Statistics of inputs that are divided by `s: float32[k]`."""
+    return dataclasses.replace(stats, gram=stats.gram / np.outer(s, s).astype(np.float32), absmax=stats.absmax / s)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _squares(
     traced: Trace, path: str, params: Params, inputs: jax.Array, mask: jax.Array
@@ -254,9 +259,9 @@ def _mean(
     count = sum(counts[name] for name in inputs)
     gram = np.zeros(sums[inputs[0]].gram.shape)
     for name in inputs:
-        gram += sums[name].gram
-        gram += sums[name].rest
-    absmax = np.max([sums[name].absmax for name in inputs], axis=0)
+        gram += np.asarray(sums[name].gram)
+        gram += np.asarray(sums[name].rest)
+    absmax = np.max([np.asarray(sums[name].absmax) for name in inputs], axis=0)
     readers.subtract(inputs)
     for name in inputs:
         if not readers[name]:

@@ -230,6 +230,7 @@ def quantize(
     distill: int = 0,
     ranges: Path | None = None,
     smooth: tyro.conf.FlagCreatePairsOff[bool] = False,
+    awq: tyro.conf.FlagCreatePairsOff[bool] = False,
     keys_values: str = KEYS_AND_VALUES,
     window: int | None = None,
     max_windows: int = 64,
@@ -250,6 +251,7 @@ def quantize(
         it continues when typed again.
       ranges: what `mpq calibrate --of activations` wrote, for static schemes of activations; else `data` gives them.
       smooth: move outliers of activations into weights where that lowers the error on the data (SmoothQuant).
+      awq: let the layers before take over what makes weights of large inputs finer (AWQ), where that lowers the error.
       keys_values: regular expression for the weights that make keys and values.
       window: tokens a window; default 256, or the model's context if that is shorter.
       max_windows: use the first so many.
@@ -257,7 +259,8 @@ def quantize(
       json: print one JSON object.
     """
     text = None if data is None else commands.Data(data, window, max_windows, batch_size)
-    quantize = lambda: commands.quantize(model, plan, out, text, stats, method, distill, ranges, keys_values, smooth)
+    moving = bool(smooth), bool(awq)
+    quantize = lambda: commands.quantize(model, plan, out, text, stats, method, distill, ranges, keys_values, *moving)
     answer(quantize, json, commands.show_written)
 
 

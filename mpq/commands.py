@@ -19,6 +19,8 @@ from mpq.certainty import certainty, unknown
 from mpq.config import known, load_config
 from mpq.data.sources import read_set
 from mpq.distill import Distill
+from mpq.equalize import awq as equalize
+from mpq.equalize import find_folds
 from mpq.evaluate import Reference, score
 from mpq.export import orbax, rules
 from mpq.export.arguments import export_arguments
@@ -148,6 +150,7 @@ def quantize(
     ranges: Path | None = None,
     keys_values: str = KEYS_AND_VALUES,
     smooth: bool = False,
+    awq: bool = False,
     training: Distill | None = None,
 ) -> dict[str, Any]:
     """The quantized model as an Orbax folder, after so many steps of distillation."""
@@ -161,27 +164,34 @@ def quantize(
     plan = _plan(plan_source, model, traced, keys_values)
     if smooth and (text is None or ranges is not None or distill):
         raise MpqError("--smooth needs --data TEXT, from which ranges come too: leave out --ranges and --distill")
+    if awq and (text is None or plan.activations):
+        raise MpqError("--awq needs --data TEXT and a plan of weights alone; for activations give --smooth")
     if out.exists():
         raise MpqError(f"{out} exists already: choose another folder or remove it")
     data, batch_size = (text.dataset(model, "calibration"), text.batch_size) if text else (None, 1)
     found = None if ranges is None else read_ranges(ranges, model)
     chosen, warnings = calibrated(plan.activations, model, traced, data, found, batch_size)
-    if smooth and data is not None:
+    candidates, told = None, {}
+    if data is not None and (smooth or awq):
         collected = _collected(model, traced, data, stats, batch_size)
-        smoothed = smooth_model(model, traced, chosen, plan.choices, collected, data, batch_size)
-        model, chosen, collected = smoothed
-        plan = plan.with_activations({one.spec.path: one.to_json() for one in chosen})
+        if awq:
+            folds = find_folds(model, traced, data)
+            model, collected, strengths = equalize(model, traced, folds, plan.choices, collected)
+            told["equalized"] = sum(alpha > 0 for alpha in strengths.values())
+        else:
+            model, chosen, collected = smooth_model(model, traced, chosen, plan.choices, collected, data, batch_size)
+            plan = plan.with_activations({one.spec.path: one.to_json() for one in chosen})
+            told["smoothed"] = sum(one.smooth is not None for one in chosen)
         candidates = Candidates(model.params, traced.weights, QUANTIZERS[method], collected)
-    else:
-        candidates = make_candidates(model, traced, method, data, stats, batch_size)
-    qtensors, told = candidates.choose(plan.choices), {}
+    candidates = candidates or make_candidates(model, traced, method, data, stats, batch_size)
+    qtensors = candidates.choose(plan.choices)
     state = out.with_name(f"{out.name}.distill")  # an interrupted distillation goes on from here
     if distill and text is not None and data is not None:
         options = dataclasses.replace(training or Distill(), steps=distill)
         options = dataclasses.replace(options, batch_size=min(text.batch_size, len(data.inputs)))
         train = functools.partial(options, model, traced, qtensors, data, activations=chosen)
         qtensors, losses, chosen = train(key=jax.random.key(0), state=state)
-        told = {"distill": distill, "first_loss": float(losses[0]), "last_loss": float(losses[-1])}
+        told |= {"distill": distill, "first_loss": float(losses[0]), "last_loss": float(losses[-1])}
     written = orbax.save(out, **export_arguments(model, traced.weights, qtensors, plan, chosen))
     if distill:
         state.unlink()
@@ -193,7 +203,6 @@ def quantize(
         "size_bytes": plan.size_bytes,
         "payload_bytes": written,
         "bits_per_weight": plan.bits_per_weight,
-        **({"smoothed": sum(one.smooth is not None for one in chosen)} if smooth else {}),
         **({"warnings": warnings} if warnings else {}),
     }
 

@@ -277,4 +277,5 @@ def test_a_gram_is_the_sum_over_all_tokens():
     rows = np.random.default_rng(0).normal(size=(2, 259, 5)).astype(np.float32)
     exact = np.einsum("btk,btl->bkl", rows, rows, dtype=np.float64)
     total, rest = _add_gram(*jnp.zeros((2, 2, 5, 5)), jnp.asarray(rows))
+    assert not np.array_equal(rest, np.zeros_like(rest))  # what a single float32 would have lost
     np.testing.assert_allclose(total + rest, exact, rtol=1e-5, atol=1e-4)

@@ -24,6 +24,7 @@ import numpy as np
 from mpq.activations.apply import RoundedActivation, choose_activations
 from mpq.activations.ranges import calibrate_activations
 from mpq.activations.scheme import ActivationScheme, fake_quantize
+from mpq.calibrate import divided
 from mpq.inputs import Dataset
 from mpq.models.model import Model
 from mpq.quantize.rtn import RTN
@@ -130,9 +131,7 @@ def smooth_stats(
     out = dict(stats)
     for one in chosen:
         if one.spec.path in factors:
-            s = factors[one.spec.path]
-            old = stats[one.spec.weights[0]]
-            new = dataclasses.replace(old, gram=old.gram / np.outer(s, s).astype(np.float32), absmax=old.absmax / s)
+            new = divided(stats[one.spec.weights[0]], factors[one.spec.path])
             out |= dict.fromkeys(one.spec.weights, new)
     return out
 

@@ -1,0 +1,167 @@
+"""Which layers may hand a scale on to the next: found by running the model, and proved to the bit.
+
+A channel of a value may be divided by s where it is made (the rows of a norm's scale, the output columns of a weight)
+and multiplied by s where it is read (the input rows of the next weights), if nothing between cares about its size. What
+is between differs from model to model: a product of gates, attention over the values, a ReLU, a reshape into heads. So
+nothing is matched by name or form. With factors that are powers of two, every one drawn at random, scaling commutes
+with all rounding, and the claim can be tested exactly:
+
+  1. with the maker divided, the readers' input has to be what it was, divided by the same factors, bit for bit;
+  2. with the readers multiplied too, the model's output has to be what it was, bit for bit.
+
+A path that does care (a residual sum, a norm, a bias that was not divided, a softmax, heads that share their values)
+changes bits somewhere and is left alone. Cost: one short forward pass for every maker, two for one that is found.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpq.inputs import Dataset, Tokens
+from mpq.models.model import Model
+from mpq.trace import Site, Trace
+from mpq.types import Params, WeightSpec
+
+POSITIONS = 32
+"""Tokens of text that a claim is tested on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """A scale that can move.
+
+    Attributes:
+      vectors: parameters `[width]` that are divided.
+      columns: path of the weight whose output columns are divided, or None.
+      rows: paths of the weights whose input rows are multiplied.
+      width: channels.
+    """
+
+    vectors: tuple[str, ...]
+    columns: str | None
+    rows: tuple[str, ...]
+    width: int
+
+    def apply(self, params: Params, weights: Mapping[str, WeightSpec], s: Any) -> dict[str, jax.Array]:
+        """`params` with the makers divided by `s: float32[width]` and the readers multiplied."""
+        return self.multiply(self.divide(params, weights, s), weights, s)
+
+    def divide(self, params: Params, weights: Mapping[str, WeightSpec], s: Any) -> dict[str, jax.Array]:
+        """`params` with the makers divided."""
+        out = dict(params)
+        for path in self.vectors:
+            out[path] = (params[path].astype(jnp.float32) / s).astype(params[path].dtype)
+        if self.columns is not None:
+            spec = weights[self.columns]
+            out = spec.write(out, spec.read(out) / s)
+        return out
+
+    def multiply(self, params: Params, weights: Mapping[str, WeightSpec], s: Any) -> dict[str, jax.Array]:
+        """`params` with the readers multiplied."""
+        out = dict(params)
+        for path in self.rows:
+            out = weights[path].write(out, weights[path].read(out) * jnp.asarray(s)[:, None])
+        return out
+
+
+def find_folds(model: Model, traced: Trace, data: Dataset) -> tuple[Fold, ...]:
+    """All scales that can move into weights whose only reads are matmuls of one value.
+
+    Args:
+      model: its parameters and function.
+      traced: its trace.
+      data: one window of it, `POSITIONS` tokens if it is text, is what claims are tested on.
+
+    Returns:
+      In the order of the model's weights; no weight is read by two.
+    """
+    weights = {spec.path: spec for spec in traced.weights}
+    readers = _readers(traced)
+    inputs = jnp.asarray(data.inputs[:1])
+    if isinstance(model.inputs, Tokens):
+        inputs = inputs[:, :POSITIONS]
+    shaped = traced.on(inputs.shape)
+    names = _readers(shaped)  # other shape, other names of values
+    run = functools.partial(_run, shaped, tuple(names))
+    output, reads = run(model.params, inputs)
+    found: list[Fold] = []
+    for maker in _makers(model.params, traced.weights, {weights[paths[0]].k for paths in readers.values()}):
+        s = _factors(maker.width, len(found))
+        _, divided = run(maker.divide(model.params, weights, s), inputs)
+        moved = [name for name in names if _is_divided(reads[name], divided[name], s)]
+        rows = tuple(path for name in moved for path in names[name])
+        if not rows or any(set(rows) & set(fold.rows) for fold in found):
+            continue
+        fold = dataclasses.replace(maker, rows=rows)
+        if bool(jnp.array_equal(run(fold.apply(model.params, weights, s), inputs)[0], output)):
+            found.append(fold)
+    order = {path: place for place, path in enumerate(weights)}
+    return tuple(sorted(found, key=lambda fold: order[fold.rows[0]]))
+
+
+def _readers(traced: Trace) -> dict[str, tuple[str, ...]]:
+    """Value -> the weights that it alone is multiplied by."""
+    readers: dict[str, list[str]] = {}
+    for spec in traced.weights:
+        inputs = {use.input for use in spec.uses}
+        if spec.batch == 1 and len(inputs) == 1 and all(use.kind == "matmul" for use in spec.uses):
+            readers.setdefault(inputs.pop(), []).append(spec.path)
+    return {name: tuple(paths) for name, paths in readers.items()}
+
+
+def _makers(params: Params, weights: Sequence[WeightSpec], widths: set[int]) -> list[Fold]:
+    """What could be divided: the vectors of one layer together, and a weight's output columns with its own."""
+    vectors: dict[tuple[str, int], list[str]] = {}
+    for path, param in params.items():
+        if param.ndim == 1 and len(param) in widths:
+            vectors.setdefault((_parent(path), len(param)), []).append(path)
+    alone, columns = dict(vectors), []
+    for spec in weights:
+        if spec.batch == 1 and not spec.index and spec.n in widths and spec.kind == "matmul":
+            beside = alone.pop((_parent(spec.param), spec.n), [])
+            columns.append(Fold(tuple(beside), spec.path, (), spec.n))
+    return [Fold(tuple(paths), None, (), width) for (_, width), paths in alone.items()] + columns
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _factors(width: int, seed: int) -> np.ndarray:
+    """Powers of two from a quarter to four, none of them 1."""
+    exponents = np.random.default_rng([width, seed]).choice([-2, -1, 1, 2], size=width)
+    return np.ldexp(np.float32(1), exponents)
+
+
+def _is_divided(before: jax.Array, after: jax.Array, s: np.ndarray) -> bool:
+    """Whether the features of a value are what they were, over `s`; zeros alone would prove nothing."""
+    if before.shape[-1] != len(s):
+        return False
+    return bool(jnp.any(before != 0)) and bool(jnp.array_equal(after * s, before))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(
+    traced: Trace, names: tuple[str, ...], params: Params, inputs: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Outputs, and the values of these names as `float32[positions, width]`."""
+    sites = {site.use.input: site for site in traced.sites if site.use.input in names}
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def shape(site: Site, x: jax.Array, w: jax.Array, default: Any) -> jax.Array:
+        if sites.get(site.use.input) is site:
+            shapes[site.use.input] = site.inputs_matrix(x).shape[1:]
+        return default(x, w)
+
+    def look(site: Site, x: jax.Array, state: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        name = site.use.input
+        return state | {name: site.inputs_matrix(x)[0].astype(jnp.float32)} if sites.get(name) is site else state
+
+    jax.eval_shape(lambda p, x: traced.evaluate(p, x, shape), params, inputs)
+    start = {name: jnp.zeros(size, jnp.float32) for name, size in shapes.items()}
+    return traced.accumulate(params, inputs, start, look)
