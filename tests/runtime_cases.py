@@ -45,9 +45,12 @@ def noise(model: Model) -> Callable[[WeightSpec, Scheme], QTensor]:
             return QTensor(jnp.asarray(rng.normal(0, w.std(), shape), grid.dtype), None, None, scheme)
         any_code = lambda size: jnp.asarray(rng.integers(grid.min_qvalue, grid.max_qvalue + 1, size), jnp.int8)
         groups = (spec.batch, *scheme.scale_shape(spec.k, spec.n))
-        scale = rng.uniform(1, 2, groups) * w.std() / 2 ** (grid.bits - 1)
+        scale, whole = rng.uniform(1, 2, groups), np.float32(w.std() / grid.max_magnitude)
         zero = any_code(groups) if scheme.zero_point else None
-        return QTensor(any_code(shape), jnp.asarray(scale, scheme.scale_dtype), zero, scheme)
+        if not scheme.has_tensor_scale:
+            return QTensor(any_code(shape), jnp.asarray(scale * whole, scheme.scale_dtype), zero, scheme)
+        matrix = jnp.full((spec.batch, 1, 1), whole)
+        return QTensor(any_code(shape), jnp.asarray(scale, scheme.scale_dtype), zero, scheme, matrix)
 
     return make
 

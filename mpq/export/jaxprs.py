@@ -1,8 +1,9 @@
 """What every runtime's graph takes from a jaxpr: calls opened, constants computed, transposed parameters followed."""
 
+import ast
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from mpq.types import MpqError
 
 CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat")
 THROUGH = ("copy", "copy_p", "stop_gradient", "optimization_barrier")
+T = TypeVar("T")
 Emit = Callable[[Any, list[Any]], list[Any]]
 """Equation and values of what it reads -> values of what it gives."""
 
@@ -32,6 +34,37 @@ def dtype_of(var: Any) -> np.dtype:
 def shape_of(var: Any) -> tuple[Any, ...]:
     """Of a variable of a jaxpr; dimensions may be symbolic."""
     return tuple(var.aval.shape)
+
+
+def arithmetic(
+    dim: Any, symbols: Mapping[str, T], constant: Callable[[int], T], operation: Callable[..., T], runtime: str
+) -> T:
+    """A symbolic dimension, as JAX writes it, in the values of a graph.
+
+    Args:
+      dim: sums and products of named dimensions and numbers.
+      symbols: name of a dimension -> its value.
+      constant: number -> its value.
+      operation: `Add`, `Sub`, `Mul` or `Neg` and its operands -> value.
+      runtime: for the message.
+
+    Raises:
+      MpqError: it is none.
+    """
+
+    def value(node: ast.expr) -> T:
+        kinds = {ast.Add: "Add", ast.Sub: "Sub", ast.Mult: "Mul"}
+        if isinstance(node, ast.Name):
+            return symbols[node.id]
+        if isinstance(node, ast.Constant) and isinstance(node.value, int):
+            return constant(node.value)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return operation("Neg", value(node.operand))
+        if isinstance(node, ast.BinOp) and type(node.op) in kinds:
+            return operation(kinds[type(node.op)], value(node.left), value(node.right))
+        raise MpqError(f"a dimension {ast.unparse(node)} has no form in {runtime} here: sums and products have")
+
+    return value(ast.parse(str(dim), mode="eval").body)
 
 
 def trace_open(model: Model, shape: Sequence[Any], cannot: str) -> Any:

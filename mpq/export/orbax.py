@@ -31,10 +31,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpq.export.packing import pack, unpack
+from mpq.export.parts import from_parts, to_parts
 from mpq.files import canonical_json, digest_arrays, read_json, writing
 from mpq.formats import parse_scheme
-from mpq.formats.ggml import sub_range
 from mpq.quantize.candidates import apply_plan
 from mpq.types import MpqError, Params, QTensor, Scheme, WeightSpec
 
@@ -207,49 +206,12 @@ def _pack_weight(spec: WeightSpec, qtensors: Mapping[str, QTensor]) -> dict[str,
     if qtensor.qvalue.shape != (spec.batch, spec.k, spec.n):
         want = [spec.batch, spec.k, spec.n]
         raise MpqError(f"quantized weight {spec.path} is {list(qtensor.qvalue.shape)}, not {want}: quantize this model")
-    if qtensor.scale is None:
-        return {"qvalue": np.asarray(qtensor.qvalue)}
-    grid = qtensor.scheme.format
-    stream = lambda codes: np.stack([pack(entry, grid.bits, grid.min_qvalue) for entry in np.asarray(codes)])
-    scale = np.asarray(qtensor.scale)
-    parts = {"qvalue": stream(qtensor.qvalue), "scale": scale.view(np.uint8) if scale.itemsize == 1 else scale}
-    parts |= {} if qtensor.zero_point is None else {"zero_point": stream(qtensor.zero_point)}
-    parts |= {} if qtensor.minimum is None else {"minimum": np.asarray(qtensor.minimum)}
-    integers = {"sub_scale": qtensor.sub_scale, "sub_minimum": qtensor.sub_minimum}
-    for name, codes in integers.items():
-        if codes is not None:
-            parts[name] = np.stack([pack(entry, *_integer_range(qtensor.scheme)) for entry in np.asarray(codes)])
-    return parts | ({} if qtensor.tensor_scale is None else {"tensor_scale": np.asarray(qtensor.tensor_scale)})
+    return to_parts(qtensor)
 
 
 def _unpack_weight(spec: WeightSpec, scheme: Scheme, arrays: Mapping[str, np.ndarray]) -> QTensor:
     part = lambda name: arrays[f"quantized.{_key(spec.path)}.{name}"]
-    if not scheme.has_scale:
-        return QTensor(jnp.asarray(part("qvalue")), None, None, scheme)
-
-    def codes(name: str, rows: int, columns: int, width: tuple[int, int]) -> jax.Array:
-        entries = [unpack(stream, rows * columns, *width) for stream in part(name)]
-        return jnp.asarray(np.stack(entries).reshape(spec.batch, rows, columns))
-
-    grid, stored = (scheme.format.bits, scheme.format.min_qvalue), scheme.part_bits(spec.k, spec.n)
-    zero_point = codes("zero_point", *scheme.scale_shape(spec.k, spec.n), grid) if scheme.zero_point else None
-    integers = {
-        name: codes(name, scheme.num_groups(spec.k), spec.n, _integer_range(scheme))
-        for name in ("sub_scale", "sub_minimum")
-        if name in stored
-    }
-    minimum = jnp.asarray(part("minimum")) if "minimum" in stored else None
-    tensor_scale = jnp.asarray(part("tensor_scale")) if scheme.has_tensor_scale else None
-    scale = part("scale").view(scheme.scale_dtype) if part("scale").dtype == np.uint8 else part("scale")
-    qvalue = codes("qvalue", spec.k, spec.n, grid)
-    return QTensor(qvalue, jnp.asarray(scale), zero_point, scheme, tensor_scale, minimum=minimum, **integers)
-
-
-def _integer_range(scheme: Scheme) -> tuple[int, int]:
-    """Width and least of the integers of groups in blocks of ggml."""
-    assert scheme.blocks is not None
-    assert scheme.blocks.sub_bits is not None
-    return scheme.blocks.sub_bits, sub_range(scheme.blocks)[0]
+    return from_parts(part, scheme, spec.k, spec.n, spec.batch)
 
 
 @contextlib.contextmanager

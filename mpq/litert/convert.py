@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jax import export
 
+from mpq.export.graphs import is_rows_product
 from mpq.export.jaxprs import Param, dtype_of, shape_of, trace_open, walk
 from mpq.inputs import Tokens
 from mpq.litert.activations import TENSOR, TOKEN, Codes, Rounded
@@ -129,16 +130,11 @@ class Converter:
 
     def _product(self, eqn: Any, values: list[Any]) -> Affine | None:
         """A matmul with a quantized weight, where there is one."""
-        x, w = values
-        (contract_x, contract_w), (batch, _) = eqn.params["dimension_numbers"]
-        shape = shape_of(eqn.invars[0])
-        if not isinstance(w, Param) or isinstance(x, Param) or w.path not in self._specs or batch:
+        (x, w), shape = values, shape_of(eqn.invars[0])
+        if not isinstance(w, Param) or isinstance(x, Param) or w.path not in self._specs:
             return None
         spec = self._specs[w.path]
-        plain = spec.batch == 1 and not spec.factors and len(spec.shape) == 2
-        if not plain or tuple(contract_x) != (len(shape) - 1,):
-            return None
-        if (1 - contract_w[0] if w.transposed else contract_w[0]) != spec.permutation[0]:
+        if spec.batch != 1 or spec.factors or not is_rows_product(eqn, w, spec):
             return None
         call = Call(self._graph, eqn, [])
         codes = self._rounded.static.get(spec.path)

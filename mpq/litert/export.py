@@ -12,11 +12,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
-from flax import nnx
 
+from mpq.export.graphs import described, model_of, require_forms
 from mpq.export.orbax import Exported
 from mpq.files import write_bytes
 from mpq.formats import parse_scheme
@@ -25,8 +24,6 @@ from mpq.litert.activations import Rounded
 from mpq.litert.convert import Converter, traced
 from mpq.litert.graph import TYPES, Graph, require_litert
 from mpq.litert.weights import read_codes, refusal, unpack
-from mpq.models import FAMILIES, find_family, functional
-from mpq.models.checkpoint import make_model
 from mpq.types import MpqError, QTensor
 
 _METADATA = "mpq.weights"
@@ -114,11 +111,8 @@ class _Reader:
 
 def _build(exported: Exported, name: str, window: int | None, integer: bool) -> Graph:
     require_litert()
-    for spec in exported.weights:
-        scheme = exported.qtensors[spec.path].scheme
-        if reason := refusal(spec, scheme):
-            raise MpqError(f"weight {spec.path} at {scheme} has no form in litert: {reason}; choose another plan")
-    model = _shapes(exported, name)
+    require_forms(exported, "litert", refusal)
+    model = model_of(exported, name)
     closed, shape, dtype = traced(model, window)
     graph, paths = Graph(), sorted(exported.shapes)
     specs = {spec.param: spec for spec in exported.weights}
@@ -131,14 +125,5 @@ def _build(exported: Exported, name: str, window: int | None, integer: bool) -> 
         apart = frozenset(first.read)
     converter = Converter(graph, specs, exported.qtensors, params, rounded, apart)
     graph.inputs[given], graph.outputs["outputs"] = converter.run(closed, paths, shape, dtype, given)
-    described = {s.path: [str(exported.qtensors[s.path].scheme), s.k, s.n, s.batch] for s in exported.weights}
-    graph.metadata |= {"mpq.model": name.encode(), _METADATA: json.dumps(described, sort_keys=True).encode()}
+    graph.metadata |= {"mpq.model": name.encode(), _METADATA: described(exported).encode()}
     return graph
-
-
-def _shapes(exported: Exported, name: str) -> Any:
-    """The model with shapes for parameters."""
-    family = find_family(exported.config, FAMILIES)
-    apply, _ = functional(nnx.eval_shape(lambda: family.build(family.parse(exported.config))))
-    shapes = {path: jax.ShapeDtypeStruct(shape, dtype) for path, (shape, dtype) in exported.shapes.items()}
-    return make_model(apply, shapes, {}, exported.config, family, None, name)

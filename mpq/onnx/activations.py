@@ -24,10 +24,11 @@ import numpy as np
 from mpq.activations.apply import RoundedActivation
 from mpq.activations.rows import ActivationSpec
 from mpq.activations.scheme import SCALE_DTYPE, ActivationScheme, scale_and_zero
+from mpq.export.graphs import require_windows_first
 from mpq.formats.integer import Integer
 from mpq.onnx.graph import TYPES, Graph, Stored, Tensor
 from mpq.onnx.weights import column_parts, offset_codes
-from mpq.types import MpqError, QTensor, WeightSpec
+from mpq.types import QTensor, WeightSpec
 
 MIDDLE = 128
 """Zero point of symmetric codes as uint8."""
@@ -75,7 +76,7 @@ class Activations:
           rows: of the plan.
           batch: the dimension of the windows.
         """
-        self._graph, self._batch = graph, str(batch)
+        self._graph, self._batch = graph, batch
         self._rows = {row.spec.at: row for row in rows}
         self._made: dict[tuple[str, str, str], Any] = {}
 
@@ -205,11 +206,7 @@ class Activations:
     def _reduce(self, kind: str, row: RoundedActivation, x: Tensor, value: str, axes: Sequence[int]) -> str:
         """Over what shares a scale; its axes stay, of size 1."""
         if row.scheme.granularity == "tensor":
-            if not x.shape or str(x.shape[0]) != self._batch:
-                raise MpqError(
-                    f"{row.spec.path} at {row.scheme} has no form in onnx: windows are not its first axis; use "
-                    f"int{row.scheme.bits}_token, or int{row.scheme.bits}_tensor_static"
-                )
+            require_windows_first(row, x.shape, self._batch, "onnx")
             axes = range(1, len(x.shape))
         return self._graph.one(kind, value, self._graph.constant(sorted(axes), np.int64), keepdims=1)
 

@@ -4,15 +4,14 @@ A weight that a matmul reads as it is, or transposed, becomes `MatMulNBits` wher
 is dequantized once and read as any other array. What depends on constants alone is computed here.
 """
 
-import collections
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jax import export
 
 from mpq.activations.apply import RoundedActivation
+from mpq.export.graphs import READS, Reads, feature_axes, is_rows_product, open_inputs
 from mpq.export.jaxprs import Param, dtype_of, shape_of, trace_open, walk
 from mpq.inputs import Tokens
 from mpq.models import Model
@@ -22,8 +21,6 @@ from mpq.onnx.graph import Graph, Stored, Tensor
 from mpq.onnx.ops import OPS, convolution
 from mpq.types import MpqError, QTensor, WeightSpec
 
-_READS = ("dot_general", "conv_general_dilated", "gather")
-_LAYOUT = ("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "convert_element_type")
 _FOLDED = 2**16  # elements of a constant that is computed here
 
 
@@ -33,16 +30,11 @@ def traced(model: Model) -> tuple[Any, Tensor, Tensor]:
     Raises:
       MpqError: the function depends on the length otherwise than by sums and products.
     """
-    struct, inputs = model.inputs.struct(1), model.inputs
-    if isinstance(inputs, Tokens):
-        limits = ["batch >= 1", "time >= 2", f"time <= {inputs.context}"]
-        shape = export.symbolic_shape("batch, time", constraints=limits)
-    else:
-        shape = (*export.symbolic_shape("batch", constraints=["batch >= 1"]), *struct.shape[1:])
+    struct, inputs, shape = model.inputs.struct(1), model.inputs, open_inputs(model)
     closed = trace_open(model, shape, "batches or lengths, which one ONNX graph cannot")
     name, dtype = ("input_ids", "int64") if isinstance(inputs, Tokens) else ("inputs", struct.dtype.name)
     (out,) = closed.jaxpr.outvars
-    return closed, Tensor(name, tuple(shape), dtype), Tensor("outputs", shape_of(out), dtype_of(out).name)
+    return closed, Tensor(name, shape, dtype), Tensor("outputs", shape_of(out), dtype_of(out).name)
 
 
 class Converter:
@@ -68,8 +60,7 @@ class Converter:
         self._graph, self._specs, self._qtensors, self._params = graph, specs, qtensors, params
         self._arrays: dict[str, str] = {}
         self._activations, self._rows = Activations(graph, (), ""), tuple(rows)
-        self._origins: dict[str, str] = {}  # value -> the weight that it is, laid out in some way
-        self._reads = collections.Counter[str]()
+        self._reads = Reads(specs)
 
     def run(self, closed: Any, paths: list[str], x: Tensor, out: Tensor) -> None:
         """Emit the whole function; parameters are its first arguments, in the order of `paths`."""
@@ -83,14 +74,14 @@ class Converter:
         args = [*map(Param, paths), value]
         (result,) = walk(closed.jaxpr, closed.consts, args, self._emit, folded=_FOLDED)
         graph.result(self._name(result, closed.jaxpr.outvars[0]), out.name)
-        if self._rows:  # which value a weight reads is known by the number of the read: none must be missed
-            assert all(self._reads[spec.param] == len(spec.uses) for spec in self._specs.values())
+        if self._rows:
+            self._reads.require_all()
 
     def _emit(self, eqn: Any, values: list[Any]) -> list[Any]:
         name = eqn.primitive.name
         if name not in OPS:
             raise MpqError(f"the operation {name!r} has no form in ONNX here: export this model to another runtime")
-        if self._rows and name in _READS:
+        if self._rows and name in READS:
             values, made = self._read(eqn, values)
             if made is not None:
                 return [made]
@@ -98,40 +89,28 @@ class Converter:
             return [product]
         inputs = [self._name(v, var) for v, var in zip(values, eqn.invars, strict=True)]
         made = OPS[name](self._graph, eqn, inputs)
-        if name in _LAYOUT and inputs[0] in self._origins:
-            self._origins[str(made)] = self._origins[inputs[0]]
-        return [made] if isinstance(made, str) else made
+        if not isinstance(made, str):
+            return made
+        self._reads.follow(eqn, inputs[0] if inputs else "", made)
+        return [made]
 
     def _read(self, eqn: Any, values: list[Any]) -> tuple[list[Any], str | None]:
         """The operands of what may read a weight, the other one rounded as the plan says; or the whole product."""
-        paths = [v.path if isinstance(v, Param) else self._origins.get(v) for v in values if not _is_array(v)]
-        if len(paths) != 2 or (path := next((p for p in paths if p in self._specs), None)) is None:
+        if (read := self._reads.next(values)) is None:
             return values, None
-        spec, name = self._specs[path], eqn.primitive.name
-        use, w = spec.uses[self._reads[path]], paths.index(path)
-        self._reads[path] += 1
+        spec, use, w = read
         if use.kind == "embedding" or (row := self._activations.of(use.input)) is None:
             return values, None
-        var = eqn.invars[1 - w]
-        x = Tensor(self._name(values[1 - w], var), shape_of(var), "float32")
-        numbers, qtensor = eqn.params["dimension_numbers"], self._qtensors[spec.path]
-        axes = (numbers.lhs_spec[1],) if name == "conv_general_dilated" else tuple(map(int, numbers[0][1 - w]))
+        name, var, qtensor = eqn.primitive.name, eqn.invars[1 - w], self._qtensors[spec.path]
+        x, axes = Tensor(self._name(values[1 - w], var), shape_of(var), "float32"), feature_axes(eqn, 1 - w)
         if is_integer(row, spec, qtensor, use.kind):
-            if name == "conv_general_dilated" and values[1] == Param(path):
+            if name == "conv_general_dilated" and values[1] == Param(spec.param):
                 convolve = functools.partial(convolution, self._graph, eqn)
                 return values, self._activations.conv(row, x, axes[0], spec, qtensor, convolve)
-            if name == "dot_general" and w == 1 and self._is_plain(eqn, values[1]):
+            if name == "dot_general" and w == 1 and is_rows_product(eqn, values[1], spec):
                 return values, self._activations.matmul(row, x, spec, qtensor)
         rounded = self._activations.rounded(row, x, axes)
         return [rounded, values[1]] if w == 1 else [values[0], rounded], None
-
-    def _is_plain(self, eqn: Any, w: Any) -> bool:
-        """Whether a product is that of rows, the last axis of its first operand, with the `[k, n]` of a weight."""
-        (contract_x, contract_w), (batch, _) = eqn.params["dimension_numbers"]
-        if not isinstance(w, Param) or len(self._specs[w.path].shape) != 2 or batch:
-            return False
-        last = tuple(contract_x) == (len(shape_of(eqn.invars[0])) - 1,)
-        return last and (1 - contract_w[0] if w.transposed else contract_w[0]) == self._specs[w.path].permutation[0]
 
     def _product(self, eqn: Any, values: list[Any]) -> str | None:
         """A matmul that reads the codes of a weight, where there is one."""
@@ -140,7 +119,7 @@ class Converter:
             return None
         spec = self._specs[w.path]
         qtensor = self._qtensors[spec.path]
-        if not nbits.is_matmul(spec, qtensor.scheme) or not self._is_plain(eqn, w):
+        if not nbits.is_matmul(spec, qtensor.scheme) or not is_rows_product(eqn, w, spec):
             return None
         operand = Tensor(self._name(x, eqn.invars[0]), shape_of(eqn.invars[0]), "float32")
         return nbits.matmul(self._graph, spec, qtensor, operand)
@@ -151,7 +130,7 @@ class Converter:
         if isinstance(value, Param):
             array = self._array(value.path)
             array = self._graph.one("Transpose", array, perm=[1, 0]) if value.transposed else array
-            self._origins[array] = value.path
+            self._reads.made(array, value.path)
             return array
         return self._graph.constant(np.asarray(value, dtype_of(var)))
 
@@ -167,7 +146,3 @@ class Converter:
                 name = self._graph.store(path, stored)
                 self._arrays[path] = name if value.dtype == np.float32 else self._graph.one("Cast", name, to=1)
         return self._arrays[path]
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray)

@@ -10,17 +10,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
 
-from mpq.activations.apply import RoundedActivation
+from mpq.export.graphs import described, model_of, require_forms, rounded_rows
 from mpq.export.orbax import Exported
 from mpq.files import write_bytes, writing
 from mpq.formats import parse_scheme
-from mpq.inputs import Tokens
-from mpq.models import FAMILIES, Model, find_family, functional
-from mpq.models.checkpoint import make_model
 from mpq.onnx.activations import refusal as rounding_refusal
 from mpq.onnx.convert import Converter, traced
 from mpq.onnx.graph import DATA, LIMIT, MODEL, Graph, require_onnx
@@ -88,41 +83,15 @@ def load(path: str | os.PathLike[str]) -> dict[str, QTensor]:
 
 def _build(exported: Exported, name: str) -> tuple[Graph, Any]:
     onnx = require_onnx()
-    for spec in exported.weights:
-        scheme = exported.qtensors[spec.path].scheme
-        if reason := refusal(spec, scheme):
-            raise MpqError(f"weight {spec.path} at {scheme} has no form in onnx: {reason}; choose another plan")
-    model = _shapes(exported, name)
-    rows = _rows(exported, model)
+    require_forms(exported, "onnx", refusal)
+    model = model_of(exported, name)
+    rows = rounded_rows(exported, model, "onnx", rounding_refusal)
     closed, x, out = traced(model)
     graph, paths = Graph(onnx), sorted(exported.shapes)
     specs = {spec.param: spec for spec in exported.weights}
     params = {path: np.asarray(value) for path, value in exported.params.items()}
     Converter(graph, specs, exported.qtensors, params, rows).run(closed, paths, x, out)
-    described = {s.path: [str(exported.qtensors[s.path].scheme), s.k, s.n, s.batch] for s in exported.weights}
-    metadata = {"mpq.model": name, "mpq.weights": json.dumps(described, sort_keys=True)}
+    metadata = {"mpq.model": name, "mpq.weights": described(exported)}
     if rows:
         metadata["mpq.activations"] = json.dumps({row.spec.path: str(row.scheme) for row in rows}, sort_keys=True)
     return graph, graph.model([x], [out], metadata)
-
-
-def _rows(exported: Exported, model: Model) -> list[RoundedActivation]:
-    """The activations that the plan rounds."""
-    rows: list[RoundedActivation] = []
-    for path, body in exported.plan.get("activations", {}).items():
-        row = RoundedActivation.from_json(body, exported.ranges.get(path), exported.smooth.get(path))
-        reason = rounding_refusal(row.spec, row.scheme)
-        if row.scheme.granularity == "tensor" and row.limits is None and isinstance(model.inputs, Tokens):
-            reason = "a range would be that of a whole batch of texts, padding too"
-        if reason:
-            raise MpqError(f"{path} at {row.scheme} has no form in onnx: {reason}; choose another plan")
-        rows.append(row)
-    return rows
-
-
-def _shapes(exported: Exported, name: str) -> Model:
-    """The model with shapes for parameters."""
-    family = find_family(exported.config, FAMILIES)
-    apply, _ = functional(nnx.eval_shape(lambda: family.build(family.parse(exported.config))))
-    shapes = {path: jax.ShapeDtypeStruct(shape, dtype) for path, (shape, dtype) in exported.shapes.items()}
-    return make_model(apply, shapes, {}, exported.config, family, None, name)

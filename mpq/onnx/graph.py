@@ -4,13 +4,13 @@ The file is a protocol buffer, so its size follows from the nodes and from shape
 `Graph.size_bytes` counts it without any content.
 """
 
-import ast
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from mpq.export.jaxprs import arithmetic
 from mpq.progress import track
 from mpq.types import MpqError
 
@@ -103,7 +103,8 @@ class Graph:
             return self.constant([int(dim)], np.int64)
         text = str(dim)
         if text not in self._shapes:
-            self._shapes[text] = self._evaluate(ast.parse(text, mode="eval").body)
+            constant = lambda number: self.constant([number], np.int64)
+            self._shapes[text] = arithmetic(text, self.symbols, constant, self.one, "ONNX")
         return self._shapes[text]
 
     def shape(self, dims: Sequence[Any]) -> str:
@@ -114,19 +115,6 @@ class Graph:
         if text not in self._shapes:
             self._shapes[text] = self.one("Concat", *(self.dim(d) for d in dims), axis=0)
         return self._shapes[text]
-
-    def _evaluate(self, node: ast.expr) -> str:
-        """Arithmetic of a symbolic dimension, as JAX writes it."""
-        kinds = {ast.Add: "Add", ast.Sub: "Sub", ast.Mult: "Mul"}
-        if isinstance(node, ast.Name):
-            return self.symbols[node.id]
-        if isinstance(node, ast.Constant) and isinstance(node.value, int):
-            return self.constant([node.value], np.int64)
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            return self.one("Neg", self._evaluate(node.operand))
-        if isinstance(node, ast.BinOp) and type(node.op) in kinds:
-            return self.one(kinds[type(node.op)], self._evaluate(node.left), self._evaluate(node.right))
-        raise MpqError(f"a dimension {ast.unparse(node)} has no form in ONNX here: sums and products have")
 
     def model(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], metadata: Mapping[str, str]) -> Any:
         """The model without the content of stored tensors."""
