@@ -265,7 +265,13 @@ def quantize(
 
 
 def export(
-    model: Source, out: Out, to: str = "gguf", window: int | None = None, integer: bool = False, json: Json = False
+    model: Source,
+    out: Out,
+    to: str = "gguf",
+    window: int | None = None,
+    integer: bool = False,
+    kv_cache: bool = False,
+    json: Json = False,
 ) -> None:
     """Write a quantized model for another runtime; every code and scale stays as it is.
 
@@ -280,9 +286,10 @@ def export(
         compressed-tensors for transformers and vLLM; gptq, gptq_v2, awq or bnb (bitsandbytes), folders in those.
       window: litert: tokens that the file reads at once; default the whole context, but at most 512.
       integer: litert: of static ranges of activations, round sums of residual blocks as well: most is of integers then.
+      kv_cache: onnx: language models read the keys and values of the tokens before, and give those of all.
       json: print one JSON object.
     """
-    write = lambda: commands_export.export(Path(model), to, out, window=window, integer=integer)
+    write = lambda: commands_export.export(Path(model), to, out, window=window, integer=integer, kv_cache=kv_cache)
     answer(write, json, commands.show_written)
 
 

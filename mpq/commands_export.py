@@ -30,7 +30,7 @@ def export(source: Path, to: str, out: Path, **options: Any) -> dict[str, Any]:
         raise MpqError(f"{out} exists already: choose another name or remove it")
     given = {name: value for name, value in options.items() if value is not None and value is not False}
     if unknown := [name for name in given if name not in target.options]:
-        raise MpqError(f"format {to} has no option --{unknown[0]}: leave it out")
+        raise MpqError(f"format {to} has no option --{unknown[0].replace('_', '-')}: leave it out")
     exported = orbax.load(source)
     if (rounded := exported.plan.get("activations")) and not target.activations:
         raise MpqError(

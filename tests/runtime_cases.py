@@ -1,21 +1,41 @@
 """Models with weights at mixed schemes, for tests of the files that runtimes read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from mpq import artifacts
+from mpq.activations import parse_activation_scheme
+from mpq.activations.apply import RoundedActivation
+from mpq.activations.plans import rows_of
 from mpq.export import orbax
 from mpq.export.arguments import export_arguments
 from mpq.export.orbax import Exported
 from mpq.formats import parse_scheme
 from mpq.inputs import Tokens
-from mpq.models import Model
-from mpq.types import QTensor, Scheme, WeightSpec
+from mpq.models import Model, load
+from mpq.types import MpqError, QTensor, Scheme, WeightSpec
+from tests import decoder_cases
+from tests.test_families_encoder import write as write_encoder
+from tests.test_families_vision import write as write_vision
 
 Refusal = Callable[[WeightSpec, Scheme], str | None]
+VISION = ("resnet", "resnet_cifar", "mobilenet_v2", "vit")
+
+
+def made(name: str, folder: Path) -> Model:
+    """A tiny random model of a family."""
+    if name in VISION:
+        write_vision(folder, name)
+    elif name == "bert":
+        write_encoder(folder)
+    else:
+        decoder_cases.write(folder, name)
+    return load(str(folder))
 
 
 def exported(
@@ -59,3 +79,37 @@ def some_inputs(model: Model, batch: int, time: int) -> np.ndarray:
     """Tokens below 20, or bytes of images."""
     rng, struct = np.random.default_rng(batch), model.inputs.struct(batch, time)
     return rng.integers(0, 20 if isinstance(model.inputs, Tokens) else 256, struct.shape).astype(struct.dtype)
+
+
+def rounded_rows(model: Model, scheme: str, smooth: bool) -> tuple[RoundedActivation, ...]:
+    """All inputs of weights; static ranges are any that clip, factors any."""
+    scheme, rng = parse_activation_scheme(scheme), np.random.default_rng(0)
+    rows = []
+    for row in rows_of("activations", model.trace(2, 16)):
+        ends = ((-1.5,), (2.5,)) if scheme.static else (None, None)
+        factors = tuple(map(float, np.float32(rng.uniform(0.5, 2, row.width)))) if smooth and row.batch == 1 else None
+        rows.append(RoundedActivation(row, scheme, *ends, smooth=factors))
+    return tuple(rows)
+
+
+def require_equal(codes: Mapping[str, QTensor], quantized: Exported) -> None:
+    """A file gives the codes, scales and zero points back."""
+    assert set(codes) == set(quantized.qtensors)
+    for weight, q in quantized.qtensors.items():
+        assert str(codes[weight].scheme) == str(q.scheme)
+        for part in ("qvalue", "scale", "zero_point", "tensor_scale"):
+            ours, theirs = getattr(q, part), getattr(codes[weight], part)
+            assert (ours is None) == (theirs is None), (weight, part)
+            assert ours is None or (ours.dtype == theirs.dtype and bool(jnp.array_equal(ours, theirs))), (weight, part)
+
+
+def kl_and_agreement(want: np.ndarray, got: np.ndarray) -> tuple[float, float]:
+    """Mean KL in nats an output, and how often the first choice is the same."""
+    p, q = (np.asarray(jax.nn.log_softmax(jnp.asarray(z, jnp.float32)), np.float64) for z in (want, got))
+    return float((np.exp(p) * (p - q)).sum(-1).mean()), float((want.argmax(-1) == got.argmax(-1)).mean())
+
+
+def message_of(call: Callable[[], object]) -> str:
+    with pytest.raises(MpqError) as caught:
+        call()
+    return str(caught.value)

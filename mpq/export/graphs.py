@@ -40,17 +40,18 @@ def model_of(exported: Exported, name: str) -> Model:
     """The model with shapes for parameters."""
     family = find_family(exported.config, FAMILIES)
     apply, _ = functional(nnx.eval_shape(lambda: family.build(family.parse(exported.config))))
-    shapes = {path: jax.ShapeDtypeStruct(shape, dtype) for path, (shape, dtype) in exported.shapes.items()}
-    return make_model(apply, shapes, {}, exported.config, family, None, name)
+    return make_model(apply, exported.structs, {}, exported.config, family, None, name)
 
 
-def open_inputs(model: Model) -> tuple[Any, ...]:
-    """The shape of a model's inputs for any batch, and of text any length within its context, in symbols."""
+def open_inputs(model: Model) -> jax.ShapeDtypeStruct:
+    """A model's inputs for any batch, and of text any length within its context, in symbols."""
     inputs = model.inputs
     if isinstance(inputs, Tokens):
         limits = ["batch >= 1", "time >= 2", f"time <= {inputs.context}"]
-        return tuple(export.symbolic_shape("batch, time", constraints=limits))
-    return (*export.symbolic_shape("batch", constraints=["batch >= 1"]), *inputs.struct(1).shape[1:])
+        return jax.ShapeDtypeStruct(export.symbolic_shape("batch, time", constraints=limits), np.int32)
+    struct = inputs.struct(1)
+    batch = export.symbolic_shape("batch", constraints=["batch >= 1"])
+    return jax.ShapeDtypeStruct((*batch, *struct.shape[1:]), struct.dtype)
 
 
 def described(exported: Exported) -> str:

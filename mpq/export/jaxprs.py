@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from mpq.models import Model
 from mpq.types import MpqError
 
 CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat")
@@ -67,20 +66,23 @@ def arithmetic(
     return value(ast.parse(str(dim), mode="eval").body)
 
 
-def trace_open(model: Model, shape: Sequence[Any], cannot: str) -> Any:
-    """The closed jaxpr of a model, parameters first, for inputs of a shape with symbolic dimensions.
+def trace_open(
+    apply: Callable[..., Any], params: Mapping[str, Any], inputs: Sequence[jax.ShapeDtypeStruct], cannot: str
+) -> Any:
+    """The closed jaxpr of a model, parameters first, for inputs of shapes with symbolic dimensions.
 
     Args:
-      model: what is traced.
-      shape: of its inputs.
+      apply: parameters and inputs -> what is traced.
+      params: path -> array, or its shape and dtype.
+      inputs: their shapes.
       cannot: for which sizes it must not compute otherwise, and what cannot have that.
 
     Raises:
       MpqError: the function depends on an open dimension otherwise than by sums and products.
     """
-    params = {path: jax.ShapeDtypeStruct(p.shape, p.dtype) for path, p in model.params.items()}
+    structs = {path: jax.ShapeDtypeStruct(p.shape, p.dtype) for path, p in params.items()}
     try:
-        return jax.make_jaxpr(model.apply)(params, jax.ShapeDtypeStruct(tuple(shape), model.inputs.struct(1).dtype))
+        return jax.make_jaxpr(apply)(structs, *inputs)
     except jax.errors.InconclusiveDimensionOperation as error:
         reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
         raise MpqError(f"the model computes otherwise for other {cannot}: {reason}") from error

@@ -69,6 +69,11 @@ class Exported:
     ranges: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     smooth: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
+    @property
+    def structs(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every parameter of the model."""
+        return {path: jax.ShapeDtypeStruct(shape, dtype) for path, (shape, dtype) in self.shapes.items()}
+
     def dequantized(self) -> dict[str, jax.Array]:
         """All parameters of the model, with the quantized weights in their place."""
         params: dict[str, jax.Array] = {}

@@ -76,6 +76,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             onnx.size_bytes,
             onnx_refusal,
             activations=True,
+            options=("kv_cache",),
             rounding_refusal=onnx_rounding_refusal,
         ),
         "litert": Target(

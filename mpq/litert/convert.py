@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from jax import export
 
@@ -50,8 +51,9 @@ def traced(model: Model, window: int | None) -> tuple[Any, tuple[Any, ...], str]
             raise MpqError(f"a window of {window} tokens: the model reads 2 to {inputs.context}")
     struct = inputs.struct(1, window)
     shape = (*export.symbolic_shape("batch", constraints=["batch >= 1"]), *struct.shape[1:])
-    closed = trace_open(model, shape, "batches, which one graph cannot")
-    return closed, tuple(shape), struct.dtype.name
+    opened = jax.ShapeDtypeStruct(shape, struct.dtype)
+    closed = trace_open(model.apply, model.params, [opened], "batches, which one graph cannot")
+    return closed, shape, struct.dtype.name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Model:
         return trace(self.apply, self.params, self.inputs.struct(batch, window))
 
 
-def functional(module: nnx.Module) -> tuple[Callable[[Params, jax.Array], jax.Array], dict[str, jax.Array]]:
+def functional(module: nnx.Module) -> tuple[Callable[..., jax.Array], dict[str, jax.Array]]:
     """An NNX module as `(apply, params)` with parameters by dotted path.
 
     Works on abstract modules too (`nnx.eval_shape`); then the parameters are `ShapeDtypeStruct`s.
@@ -73,8 +73,8 @@ def functional(module: nnx.Module) -> tuple[Callable[[Params, jax.Array], jax.Ar
     flat = nnx.to_flat_state(state)
     paths = [".".join(map(str, path)) for path, _ in flat]
 
-    def apply(params: Params, inputs: jax.Array) -> jax.Array:
+    def apply(params: Params, *inputs: Any) -> jax.Array:
         leaves = [(path, var.replace(params[name])) for name, (path, var) in zip(paths, flat, strict=True)]
-        return nnx.merge(graph, nnx.from_flat_state(leaves))(inputs)
+        return nnx.merge(graph, nnx.from_flat_state(leaves))(*inputs)
 
     return apply, {name: var.get_value() for name, (_, var) in zip(paths, flat, strict=True)}

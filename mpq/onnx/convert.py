@@ -17,24 +17,25 @@ from mpq.inputs import Tokens
 from mpq.models import Model
 from mpq.onnx import weights as nbits
 from mpq.onnx.activations import Activations, is_integer
-from mpq.onnx.graph import Graph, Stored, Tensor
+from mpq.onnx.graph import TYPES, Graph, Stored, Tensor
 from mpq.onnx.ops import OPS, convolution
 from mpq.types import MpqError, QTensor, WeightSpec
 
 _FOLDED = 2**16  # elements of a constant that is computed here
 
 
-def traced(model: Model) -> tuple[Any, Tensor, Tensor]:
-    """The jaxpr of a model for any batch, and of text any length within its context; its input and its output.
+def traced(model: Model) -> tuple[Any, list[Tensor], list[Tensor]]:
+    """The jaxpr of a model for any batch, and of text any length within its context; its inputs and outputs.
 
     Raises:
       MpqError: the function depends on the length otherwise than by sums and products.
     """
-    struct, inputs, shape = model.inputs.struct(1), model.inputs, open_inputs(model)
-    closed = trace_open(model, shape, "batches or lengths, which one ONNX graph cannot")
-    name, dtype = ("input_ids", "int64") if isinstance(inputs, Tokens) else ("inputs", struct.dtype.name)
+    opened = open_inputs(model)
+    closed = trace_open(model.apply, model.params, [opened], "batches or lengths, which one ONNX graph cannot")
+    is_text = isinstance(model.inputs, Tokens)
+    x = Tensor("input_ids" if is_text else "inputs", opened.shape, "int64" if is_text else opened.dtype.name)
     (out,) = closed.jaxpr.outvars
-    return closed, Tensor(name, shape, dtype), Tensor("outputs", shape_of(out), dtype_of(out).name)
+    return closed, [x], [Tensor("outputs", shape_of(out), dtype_of(out).name)]
 
 
 class Converter:
@@ -62,18 +63,20 @@ class Converter:
         self._activations, self._rows = Activations(graph, (), ""), tuple(rows)
         self._reads = Reads(specs)
 
-    def run(self, closed: Any, paths: list[str], x: Tensor, out: Tensor) -> None:
+    def run(self, closed: Any, paths: list[str], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Emit the whole function; parameters are its first arguments, in the order of `paths`."""
-        graph, dtype = self._graph, dtype_of(closed.jaxpr.invars[-1])
-        for axis, dim in enumerate(x.shape):
-            if not isinstance(dim, int):
-                shape = graph.one("Shape", x.name, start=axis, end=axis + 1)
-                graph.symbols[str(dim)] = shape
-        self._activations = Activations(graph, self._rows, x.shape[0])
-        value = x.name if dtype.name == x.dtype else graph.one("Cast", x.name, to=6)
-        args = [*map(Param, paths), value]
-        (result,) = walk(closed.jaxpr, closed.consts, args, self._emit, folded=_FOLDED)
-        graph.result(self._name(result, closed.jaxpr.outvars[0]), out.name)
+        graph, values = self._graph, []
+        for x in inputs:
+            for axis, dim in enumerate(x.shape):
+                if str(dim).isidentifier() and str(dim) not in graph.symbols:
+                    graph.symbols[str(dim)] = graph.one("Shape", x.name, start=axis, end=axis + 1)
+        self._activations = Activations(graph, self._rows, inputs[0].shape[0])
+        for x, var in zip(inputs, closed.jaxpr.invars[len(paths) :], strict=True):
+            same = dtype_of(var).name == x.dtype
+            values.append(x.name if same else graph.one("Cast", x.name, to=TYPES[dtype_of(var).name]))
+        results = walk(closed.jaxpr, closed.consts, [*map(Param, paths), *values], self._emit, folded=_FOLDED)
+        for result, var, out in zip(results, closed.jaxpr.outvars, outputs, strict=True):
+            graph.result(self._name(result, var), out.name)
         if self._rows:
             self._reads.require_all()
 

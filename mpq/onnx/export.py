@@ -17,13 +17,16 @@ from mpq.export.orbax import Exported
 from mpq.files import write_bytes, writing
 from mpq.formats import parse_scheme
 from mpq.onnx.activations import refusal as rounding_refusal
+from mpq.onnx.cache import traced as with_cache
 from mpq.onnx.convert import Converter, traced
 from mpq.onnx.graph import DATA, LIMIT, MODEL, Graph, require_onnx
 from mpq.onnx.weights import read_codes, refusal
 from mpq.types import MpqError, QTensor
 
 
-def save(path: str | os.PathLike[str], exported: Exported, name: str, limit: int = LIMIT) -> int:
+def save(
+    path: str | os.PathLike[str], exported: Exported, name: str, limit: int = LIMIT, *, kv_cache: bool = False
+) -> int:
     """Write the file, or a folder of two where it would be too large; whole or not at all.
 
     Args:
@@ -31,6 +34,8 @@ def save(path: str | os.PathLike[str], exported: Exported, name: str, limit: int
       exported: a quantized model, as `mpq.export.orbax.load` reads it.
       name: of the model, for a person.
       limit: bytes of a file; beyond them large tensors lie in `model.onnx.data` beside `model.onnx`.
+      kv_cache: of a language model, read the keys and values of the tokens before, and give those of all
+        (`mpq.onnx.cache`).
 
     Returns:
       Its size in bytes, which is `size_bytes`.
@@ -39,7 +44,7 @@ def save(path: str | os.PathLike[str], exported: Exported, name: str, limit: int
       MpqError: a weight and its scheme, a rounded activation or an operation of the model have no form in ONNX, the
         `onnx` package is not installed, or the disk is full or refuses.
     """
-    graph, model = _build(exported, name)
+    graph, model = _build(exported, name, kv_cache)
     size = graph.size_bytes(model, limit)
     if graph.is_one_file(model, limit):
         write_bytes(path, graph.fill(model))
@@ -51,9 +56,9 @@ def save(path: str | os.PathLike[str], exported: Exported, name: str, limit: int
     return size
 
 
-def size_bytes(exported: Exported, name: str, limit: int = LIMIT) -> int:
+def size_bytes(exported: Exported, name: str, limit: int = LIMIT, *, kv_cache: bool = False) -> int:
     """Bytes of what `save` writes. Raises as it does."""
-    graph, model = _build(exported, name)
+    graph, model = _build(exported, name, kv_cache)
     return graph.size_bytes(model, limit)
 
 
@@ -81,17 +86,17 @@ def load(path: str | os.PathLike[str]) -> dict[str, QTensor]:
     return found
 
 
-def _build(exported: Exported, name: str) -> tuple[Graph, Any]:
+def _build(exported: Exported, name: str, kv_cache: bool) -> tuple[Graph, Any]:
     onnx = require_onnx()
     require_forms(exported, "onnx", refusal)
     model = model_of(exported, name)
     rows = rounded_rows(exported, model, "onnx", rounding_refusal)
-    closed, x, out = traced(model)
+    closed, inputs, outputs = with_cache(exported) if kv_cache else traced(model)
     graph, paths = Graph(onnx), sorted(exported.shapes)
     specs = {spec.param: spec for spec in exported.weights}
     params = {path: np.asarray(value) for path, value in exported.params.items()}
-    Converter(graph, specs, exported.qtensors, params, rows).run(closed, paths, x, out)
+    Converter(graph, specs, exported.qtensors, params, rows).run(closed, paths, inputs, outputs)
     metadata = {"mpq.model": name, "mpq.weights": described(exported)}
     if rows:
         metadata["mpq.activations"] = json.dumps({row.spec.path: str(row.scheme) for row in rows}, sort_keys=True)
-    return graph, graph.model([x], [out], metadata)
+    return graph, graph.model(inputs, outputs, metadata)

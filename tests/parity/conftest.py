@@ -7,6 +7,7 @@ needed = {
     "test_llama_cpp.py": ("xllamacpp",),
     "test_onnxruntime.py": ("onnx", "onnxruntime"),
     "test_onnxruntime_activations.py": ("onnx", "onnxruntime"),
+    "test_onnxruntime_cache.py": ("onnx", "onnxruntime"),
     "test_runtimes_experiment.py": ("onnx", "onnxruntime", "onnx_ir"),
     "test_litert.py": ("ai_edge_litert",),
     "test_litert_experiment.py": ("ai_edge_litert", "ai_edge_quantizer"),

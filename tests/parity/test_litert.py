@@ -21,28 +21,15 @@ from mpq.litert.export import save, size_bytes
 from mpq.litert.weights import refusal
 from mpq.models import Model, load
 from mpq.quantize import RTN, Candidates
-from mpq.types import MpqError
-from tests import decoder_cases, tiny
+from tests import tiny
 from tests.command import exit_code
-from tests.runtime_cases import exported, noise, some_inputs
-from tests.test_families_encoder import write as write_encoder
-from tests.test_families_vision import write as write_vision
+from tests.runtime_cases import exported, kl_and_agreement, made, message_of, noise, require_equal, some_inputs
 
 pytestmark = pytest.mark.parity
 
 SCHEMES = ("int4_g16", "int8_channel", "int4_g8_zp", "int2_g16_zp", "int8_g16_zp_sbfloat16", "int4_tensor_zp", "bf16")
 DECODERS = ("llama", "gpt2", "gemma2", "opt, post-norm, projected", "qwen2_moe")
 VISION = ("resnet", "vit")
-
-
-def write(folder: Path, name: str) -> Model:
-    if name in DECODERS:
-        decoder_cases.write(folder, name)
-    elif name == "bert":
-        write_encoder(folder)
-    else:
-        write_vision(folder, name)
-    return load(str(folder))
 
 
 def run(path, inputs: np.ndarray, kernels: OpResolverType = OpResolverType.BUILTIN) -> np.ndarray:
@@ -53,22 +40,6 @@ def run(path, inputs: np.ndarray, kernels: OpResolverType = OpResolverType.BUILT
     interpreter.set_tensor(given["index"], inputs)
     interpreter.invoke()
     return interpreter.get_tensor(out["index"]).copy()
-
-
-def kl(want: np.ndarray, got: np.ndarray) -> float:
-    p, q = jax.nn.log_softmax(want), jax.nn.log_softmax(got)
-    return float((jnp.exp(p) * (p - q)).sum(-1).mean())
-
-
-def require_equal_codes(path, quantized: Exported) -> None:
-    codes = load_codes(path)
-    assert set(codes) == set(quantized.qtensors)
-    for name, q in quantized.qtensors.items():
-        assert str(codes[name].scheme) == str(q.scheme)
-        for part in ("qvalue", "scale", "zero_point"):
-            ours, theirs = getattr(q, part), getattr(codes[name], part)
-            assert (ours is None) == (theirs is None), (name, part)
-            assert ours is None or (ours.dtype == theirs.dtype and bool(jnp.array_equal(ours, theirs))), (name, part)
 
 
 def require_bits_of_the_plan(path, quantized: Exported) -> None:
@@ -89,7 +60,7 @@ def require_bits_of_the_plan(path, quantized: Exported) -> None:
 
 @pytest.mark.parametrize("name", [*DECODERS, "bert", *VISION])
 def test_every_kind_of_family(name, tmp_path):
-    model = write(tmp_path / "model", name)
+    model = made(name, tmp_path / "model")
     quantized = exported(model, SCHEMES, tmp_path / "orbax", refusal)
     size = save(tmp_path / "model.tflite", quantized, name, window=None if name in VISION else 10)
     assert size == (tmp_path / "model.tflite").stat().st_size
@@ -101,7 +72,7 @@ def test_every_kind_of_family(name, tmp_path):
     close = lambda got, want: np.testing.assert_allclose(got, want, atol=200 * 2.0**-22 * np.abs(want).max())
     close(run(tmp_path / "model.tflite", inputs), want)
     close(run(tmp_path / "model.tflite", inputs[:1], OpResolverType.BUILTIN_REF), want[:1])
-    require_equal_codes(tmp_path / "model.tflite", quantized)
+    require_equal(load_codes(tmp_path / "model.tflite"), quantized)
     require_bits_of_the_plan(tmp_path / "model.tflite", quantized)
 
 
@@ -117,7 +88,7 @@ def test_the_reference_model_on_held_out_text(root, tmp_path, capsys):
     tokens = np.asarray(model.tokenizer.encode(text[:40_000]).ids[: 8 * 504], np.int32).reshape(8, 504)
     want = np.asarray(jax.jit(model.apply)(quantized.dequantized(), tokens))
     got = run(tmp_path / "model.tflite", tokens)
-    assert kl(want, got) < 1e-7
+    assert kl_and_agreement(want, got)[0] < 1e-7
     assert (want.argmax(-1) == got.argmax(-1)).mean() >= 0.999
     require_bits_of_the_plan(tmp_path / "model.tflite", quantized)
 
@@ -152,9 +123,9 @@ def test_inputs_that_are_rounded_as_they_come(root, tmp_path):
     want = np.asarray(jax.jit(rounds.apply)(quantized.dequantized(), tokens))
     plain = np.asarray(jax.jit(model.apply)(quantized.dequantized(), tokens))
     got = run(tmp_path / "model.tflite", tokens)
-    assert kl(want, got) < 1e-3
-    assert kl(plain, got) > 1e-4  # inputs are rounded
-    require_equal_codes(tmp_path / "model.tflite", quantized)
+    assert kl_and_agreement(want, got)[0] < 1e-3
+    assert kl_and_agreement(plain, got)[0] > 1e-4  # inputs are rounded
+    require_equal(load_codes(tmp_path / "model.tflite"), quantized)
 
 
 def turned(quantized: Exported) -> Exported:
@@ -174,14 +145,15 @@ def test_scales_of_either_sign(tmp_path):
     save(tmp_path / "model.tflite", quantized, "x")
     inputs = some_inputs(model, 4, 64)
     want = np.asarray(jax.jit(model.apply)(quantized.dequantized(), inputs))
-    assert 1e-4 < kl(want, run(tmp_path / "model.tflite", inputs)) < 1e-2  # inputs of 8 bits, and nothing worse
-    require_equal_codes(tmp_path / "model.tflite", quantized)
+    kl, _ = kl_and_agreement(want, run(tmp_path / "model.tflite", inputs))
+    assert 1e-4 < kl < 1e-2  # inputs of 8 bits, and nothing worse
+    require_equal(load_codes(tmp_path / "model.tflite"), quantized)
     require_bits_of_the_plan(tmp_path / "model.tflite", quantized)
 
 
 @pytest.mark.parametrize("name", ["resnet_cifar", "mobilenet_v2"])
 def test_static_ranges(name, tmp_path):
-    model = write(tmp_path / "model", name)
+    model = made(name, tmp_path / "model")
     inputs = some_inputs(model, 256, 0)
     rows = rounded(model, "int8_tensor_static_asym", inputs, trace=(256,))
     make = noise(model)
@@ -189,12 +161,12 @@ def test_static_ranges(name, tmp_path):
     quantized = turned(quantized)
     assert save(tmp_path / "model.tflite", quantized, name) == size_bytes(quantized, name)
     want = np.asarray(jax.jit(with_activations(model, model.trace(256), rows).apply)(quantized.dequantized(), inputs))
-    assert kl(want, run(tmp_path / "model.tflite", inputs)) < 1e-3
-    require_equal_codes(tmp_path / "model.tflite", quantized)
+    assert kl_and_agreement(want, run(tmp_path / "model.tflite", inputs))[0] < 1e-3
+    require_equal(load_codes(tmp_path / "model.tflite"), quantized)
     require_bits_of_the_plan(tmp_path / "model.tflite", quantized)
     save(tmp_path / "integer.tflite", quantized, name, integer=True)
-    require_equal_codes(tmp_path / "integer.tflite", quantized)
-    assert kl(want, run(tmp_path / "integer.tflite", inputs)) < 1e-2
+    require_equal(load_codes(tmp_path / "integer.tflite"), quantized)
+    assert kl_and_agreement(want, run(tmp_path / "integer.tflite", inputs))[0] < 1e-2
 
 
 @pytest.fixture(scope="module")
@@ -214,12 +186,6 @@ def test_sizes_are_known_for_random_plans_and_equal_models_give_equal_bytes(smal
         assert save(tmp_path / "a", plan, "n" * 50 * trial) == size_bytes(plan, "n" * 50 * trial)
     save(tmp_path / "b", plan, "n" * 50 * trial)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
-def message_of(call) -> str:
-    with pytest.raises(MpqError) as caught:
-        call()
-    return str(caught.value)
 
 
 class TestWhatCannotBeWritten:

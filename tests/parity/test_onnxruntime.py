@@ -16,18 +16,14 @@ from mpq.onnx.export import load as load_codes
 from mpq.onnx.export import save, size_bytes
 from mpq.onnx.weights import refusal
 from mpq.quantize import RTN, Candidates
-from mpq.types import MpqError
-from tests import decoder_cases, runtime_cases, tiny
+from tests import runtime_cases, tiny
 from tests.command import exit_code
-from tests.runtime_cases import noise, some_inputs
-from tests.test_families_encoder import write as write_encoder
-from tests.test_families_vision import write as write_vision
+from tests.runtime_cases import VISION, made, message_of, noise, require_equal, some_inputs
 
 pytestmark = pytest.mark.parity
 
 SCHEMES = ("int4_g16", "int8_channel", "int4_g8_zp", "int2_g16_zp", "int8_g16_zp_sbfloat16", "int4_tensor_zp", "bf16")
 DECODERS = ("llama", "gemma2", "opt, post-norm, projected", "gpt_neox", "qwen2_moe")
-VISION = ("resnet", "resnet_cifar", "mobilenet_v2", "vit")
 
 
 def exported(model: Model, schemes: tuple[str, ...], folder, make=None, rows=()) -> Exported:
@@ -45,28 +41,6 @@ def run(path, inputs: np.ndarray) -> np.ndarray:
     return session.run(None, {given.name: inputs.astype(np.int64) if given.name == "input_ids" else inputs})[0]
 
 
-def made(name: str, folder) -> Model:
-    """A tiny random model of a family."""
-    if name in (*DECODERS, "qwen2_moe"):
-        decoder_cases.write(folder, name)
-    elif name == "bert":
-        write_encoder(folder)
-    else:
-        write_vision(folder, name)
-    return load(str(folder))
-
-
-def require_codes(path, quantized: Exported) -> None:
-    """The file gives the codes, scales and zero points back."""
-    codes = load_codes(path)
-    for weight, q in quantized.qtensors.items():
-        assert str(codes[weight].scheme) == str(q.scheme)
-        for part in ("qvalue", "scale", "zero_point"):
-            ours, theirs = getattr(q, part), getattr(codes[weight], part)
-            assert (ours is None) == (theirs is None), (weight, part)
-            assert ours is None or bool(jnp.array_equal(ours, theirs)), (weight, part)
-
-
 @pytest.mark.parametrize("name", [*DECODERS, "bert", *VISION])
 def test_every_kind_of_family(name, tmp_path):
     model = made(name, tmp_path / "model")
@@ -81,7 +55,7 @@ def test_every_kind_of_family(name, tmp_path):
     # One file for every batch and length; what a decoder says of a token depends on no later one.
     part = (slice(0, 1), slice(0, 7)) if name in DECODERS else (slice(0, 1),)
     close(run(tmp_path / "model.onnx", inputs[part]), want[part])
-    require_codes(tmp_path / "model.onnx", quantized)
+    require_equal(load_codes(tmp_path / "model.onnx"), quantized)
 
 
 def test_the_reference_model_on_held_out_text(root, tmp_path, capsys):
@@ -130,13 +104,7 @@ def test_what_one_file_cannot_hold_lies_in_two(small, tmp_path):
     assert files["model.onnx.data"] > size / 4
     inputs = some_inputs(model, 2, 9)
     np.testing.assert_array_equal(run(tmp_path / "two" / "model.onnx", inputs), run(tmp_path / "one", inputs))
-    require_codes(tmp_path / "two", quantized)
-
-
-def message_of(call) -> str:
-    with pytest.raises(MpqError) as caught:
-        call()
-    return str(caught.value)
+    require_equal(load_codes(tmp_path / "two"), quantized)
 
 
 class TestWhatCannotBeWritten:

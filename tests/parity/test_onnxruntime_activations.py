@@ -3,7 +3,6 @@
 import collections
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import onnx
 import onnxruntime
@@ -14,12 +13,14 @@ from mpq.activations.apply import RoundedActivation
 from mpq.activations.plans import rows_of
 from mpq.models import load
 from mpq.onnx.activations import Activations
+from mpq.onnx.export import load as load_codes
 from mpq.onnx.export import save, size_bytes
 from mpq.onnx.graph import Graph, Tensor, require_onnx
 from tests import checkpoint_folders as folders
 from tests import tiny
 from tests.command import exit_code
-from tests.parity.test_onnxruntime import exported, made, message_of, noise, require_codes, run, some_inputs
+from tests.parity.test_onnxruntime import exported, run
+from tests.runtime_cases import kl_and_agreement, made, message_of, noise, require_equal, rounded_rows, some_inputs
 from tests.vision_cases import CIFAR
 
 pytestmark = pytest.mark.parity
@@ -49,17 +50,6 @@ INTEGER = {
 """Operations on integers of the graph that ONNX Runtime makes of the file."""
 
 
-def rounded_rows(model, scheme: str, smooth: bool) -> tuple[RoundedActivation, ...]:
-    """All inputs of weights; static ranges are any that clip, factors any."""
-    scheme, rng = parse_activation_scheme(scheme), np.random.default_rng(0)
-    rows = []
-    for row in rows_of("activations", model.trace(2, 16)):
-        ends = ((-1.5,), (2.5,)) if scheme.static else (None, None)
-        factors = tuple(map(float, np.float32(rng.uniform(0.5, 2, row.width)))) if smooth and row.batch == 1 else None
-        rows.append(RoundedActivation(row, scheme, *ends, smooth=factors))
-    return tuple(rows)
-
-
 def optimized(path, folder) -> collections.Counter:
     """Operations of the graph that ONNX Runtime runs."""
     options = onnxruntime.SessionOptions()
@@ -76,7 +66,7 @@ def test_every_kind_of_rounding(case, tmp_path):
     quantized = exported(model, (weights, "fp16"), tmp_path / "orbax", noise(model), rows)
     size = save(tmp_path / "model.onnx", quantized, name)
     assert size == (tmp_path / "model.onnx").stat().st_size == size_bytes(quantized, name)
-    require_codes(tmp_path / "model.onnx", quantized)
+    require_equal(load_codes(tmp_path / "model.onnx"), quantized)
     found = optimized(tmp_path / "model.onnx", tmp_path)
     assert {kind for kind in found if "Integer" in kind} == INTEGER.get(case, set())
     inputs = some_inputs(model, 3, 10)
@@ -84,12 +74,6 @@ def test_every_kind_of_rounding(case, tmp_path):
     got = run(tmp_path / "model.onnx", inputs)
     # As without rounding; no value lies so close to the middle of two codes that sums of another order would decide.
     np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
-
-
-def kl_and_agreement(want: np.ndarray, got: np.ndarray) -> tuple[float, float]:
-    """Mean KL in nats an output, and how often the first choice is the same."""
-    p, q = (np.asarray(jax.nn.log_softmax(jnp.asarray(z, jnp.float32)), np.float64) for z in (want, got))
-    return float((np.exp(p) * (p - q)).sum(-1).mean()), float((want.argmax(-1) == got.argmax(-1)).mean())
 
 
 def test_the_reference_model_at_w8a8_on_held_out_text(root, tmp_path):

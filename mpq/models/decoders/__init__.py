@@ -4,8 +4,9 @@ A family that this decoder covers is a file beside this package with two things:
 `DecoderConfig`, and a table of the names that its checkpoints use.
 """
 
+from mpq.models.decoders.cache import Cache
 from mpq.models.decoders.config import DecoderConfig, ExpertsConfig
 from mpq.models.decoders.modules import Decoder
 from mpq.models.decoders.rope import Rope
 
-__all__ = ["Decoder", "DecoderConfig", "ExpertsConfig", "Rope"]
+__all__ = ["Cache", "Decoder", "DecoderConfig", "ExpertsConfig", "Rope"]

@@ -11,6 +11,7 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
+from mpq.models.decoders.cache import Cache
 from mpq.models.decoders.config import DecoderConfig
 from mpq.models.decoders.experts import SparseMLP
 from mpq.models.decoders.layers import MLP, linear_of, norm_of
@@ -18,7 +19,14 @@ from mpq.types import MpqError
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float | None, window: int | None, softcap: float | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    seen: jax.Array | None = None,
 ) -> jax.Array:
     """Causal grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245).
 
@@ -29,6 +37,8 @@ def attend(
       scale: of the scores; None: head_dim**-0.5.
       window: tokens that a query sees, itself included (Beltagy et al. 2020, arXiv:2004.05150); None: all before it.
       softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2, arXiv:2408.00118, section 2).
+      seen: `bool[batch, time, keys]`, which keys a query reads where there are more keys than queries; None: as
+        `window` says.
 
     Returns:
       `[batch, time, heads, head_dim]`.
@@ -41,9 +51,13 @@ def attend(
     scores = scores * (dim**-0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    distance = jnp.arange(time)[:, None] - jnp.arange(time)
-    seen = (distance >= 0) & (distance < (time if window is None else window))
-    weights = jax.nn.softmax(jnp.where(jnp.tile(seen, (served, 1)), scores, -jnp.inf), axis=-1).astype(v.dtype)
+    if seen is None:
+        distance = jnp.arange(time)[:, None] - jnp.arange(time)
+        seen = (distance >= 0) & (distance < (time if window is None else window))
+        scores = jnp.where(jnp.tile(seen, (served, 1)), scores, -jnp.inf)
+    else:  # a query of padding may see no key: its output, read by none, must be finite
+        scores = jnp.where(jnp.tile(seen, (1, served, 1))[:, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     y = jnp.einsum("bkrs,bskd->bkrd", weights, v).reshape(batch, -1, served, time, dim)
     return y.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, dim)
 
@@ -65,21 +79,26 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = norm_of(config, rngs, config.head_dim), norm_of(config, rngs, config.head_dim)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`x[batch, time, hidden]` to the same shape."""
+    def __call__(self, x: jax.Array, cache: Cache | None = None) -> jax.Array:
+        """`x[batch, time, hidden]` to the same shape; `cache` has the tokens before."""
         config, rope = self.config, self.config.positions(self.layer)
         q, k, v = self.heads(x)
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q, k = rope(q), rope(k)
+            positions, length = (None, None) if cache is None else (cache.positions, cache.length)
+            q, k = rope(q, positions, length), rope(k, positions, length)
+        window = config.window(self.layer)
+        if cache is not None:
+            k, v = cache.extend(k, v)
         y = attend(
             q,
             k,
             v,
             scale=config.attention_scale,
-            window=config.window(self.layer),
+            window=window,
             softcap=config.attention_softcap,
+            seen=None if cache is None else cache.seen(window),
         )
         return self.o_proj(y.reshape(*x.shape[:2], -1))
 
@@ -113,12 +132,12 @@ class Block(nnx.Module):
         if config.residual == "sandwich":
             self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(), norm()
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`x[batch, time, hidden]` to the same shape."""
+    def __call__(self, x: jax.Array, cache: Cache | None = None) -> jax.Array:
+        """`x[batch, time, hidden]` to the same shape; `cache` has the tokens before."""
         if self.residual == "post":
-            x = self.input_layernorm(x + self.self_attn(x))
+            x = self.input_layernorm(x + self.self_attn(x, cache))
             return self.post_attention_layernorm(x + self.mlp(x))
-        attended = self.self_attn(self.input_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), cache)
         if self.residual == "parallel":
             return x + attended + self.mlp(self.post_attention_layernorm(x))
         if self.residual == "sandwich":
@@ -151,12 +170,12 @@ class Decoder(nnx.Module):
         if not config.tie_word_embeddings:
             self.lm_head = linear(width, config.vocab_size)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Logits of the next token at every position."""
+    def __call__(self, tokens: jax.Array, cache: Cache | None = None) -> jax.Array:
+        """Logits of the next token at every position; `cache` has the tokens before."""
         config = self.config
-        x = self.embed(tokens)
+        x = self.embed(tokens, None if cache is None else cache.positions)
         for block in self.layers:
-            x = block(x)
+            x = block(x, cache)
         if config.final_norm:
             x = self.norm(x)
         if config.embedding_size is not None:
@@ -170,8 +189,12 @@ class Decoder(nnx.Module):
             logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
         return logits
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
+    def embed(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """`int32[batch, time]` to the residual stream before the first block, `float32[batch, time, hidden]`.
+
+        Args:
+          tokens: what is read.
+          positions: `int32[batch, time]`, where they are; None: from 0 on.
 
         Raises:
           MpqError: a window longer than the table of learned positions.
@@ -182,6 +205,8 @@ class Decoder(nnx.Module):
             x = x * config.embedding_scale
         if config.embedding_size is not None:
             x = self.project_in(x).astype(jnp.float32)
+        if config.learned_positions is not None and positions is not None:
+            return x + self.embed_positions(positions + config.learned_positions)
         if config.learned_positions is not None:
             if time > config.max_position_embeddings:
                 raise MpqError(

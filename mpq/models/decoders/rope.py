@@ -212,11 +212,13 @@ class Rope:
     fraction: float = 1.0
     scaling: Scaling = Plain()
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, positions: jax.Array | None = None, length: int | None = None) -> jax.Array:
         """Rotate queries or keys, in the layout that pairs feature `i` with `i + dim / 2`.
 
         Args:
           x: `[batch, time, heads, head_dim]`; position is the index along `time`.
+          positions: `int32[batch, time]`, where that is not so.
+          length: tokens of the window, where it has others before `x`.
 
         Returns:
           The rotated array, same shape and dtype; computed in float32.
@@ -229,9 +231,13 @@ class Rope:
             raise MpqError(f"rotary positions turn {dim} of {x.shape[-1]} features a head: the number must be even")
         half = dim // 2
         # They are constants of the model, made in float64: an error here is multiplied by the position.
-        frequency = self.scaling.frequencies(self.theta, dim, x.shape[1]).astype(np.float32)
-        angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequency  # [time, half]
-        cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
+        time = x.shape[1] if length is None else length
+        frequency = self.scaling.frequencies(self.theta, dim, time).astype(np.float32)
+        if positions is None:
+            angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequency  # [time, half]
+        else:
+            angle = positions.astype(jnp.float32)[..., None] * frequency  # [batch, time, half]
+        cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
         if (magnitude := self.scaling.magnitude) != 1:
             cos, sin = cos * magnitude, sin * magnitude
         a, b = x[..., :half].astype(jnp.float32), x[..., half:dim].astype(jnp.float32)
