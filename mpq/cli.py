@@ -211,7 +211,7 @@ def allocate(
       kv: what `mpq sensitivity --of kv` wrote: a scheme for every part of the KV cache; its bytes count in the size.
       context: tokens that the cache holds.
       sequences: of so many tokens each.
-      runtime: gguf, onnx, litert, hf, gptq, gptq_v2, awq or bnb: only what `mpq export --to` it has a form for.
+      runtime: gguf, onnx, litert, pt2, hf, gptq, gptq_v2, awq or bnb: only what `mpq export --to` it has a form for.
       frontier: picture of the whole frontier to write (.png or .svg).
       json: print one JSON object.
     """
@@ -282,8 +282,9 @@ def export(
       model: folder that `mpq quantize` wrote.
       out: file or folder to write.
       to: gguf, for llama.cpp; onnx, for ONNX Runtime, which rounds activations too where the plan does, a folder where
-        the file would have more than 2 GB; litert, for LiteRT (TensorFlow Lite); hf, a folder in the format of
-        compressed-tensors for transformers and vLLM; gptq, gptq_v2, awq or bnb (bitsandbytes), folders in those.
+        the file would have more than 2 GB; litert, for LiteRT (TensorFlow Lite); pt2, a program of torch.export for
+        PyTorch; hf, a folder in the format of compressed-tensors for transformers and vLLM; gptq, gptq_v2, awq or bnb
+        (bitsandbytes), folders in those.
       window: litert: tokens that the file reads at once; default the whole context, but at most 512.
       integer: litert: of static ranges of activations, round sums of residual blocks as well: most is of integers then.
       kv_cache: onnx: language models read the keys and values of the tokens before, and give those of all.

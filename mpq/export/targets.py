@@ -19,6 +19,9 @@ from mpq.litert.weights import size_bits as litert_bits
 from mpq.onnx import export as onnx
 from mpq.onnx.activations import refusal as onnx_rounding_refusal
 from mpq.onnx.weights import refusal as onnx_refusal
+from mpq.pt2 import export as pt2
+from mpq.pt2.activations import refusal as pt2_rounding_refusal
+from mpq.pt2.weights import refusal as pt2_refusal
 from mpq.types import MpqError, Scheme, SensitivityTable, WeightSpec
 
 
@@ -87,6 +90,14 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             stored_bits=litert_bits,
             activations=True,
             options=("window", "integer"),
+        ),
+        "pt2": Target(
+            "a program of torch.export for PyTorch",
+            pt2.save,
+            pt2.size_bytes,
+            pt2_refusal,
+            activations=True,
+            rounding_refusal=pt2_rounding_refusal,
         ),
         "hf": _container("a compressed-tensors folder for transformers and vLLM", CONTAINERS["hf"]),
         "gptq": _container("a GPTQ folder", CONTAINERS["gptq"], uniform=True),

@@ -9,6 +9,8 @@ needed = {
     "test_onnxruntime_activations.py": ("onnx", "onnxruntime"),
     "test_onnxruntime_cache.py": ("onnx", "onnxruntime"),
     "test_runtimes_experiment.py": ("onnx", "onnxruntime", "onnx_ir"),
+    "test_pt2.py": ("torch",),
+    "test_refused_operations.py": ("torch", "onnx"),
     "test_litert.py": ("ai_edge_litert",),
     "test_litert_experiment.py": ("ai_edge_litert", "ai_edge_quantizer"),
     "test_runtimes_w8a8_experiment.py": ("onnx", "onnxruntime"),
