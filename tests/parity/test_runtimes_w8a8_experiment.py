@@ -36,5 +36,6 @@ def test_an_unknown_quantizer(options):
     with pytest.raises(MpqError) as caught:
         runtimes_w8a8.main(dataclasses.replace(options, quantizers=("awq",)))
     assert str(caught.value) == (
-        "unknown quantizer 'awq': the valid ones are dynamic, dynamic_by_channel, static, static_by_channel"
+        "unknown quantizer 'awq': the valid ones are dynamic, dynamic_by_channel, static, static_by_channel, "
+        "static_products, static_products_by_channel"
     )
