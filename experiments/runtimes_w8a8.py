@@ -19,10 +19,11 @@ than theirs, or the last. One thread; both files in turns, the median of `repeat
 """
 
 import dataclasses
+import functools
 import importlib
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ from mpq.onnx.export import save, size_bytes
 from mpq.quantize import GPTQ, Candidates
 from mpq.record import RunRecord
 from mpq.types import MpqError, Scheme
+
+Run = Callable[[np.ndarray], np.ndarray]
+"""A batch -> what the model says of it."""
 
 QUANTIZERS = (
     "dynamic",
@@ -88,7 +92,7 @@ class Options:
 
 
 class Comparison:
-    """The model, its data, and the graph that both sides start from."""
+    """The model, its data, and files of both sides."""
 
     def __init__(self, options: Options, folder: Path) -> None:
         self.options, self.folder, self.model = options, folder, load(options.model)
@@ -100,9 +104,18 @@ class Comparison:
         self.batches = self._batches(self.test)
         apply = jax.jit(self.model.apply)
         self.original = [np.asarray(jax.nn.log_softmax(apply(self.model.params, batch))) for batch in self.batches]
-        self.base = folder / "base.onnx"
-        floats = {w.path: parse_scheme("fp16" if "embedding" in w.kind else "fp32") for w in self.traced.weights}
-        save(self.base, self.exported(floats, None), "base")
+
+    @functools.cached_property
+    def floats(self) -> Exported:
+        """The model in float32, its embeddings in float16."""
+        choice = {w.path: parse_scheme("fp16" if "embedding" in w.kind else "fp32") for w in self.traced.weights}
+        return self.exported(choice, None)
+
+    @functools.cached_property
+    def base(self) -> Path:
+        """The graph that both sides start from."""
+        save(self.folder / "base.onnx", self.floats, "base")
+        return self.folder / "base.onnx"
 
     def _read(self, path: Path, which: str, count: int) -> Dataset:
         if self.is_text:
@@ -174,23 +187,21 @@ class Comparison:
     def _fed(self, batch: np.ndarray) -> np.ndarray:
         return batch.astype(np.int64) if self.is_text else batch
 
-    def session(self, path: Path) -> Any:
+    def runner(self, path: Path) -> Run:
         """The file in ONNX Runtime, on one thread."""
         runtime = importlib.import_module("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3
-        return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        name = session.get_inputs()[0].name
+        return lambda batch: session.run(None, {name: self._fed(batch)})[0]
 
-    def run(self, session: Any, batch: np.ndarray) -> np.ndarray:
-        """What the model says of a batch."""
-        return session.run(None, {session.get_inputs()[0].name: self._fed(batch)})[0]
-
-    def quality(self, session: Any) -> tuple[float, float, float]:
+    def quality(self, run: Run) -> tuple[float, float, float]:
         """KL to the original, its standard error over windows or images, and the share of equal first choices."""
         kl: list[np.ndarray] = []
         same: list[np.ndarray] = []
         for batch, p in zip(self.batches, self.original, strict=True):
-            q = np.asarray(jax.nn.log_softmax(self.run(session, batch)))
+            q = np.asarray(jax.nn.log_softmax(run(batch)))
             kl.append((np.exp(p) * (p - q)).sum(-1, dtype=np.float64).reshape(len(batch), -1).mean(-1))
             same.append((p.argmax(-1) == q.argmax(-1)).reshape(-1))
         values = np.concatenate(kl)
@@ -200,13 +211,13 @@ class Comparison:
             float(np.concatenate(same).mean()),
         )
 
-    def seconds(self, sessions: list[Any]) -> list[float]:
-        """Median of a batch, the sessions in turns."""
-        times: list[list[float]] = [[] for _ in sessions]
+    def seconds(self, runs: list[Run]) -> list[float]:
+        """Median of a batch, in turns."""
+        times: list[list[float]] = [[] for _ in runs]
         for repeat in range(self.options.repeats + 2):
-            for session, found in zip(sessions, times, strict=True):
+            for run, found in zip(runs, times, strict=True):
                 start = time.perf_counter()
-                self.run(session, self.batches[0])
+                run(self.batches[0])
                 if repeat >= 2:  # the first ones allocate
                     found.append(time.perf_counter() - start)
         return [float(np.median(found)) for found in times]
@@ -217,14 +228,14 @@ class Comparison:
         for name in (name for name in self.options.quantizers if name not in known):
             theirs = self.theirs(name)
             ours, embedding = self.ours(name, theirs.stat().st_size)
-            sessions = {"their": self.session(theirs), "our": self.session(ours)}
+            runs = {"their": self.runner(theirs), "our": self.runner(ours)}
             row: dict[str, Any] = {"quantizer": name, "our_embedding": embedding}
-            for (side, session), path in zip(sessions.items(), (theirs, ours), strict=True):
-                values = (path.stat().st_size, *self.quality(session))
+            for (side, run), path in zip(runs.items(), (theirs, ours), strict=True):
+                values = (path.stat().st_size, *self.quality(run))
                 row |= dict(
                     zip([f"{side}_{k}" for k in ("bytes", "kl", "kl_stderr", "agreement")], values, strict=True)
                 )
-            times = self.seconds([*sessions.values(), self.session(self.base)])
+            times = self.seconds([*runs.values(), self.runner(self.base)])
             yield row | dict(zip(("their_seconds", "our_seconds", "float_seconds"), times, strict=True))
 
 
