@@ -36,6 +36,8 @@ from mpq.formats import parse_scheme
 from mpq.inputs import Dataset, Tokens
 from mpq.models import Model, load
 from mpq.quantize import GPTQ, Candidates, apply_plan
+from mpq.quantize.propagate import propagate
+from mpq.quantize.quantizer import Quantizer
 from mpq.sensitivity import METRICS
 from mpq.types import MpqError, QTensor, Scheme, SensitivityTable
 
@@ -110,6 +112,11 @@ class Comparison:
         moved.model, moved.stats, _ = awq(self.model, self.traced, folds, choice, self.stats)
         moved.candidates = Candidates(moved.model.params, self.traced.weights, GPTQ(), moved.stats)
         return moved
+
+    def propagated(self, quantizer: Quantizer, choice: dict[str, Scheme]) -> dict[str, QTensor]:
+        """Weights rounded in the order of execution, each making up for those before it."""
+        size, text = self.options.batch_size, self.calibration
+        return propagate(self.traced, self.model.params, choice, quantizer, self.stats, text, batch_size=size)
 
     def scores(self, qtensors: dict[str, QTensor]) -> DocumentScores:
         """On the held-out text."""

@@ -8,8 +8,9 @@ Writes:  one JSON object: by algorithm, scheme and part of the model, bits per w
          compilation, 0 where the other part of the model had it rounded already
 
 `blocks` are the weights whose path matches `--only`, `all` every one. `awq` moves scales between layers before weights
-are rounded to nearest, `awq_absmax` too, with scales that need no data, and `awq_gptq` before GPTQ. Text, windows and
-sizes are those of `experiments.distillation`.
+are rounded to nearest, `awq_absmax` too, with scales that need no data, and `awq_gptq` before GPTQ. `qep` is GPTQ in
+the order of execution, each weight making up for those before it, `qep_awq` after AWQ. Text, windows and sizes are
+those of `experiments.distillation`.
 """
 
 import dataclasses
@@ -40,9 +41,14 @@ ALGORITHMS: Mapping[str, Quantizer] = {
     "awq": RTN("mse"),
     "awq_absmax": RTN(),
     "awq_gptq": GPTQ(),
+    "qep": GPTQ(),
+    "qep_awq": GPTQ(),
 }
-EQUALIZED = ("awq", "awq_absmax", "awq_gptq")
+EQUALIZED = ("awq", "awq_absmax", "awq_gptq", "qep_awq")
 """Of `ALGORITHMS`, those that are given weights whose scales were moved by AWQ."""
+
+PROPAGATED = ("qep", "qep_awq")
+"""Of `ALGORITHMS`, those that round in order, each weight making up for those before."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +110,9 @@ def rows(options: Options, parts: Mapping[str, Comparison], done: list[dict[str,
             if algorithm in EQUALIZED:
                 measured = measured.equalized(choice)
                 candidates = rounded(measured)
-            qtensors = jax.block_until_ready(candidates.choose(choice))
+            ordered = algorithm in PROPAGATED
+            made = measured.propagated(ALGORITHMS[algorithm], choice) if ordered else candidates.choose(choice)
+            qtensors = jax.block_until_ready(made)
             seconds = time.perf_counter() - start
             row = measured.row(qtensors)
             del row["schemes"]

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -180,7 +180,7 @@ def _add(
         counted = counted_rows(site, mask)
         rows = jnp.where(counted[:, None], site.inputs_matrix(x).astype(jnp.float32), 0.0)
         (total, rest, absmax), (count, finite) = state[name]
-        larger, rest = _add_gram(total, rest, rows)
+        larger, rest = add_product(total, rest, rows, rows)
         # |x_i x_j| <= max(x_i^2, x_j^2): a sum that overflows does so on the diagonal too, and NaN always shows there.
         finite &= jnp.isfinite(jnp.diagonal(larger, axis1=1, axis2=2)).all()
         absmax = jnp.maximum(absmax, jnp.abs(rows).max(axis=1, initial=0.0))
@@ -191,8 +191,8 @@ def _add(
     return {name: s for name, (s, _) in state.items()}, {name: seen for name, (_, seen) in state.items()}
 
 
-def _add_gram(total: jax.Array, rest: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`total + rest`, both `float32[batch, k, k]`, plus the sum of x xT over `rows[batch, tokens, k]`.
+def add_product(total: jax.Array, rest: jax.Array, rows: jax.Array, others: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`total + rest`, both `float32[batch, k, k]`, plus the sum over tokens of x yT, x and y of `[batch, tokens, k]`.
 
     Some tokens at a time: XLA divides a long contraction among the threads of a CPU, and their number would decide how
     it is rounded. And in a loop, which adds in place: one product is held beside the totals, not one an input. A loop
@@ -201,17 +201,20 @@ def _add_gram(total: jax.Array, rest: jax.Array, rows: jax.Array) -> tuple[jax.A
     batch, tokens, k = rows.shape
     step = min(_STEP, -(-tokens // 2))
     steps = -(-tokens // step)
-    filled = jnp.pad(rows, ((0, 0), (0, steps * step - tokens), (0, 0)))
 
-    def add(sums: tuple[jax.Array, jax.Array], part: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+    def in_steps(rows: jax.Array) -> jax.Array:
+        filled = jnp.pad(rows, ((0, 0), (0, steps * step - tokens), (0, 0)))
+        return filled.reshape(batch, steps, step, k).swapaxes(0, 1)
+
+    def add(sums: tuple[jax.Array, jax.Array], parts: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
         total, rest = sums
-        gram = jnp.einsum("btk,btl->bkl", part, part, precision=jax.lax.Precision.HIGHEST)
+        product = jnp.einsum("btk,btl->bkl", *parts, precision=jax.lax.Precision.HIGHEST)
         # The exact error of a float32 sum (Knuth 1997, TAOCP 2, 4.2.2, theorem B), carried along instead of lost.
-        larger = total + gram
+        larger = total + product
         shadow = larger - total
-        return (larger, rest + ((total - (larger - shadow)) + (gram - shadow))), None
+        return (larger, rest + ((total - (larger - shadow)) + (product - shadow))), None
 
-    return jax.lax.scan(add, (total, rest), filled.reshape(batch, steps, step, k).swapaxes(0, 1))[0]
+    return jax.lax.scan(add, (total, rest), (in_steps(rows), in_steps(others)))[0]
 
 
 def counted_rows(site: Site, mask: jax.Array) -> jax.Array:

@@ -12,11 +12,12 @@ from typing import Annotated
 
 import tyro
 
-from mpq import commands, commands_export, commands_scores, show, show_inspection
+from mpq import commands, commands_export, commands_quantize, commands_scores, show, show_inspection
 from mpq.activations import KEYS_AND_VALUES
 from mpq.cli_answer import Json, Out, Source, answer
 from mpq.cli_gguf import gguf
 from mpq.cli_rows import qat, ranges
+from mpq.commands_quantize import Rounding
 from mpq.request import Request
 from mpq.types import MpqError
 
@@ -231,6 +232,7 @@ def quantize(
     ranges: Path | None = None,
     smooth: tyro.conf.FlagCreatePairsOff[bool] = False,
     awq: tyro.conf.FlagCreatePairsOff[bool] = False,
+    propagate: tyro.conf.FlagCreatePairsOff[bool] = False,
     keys_values: str = KEYS_AND_VALUES,
     window: int | None = None,
     max_windows: int = 64,
@@ -252,6 +254,7 @@ def quantize(
       ranges: what `mpq calibrate --of activations` wrote, for static schemes of activations; else `data` gives them.
       smooth: move outliers of activations into weights where that lowers the error on the data (SmoothQuant).
       awq: let the layers before take over what makes weights of large inputs finer (AWQ), where that lowers the error.
+      propagate: round in the order of execution, each weight making up for what those before it did (QEP).
       keys_values: regular expression for the weights that make keys and values.
       window: tokens a window; default 256, or the model's context if that is shorter.
       max_windows: use the first so many.
@@ -259,8 +262,8 @@ def quantize(
       json: print one JSON object.
     """
     text = None if data is None else commands.Data(data, window, max_windows, batch_size)
-    moving = bool(smooth), bool(awq)
-    quantize = lambda: commands.quantize(model, plan, out, text, stats, method, distill, ranges, keys_values, *moving)
+    how = Rounding(method, bool(smooth), bool(awq), bool(propagate))
+    quantize = lambda: commands_quantize.quantize(model, plan, out, text, stats, how, distill, ranges, keys_values)
     answer(quantize, json, commands.show_written)
 
 

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import tyro
 
-from mpq import commands, commands_activations, show
+from mpq import commands, commands_activations, commands_quantize, show
 from mpq.cli_answer import Json, Out, Source, answer
+from mpq.commands_quantize import Rounding
 from mpq.distill import Distill
 
 
@@ -71,7 +72,8 @@ def qat(
     text = commands.Data(data, window, max_windows, batch_size)
 
     def train() -> dict[str, object]:
+        how = Rounding(method)
         training = Distill(steps=steps, rounding=rate, scale=scale_rate, ranges=range_rate)
-        return commands.quantize(model, plan, out, text, stats, method, steps, ranges, training=training)
+        return commands_quantize.quantize(model, plan, out, text, stats, how, steps, ranges, training=training)
 
     answer(train, json, commands.show_written)

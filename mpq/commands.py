@@ -1,29 +1,21 @@
 """What the sub-commands do: files in, a stage, files out, and the plain result that `--json` prints."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from mpq import artifacts, commands_activations, show
-from mpq.activations import KEYS_AND_VALUES, ActivationRange
-from mpq.activations.plans import calibrated, split_plan, uniform_rows
+from mpq.activations import ActivationRange
+from mpq.activations.plans import split_plan, uniform_rows
 from mpq.activations.range_file import load_ranges
-from mpq.activations.smooth import smooth_model
 from mpq.allocate import solve_frontier
 from mpq.calibrate import calibrate as run_calibration
 from mpq.certainty import certainty, unknown
 from mpq.config import known, load_config
 from mpq.data.sources import read_set
-from mpq.distill import Distill
-from mpq.equalize import awq as equalize
-from mpq.equalize import find_folds
 from mpq.evaluate import Reference, score
 from mpq.export import orbax, rules
-from mpq.export.arguments import export_arguments
 from mpq.files import read_json
 from mpq.formats import parse_scheme
 from mpq.gguf.imatrix import stats_of, write_imatrix
@@ -139,74 +131,6 @@ def allocate(table_path: Path, out: Path, request: Request, picture: Path | None
     return {"out": str(out), **plan.to_json(), **told}
 
 
-def quantize(
-    model_source: str,
-    plan_source: str,
-    out: Path,
-    text: Data | None,
-    stats: Path | None,
-    method: str,
-    distill: int,
-    ranges: Path | None = None,
-    keys_values: str = KEYS_AND_VALUES,
-    smooth: bool = False,
-    awq: bool = False,
-    training: Distill | None = None,
-) -> dict[str, Any]:
-    """The quantized model as an Orbax folder, after so many steps of distillation."""
-    known("method", method, QUANTIZERS)
-    if distill < 0:
-        raise MpqError(f"distill is {distill}: it must be a number of steps, at least 0")
-    if distill and text is None:
-        raise MpqError("distillation needs text: give --data TEXT")
-    model = load(model_source)
-    traced = text.trace(model) if text else model.trace()
-    plan = _plan(plan_source, model, traced, keys_values)
-    if smooth and (text is None or ranges is not None or distill):
-        raise MpqError("--smooth needs --data TEXT, from which ranges come too: leave out --ranges and --distill")
-    if awq and (text is None or plan.activations):
-        raise MpqError("--awq needs --data TEXT and a plan of weights alone; for activations give --smooth")
-    if out.exists():
-        raise MpqError(f"{out} exists already: choose another folder or remove it")
-    data, batch_size = (text.dataset(model, "calibration"), text.batch_size) if text else (None, 1)
-    found = None if ranges is None else read_ranges(ranges, model)
-    chosen, warnings = calibrated(plan.activations, model, traced, data, found, batch_size)
-    candidates, told = None, {}
-    if data is not None and (smooth or awq):
-        collected = _collected(model, traced, data, stats, batch_size)
-        if awq:
-            folds = find_folds(model, traced, data)
-            model, collected, strengths = equalize(model, traced, folds, plan.choices, collected)
-            told["equalized"] = sum(alpha > 0 for alpha in strengths.values())
-        else:
-            model, chosen, collected = smooth_model(model, traced, chosen, plan.choices, collected, data, batch_size)
-            plan = plan.with_activations({one.spec.path: one.to_json() for one in chosen})
-            told["smoothed"] = sum(one.smooth is not None for one in chosen)
-        candidates = Candidates(model.params, traced.weights, QUANTIZERS[method], collected)
-    candidates = candidates or make_candidates(model, traced, method, data, stats, batch_size)
-    qtensors = candidates.choose(plan.choices)
-    state = out.with_name(f"{out.name}.distill")  # an interrupted distillation goes on from here
-    if distill and text is not None and data is not None:
-        options = dataclasses.replace(training or Distill(), steps=distill)
-        options = dataclasses.replace(options, batch_size=min(text.batch_size, len(data.inputs)))
-        train = functools.partial(options, model, traced, qtensors, data, activations=chosen)
-        qtensors, losses, chosen = train(key=jax.random.key(0), state=state)
-        told |= {"distill": distill, "first_loss": float(losses[0]), "last_loss": float(losses[-1])}
-    written = orbax.save(out, **export_arguments(model, traced.weights, qtensors, plan, chosen))
-    if distill:
-        state.unlink()
-    return {
-        "out": str(out),
-        "plan": plan.name,
-        "method": method,
-        **told,
-        "size_bytes": plan.size_bytes,
-        "payload_bytes": written,
-        "bits_per_weight": plan.bits_per_weight,
-        **({"warnings": warnings} if warnings else {}),
-    }
-
-
 def evaluate(model_source: str, text: Data, reference_source: str | None) -> dict[str, Any]:
     """Quality on a text."""
     model = load(model_source)
@@ -253,7 +177,7 @@ def make_candidates(
     wanted = stats is not None or QUANTIZERS[method].data_aware
     if wanted and stats is None and data is None:
         raise MpqError(f"method {method!r} needs calibration: give --data TEXT or --stats FILE")
-    collected = _collected(model, traced, data, stats, batch_size) if wanted else {}
+    collected = collect(model, traced, data, stats, batch_size) if wanted else {}
     return Candidates(model.params, traced.weights, QUANTIZERS[method], collected)
 
 
@@ -269,7 +193,7 @@ def read_stats(path: Path, model: Model, traced: Trace) -> tuple[dict[str, Layer
     return artifacts.load_stats(path, model.digest)
 
 
-def _collected(
+def collect(
     model: Model, traced: Trace, data: Dataset | None, stats: Path | None, batch_size: int
 ) -> Mapping[str, LayerStats]:
     """Statistics from the file, else from the text: one of the two is there."""
@@ -279,7 +203,7 @@ def _collected(
     return run_calibration(traced, model.params, data, batch_size)
 
 
-def _plan(text: str, model: Model, traced: Trace, keys_values: str) -> artifacts.Plan:
+def read_plan(text: str, model: Model, traced: Trace, keys_values: str) -> artifacts.Plan:
     """The plan in a file, or a uniform one; `text` may name schemes of activations and of the KV cache beside it."""
     source, activations, kv = split_plan(text)
     rows = uniform_rows(traced, activations, kv, keys_values)

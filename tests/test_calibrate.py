@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from mpq.calibrate import _add, _add_gram, calibrate, count_lookups
+from mpq.calibrate import _add, add_product, calibrate, count_lookups
 from mpq.inputs import Dataset
 from mpq.trace import trace
 from mpq.types import MpqError
@@ -258,9 +258,9 @@ def test_user_errors():
 
 GRAM = """
 import hashlib, numpy as np
-from mpq.calibrate import _add_gram
+from mpq.calibrate import add_product
 rows = np.random.default_rng(0).normal(size=(1, 2049, 192)).astype(np.float32)
-total, rest = _add_gram(*np.zeros((2, 1, 192, 192), np.float32), rows)
+total, rest = add_product(*np.zeros((2, 1, 192, 192), np.float32), rows, rows)
 print(hashlib.sha256(np.asarray(total) + np.asarray(rest)).hexdigest())
 """
 
@@ -276,6 +276,6 @@ def test_a_gram_is_the_same_to_the_bit_on_any_number_of_threads():
 def test_a_gram_is_the_sum_over_all_tokens():
     rows = np.random.default_rng(0).normal(size=(2, 259, 5)).astype(np.float32)
     exact = np.einsum("btk,btl->bkl", rows, rows, dtype=np.float64)
-    total, rest = _add_gram(*jnp.zeros((2, 2, 5, 5)), jnp.asarray(rows))
+    total, rest = add_product(*jnp.zeros((2, 2, 5, 5)), jnp.asarray(rows), jnp.asarray(rows))
     assert not np.array_equal(rest, np.zeros_like(rest))  # what a single float32 would have lost
     np.testing.assert_allclose(total + rest, exact, rtol=1e-5, atol=1e-4)

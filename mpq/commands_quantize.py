@@ -1,0 +1,155 @@
+"""What `mpq quantize` and `mpq qat` do: a plan's weights, rounded and perhaps trained, as a folder."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mpq import artifacts
+from mpq.activations import KEYS_AND_VALUES
+from mpq.activations.apply import RoundedActivation
+from mpq.activations.plans import calibrated
+from mpq.activations.smooth import smooth_model
+from mpq.commands import Data, collect, make_candidates, read_plan, read_ranges
+from mpq.config import known
+from mpq.distill import Distill
+from mpq.equalize import awq, find_folds
+from mpq.export import orbax
+from mpq.export.arguments import export_arguments
+from mpq.inputs import Dataset
+from mpq.models import Model, load
+from mpq.quantize import QUANTIZERS, Candidates
+from mpq.quantize.propagate import propagate
+from mpq.trace import Trace
+from mpq.types import MpqError, QTensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """How weights are rounded.
+
+    Attributes:
+      method: name in `QUANTIZERS`.
+      smooth: first, move outliers of activations into weights.
+      awq: first, move scales of weights into the layers before.
+      propagate: round in order, each weight making up for those before.
+    """
+
+    method: str = "gptq"
+    smooth: bool = False
+    awq: bool = False
+    propagate: bool = False
+
+    def check(self, plan: artifacts.Plan, *, data: bool, ranges: bool, distill: bool) -> None:
+        """Refuse what does not go together.
+
+        Args:
+          plan: what is rounded to.
+          data: whether there is calibration data.
+          ranges: whether ranges come from a file.
+          distill: whether the result is trained.
+
+        Raises:
+          MpqError: says what to leave out or to give.
+        """
+        if self.smooth and (not data or ranges or distill):
+            raise MpqError("--smooth needs --data TEXT, from which ranges come too: leave out --ranges and --distill")
+        if self.awq and (not data or plan.activations):
+            raise MpqError("--awq needs --data TEXT and a plan of weights alone; for activations give --smooth")
+        if self.propagate and (not data or self.smooth):
+            raise MpqError("--propagate needs --data TEXT, and the inputs that --smooth changes: leave that out")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Rounded:
+    """A model whose parameters may have moved, and its weights."""
+
+    model: Model
+    plan: artifacts.Plan
+    activations: tuple[RoundedActivation, ...]
+    qtensors: dict[str, QTensor]
+    told: dict[str, Any]
+
+
+def quantize(
+    model_source: str,
+    plan_source: str,
+    out: Path,
+    text: Data | None,
+    stats: Path | None,
+    how: Rounding,
+    distill: int,
+    ranges: Path | None = None,
+    keys_values: str = KEYS_AND_VALUES,
+    training: Distill | None = None,
+) -> dict[str, Any]:
+    """The quantized model as an Orbax folder, after so many steps of distillation."""
+    known("method", how.method, QUANTIZERS)
+    if distill < 0:
+        raise MpqError(f"distill is {distill}: it must be a number of steps, at least 0")
+    if distill and text is None:
+        raise MpqError("distillation needs text: give --data TEXT")
+    model = load(model_source)
+    traced = text.trace(model) if text else model.trace()
+    plan = read_plan(plan_source, model, traced, keys_values)
+    how.check(plan, data=text is not None, ranges=ranges is not None, distill=distill > 0)
+    if out.exists():
+        raise MpqError(f"{out} exists already: choose another folder or remove it")
+    data, batch_size = (text.dataset(model, "calibration"), text.batch_size) if text else (None, 1)
+    found = None if ranges is None else read_ranges(ranges, model)
+    chosen, warnings = calibrated(plan.activations, model, traced, data, found, batch_size)
+    rounded = _round(how, model, traced, plan, chosen, data, stats, batch_size)
+    model, plan, chosen, qtensors = rounded.model, rounded.plan, rounded.activations, rounded.qtensors
+    told = dict(rounded.told)
+    state = out.with_name(f"{out.name}.distill")  # an interrupted distillation goes on from here
+    if distill and text is not None and data is not None:
+        options = dataclasses.replace(training or Distill(), steps=distill)
+        options = dataclasses.replace(options, batch_size=min(text.batch_size, len(data.inputs)))
+        train = functools.partial(options, model, traced, qtensors, data, activations=chosen)
+        qtensors, losses, chosen = train(key=jax.random.key(0), state=state)
+        told |= {"distill": distill, "first_loss": float(losses[0]), "last_loss": float(losses[-1])}
+    written = orbax.save(out, **export_arguments(model, traced.weights, qtensors, plan, chosen))
+    if distill:
+        state.unlink()
+    return {
+        "out": str(out),
+        "plan": plan.name,
+        "method": how.method,
+        **told,
+        "size_bytes": plan.size_bytes,
+        "payload_bytes": written,
+        "bits_per_weight": plan.bits_per_weight,
+        **({"warnings": warnings} if warnings else {}),
+    }
+
+
+def _round(
+    how: Rounding,
+    model: Model,
+    traced: Trace,
+    plan: artifacts.Plan,
+    chosen: tuple[RoundedActivation, ...],
+    data: Dataset | None,
+    stats: Path | None,
+    batch_size: int,
+) -> _Rounded:
+    """What `how` asks for, in the order: scales, then weights."""
+    if data is None or not (how.smooth or how.awq or how.propagate):
+        candidates = make_candidates(model, traced, how.method, data, stats, batch_size)
+        return _Rounded(model, plan, chosen, candidates.choose(plan.choices), {})
+    collected, told = collect(model, traced, data, stats, batch_size), {}
+    if how.smooth:
+        model, chosen, collected = smooth_model(model, traced, chosen, plan.choices, collected, data, batch_size)
+        plan = plan.with_activations({one.spec.path: one.to_json() for one in chosen})
+        told["smoothed"] = sum(one.smooth is not None for one in chosen)
+    if how.awq:
+        model, collected, strengths = awq(model, traced, find_folds(model, traced, data), plan.choices, collected)
+        told["equalized"] = sum(alpha > 0 for alpha in strengths.values())
+    quantizer = QUANTIZERS[how.method]
+    if how.propagate:
+        order = propagate(traced, model.params, plan.choices, quantizer, collected, data, batch_size=batch_size)
+        return _Rounded(model, plan, chosen, order, {**told, "propagated": True})
+    candidates = Candidates(model.params, traced.weights, quantizer, collected)
+    return _Rounded(model, plan, chosen, candidates.choose(plan.choices), told)
