@@ -25,6 +25,7 @@ from kernels_pallas.cpu import CPU
 from kernels_pallas.devices import Device, device
 from kernels_pallas.errors import KernelError
 from kernels_pallas.hopper import HOPPER
+from kernels_pallas.native import NATIVE
 from kernels_pallas.tpu import TPU
 
 FAR = 3.0
@@ -52,7 +53,9 @@ REFERENCE = Backend(
     complete=True,
 )
 
-BACKENDS: Mapping[str, Backend] = MappingProxyType({"reference": REFERENCE, "cpu": CPU, "tpu": TPU, "hopper": HOPPER})
+BACKENDS: Mapping[str, Backend] = MappingProxyType(
+    {"reference": REFERENCE, "cpu": CPU, "native": NATIVE, "tpu": TPU, "hopper": HOPPER}
+)
 
 
 @dataclasses.dataclass(frozen=True)

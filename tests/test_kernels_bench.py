@@ -9,6 +9,7 @@ import pytest
 from kernels_pallas import bench
 from kernels_pallas.cases import CONFORMANCE, Case, draw
 from kernels_pallas.devices import Device
+from kernels_pallas.native_build import library
 from tests.kernel_cases import bound, oracle
 
 
@@ -27,7 +28,8 @@ def test_writes_a_row_for_every_backend_that_runs_here(tmp_path, capsys):
         ]
     )
     body = json.loads((tmp_path / "new" / "cpu.json").read_text())
-    assert [row["backend"] for row in body["rows"]] == ["dense_float32", "reference", "cpu"]
+    native = [] if isinstance(library(), str) else ["native"]
+    assert [row["backend"] for row in body["rows"]] == ["dense_float32", "reference", "cpu", *native]
     for row in body["rows"]:
         assert row["case"] == str(case)
         assert 0 < row["p10"] <= row["p50"] <= row["p90"]
@@ -37,7 +39,7 @@ def test_writes_a_row_for_every_backend_that_runs_here(tmp_path, capsys):
     assert body["ceilings"]["bytes_per_s"] > 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split() == list(bench.COLUMNS)
-    assert len(printed) == 4
+    assert len(printed) == 4 + len(native)
 
 
 @pytest.mark.parametrize("activation_bits", [None, 8])

@@ -170,7 +170,7 @@ class TestTheChoice:
         far = dataclasses.replace(PROBLEM, k=128)
         assert nearest(far, self.entries) is None
         assert choose(PROBLEM, "tpu", ()) == ("tpu", tiles(PROBLEM))
-        assert choose(dataclasses.replace(PROBLEM, layout="cpu"), "cpu", ())[0] == "cpu"
+        assert choose(dataclasses.replace(PROBLEM, layout="cpu", m=512), "cpu", ())[0] == "cpu"
 
     def test_entries_of_backends_that_cannot_run_here_are_not_taken(self):
         assert choose(dataclasses.replace(PROBLEM, bits=8), "tpu", self.entries)[0] == "tpu"

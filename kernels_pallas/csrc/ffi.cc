@@ -1,0 +1,137 @@
+// The kernels as a function of XLA: buffers in, columns shared out among the threads of XLA's own pool.
+//
+// Threads take the next piece of columns until there is none, the calling one too. It waits only for pieces that others
+// have begun, so it never waits for a thread that it might itself be keeping from running.
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "problem.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+extern "C" {
+#ifdef MPQ_X86
+extern const Kernel mpq_kernel_avx512, mpq_kernel_avx2;
+#elif defined(MPQ_ARM)
+extern const Kernel mpq_kernel_dotprod;
+#endif
+extern const Kernel mpq_kernel_base;
+const char *mpq_kernels();
+}
+
+namespace {
+
+const std::vector<const Kernel *> &Kernels() {
+  static const std::vector<const Kernel *> here = [] {
+    std::vector<const Kernel *> all, found;
+#if defined(MPQ_X86)
+    __builtin_cpu_init();
+    all = {&mpq_kernel_avx512, &mpq_kernel_avx2};
+#elif defined(MPQ_ARM)
+    all = {&mpq_kernel_dotprod};
+#endif
+    all.push_back(&mpq_kernel_base);
+    for (const Kernel *kernel : all)
+      if (kernel->supported()) found.push_back(kernel);
+    return found;
+  }();
+  return here;
+}
+
+// One call, shared with threads that may come late, when it is over: those touch nothing but `next`.
+struct Work {
+  Problem problem;
+  const Kernel *kernel;
+  int64_t piece, pieces;
+  std::atomic<int64_t> next{0};
+  std::mutex mutex;
+  std::condition_variable finished;
+  int64_t done = 0;
+
+  void Run() {
+    int64_t mine = 0;
+    for (int64_t i; (i = next.fetch_add(1)) < pieces; ++mine)
+      kernel->columns(&problem, i * piece, std::min(problem.n, (i + 1) * piece));
+    if (mine == 0) return;
+    std::lock_guard<std::mutex> lock(mutex);
+    done += mine;
+    if (done == pieces) finished.notify_one();
+  }
+
+  void Wait() {
+    std::unique_lock<std::mutex> lock(mutex);
+    finished.wait(lock, [this] { return done == pieces; });
+  }
+};
+
+ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes, ffi::Buffer<ffi::F32> scales,
+                  ffi::Buffer<ffi::F32> levels, ffi::ResultBuffer<ffi::F32> y, int64_t bits, std::string_view isa) {
+  auto work = std::make_shared<Work>();
+  Problem &p = work->problem;
+  const bool integer = x.element_type() == ffi::S8;
+  p.x = integer ? nullptr : static_cast<const float *>(x.untyped_data());
+  p.q = integer ? static_cast<const int8_t *>(x.untyped_data()) : nullptr;
+  p.codes = static_cast<const uint8_t *>(codes.untyped_data());
+  p.scales = scales.typed_data();
+  p.levels = levels.typed_data();
+  p.y = y->typed_data();
+  p.m = x.dimensions()[0];
+  p.stride = codes.dimensions()[0];
+  p.n = codes.dimensions()[1];
+  p.segment = codes.dimensions()[2];
+  p.groups = scales.dimensions()[0];
+  p.scale_columns = scales.dimensions()[1];
+  p.bits = static_cast<int>(bits);
+
+  const auto &kernels = Kernels();
+  auto named = [&](const Kernel *kernel) { return isa.empty() || isa == kernel->name; };
+  auto found = std::find_if(kernels.begin(), kernels.end(), named);
+  if (found == kernels.end()) return ffi::Error::InvalidArgument("this machine has no " + std::string(isa));
+  work->kernel = *found;
+
+  std::vector<char> scratch(work->kernel->scratch_bytes(&p) + 64);
+  p.scratch = reinterpret_cast<void *>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) & ~uintptr_t{63});
+  work->kernel->prepare(&p);
+
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  // A piece of a million products outweighs handing it out; four for a thread even out what else the machine does.
+  const int64_t least = 1 + (1 << 20) / std::max<int64_t>(1, p.m * p.stride * p.segment * 8 / p.bits);
+  const int64_t even = (p.n + 4 * threads - 1) / (4 * threads);
+  work->piece = (std::max(least, even) + 63) / 64 * 64;
+  work->pieces = (p.n + work->piece - 1) / work->piece;
+  for (int64_t i = 1; i < std::min(threads, work->pieces); ++i) pool.Schedule([work] { work->Run(); });
+  work->Run();
+  if (work->pieces > 0) work->Wait();
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+// Names of the instruction sets that this machine has, the fastest first, separated by spaces.
+const char *mpq_kernels() {
+  static const std::string names = [] {
+    std::string all;
+    for (const Kernel *kernel : Kernels()) all += (all.empty() ? "" : " ") + std::string(kernel->name);
+    return all;
+  }();
+  return names.c_str();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mpq_matmul, Matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("bits")
+                                  .Attr<std::string_view>("isa"));
