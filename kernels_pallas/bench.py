@@ -1,15 +1,17 @@
 """Time of every backend that runs here, beside a dense dot, as a table and as JSON.
 
-    python -m kernels_pallas.bench --out FILE [--only w4a16] [--repeats 20] [--megabytes 128] [--chain 1]
+    mpq bench kernels [--out FILE] [--only w4a16] [--tune] [--repeats 20] [--megabytes 128] [--chain 1]
 
-The dense dot is of float32 on a CPU, elsewhere of the activations' type. The file is written after every case.
+The dense dot is of float32 on a CPU, elsewhere of the activations' type. `python -m kernels_pallas.bench` has the same
+options and needs this package alone.
 
 Random data of `cases`. Every function of a case takes its turn in every repeat, so that other work on the machine hits
 all alike. Weights are copied until they fill `--megabytes`, and a call takes the next copy, so that none is found in a
 cache. On an accelerator, where the launch of a call can take longer than the matmul, `--chain 8` compiles that many
 into one function and divides its time. The ceilings, bandwidth and dots of large squares, are measured in the same run;
 a roofline is what they allow for the bytes and operations of a case. Errors are against float64, relative to the
-largest output, with activations rounded as the contract says.
+largest output, with activations rounded as the contract says. A tuned table (`tables`) has an entry for every backend
+and case.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import platform
 import re
 import time
@@ -34,13 +37,30 @@ from kernels_pallas import compat
 from kernels_pallas.backend import Problem, dot_type
 from kernels_pallas.cases import CONFORMANCE, DECODE, SPEED, Case, draw
 from kernels_pallas.devices import Device
-from kernels_pallas.dispatch import BACKENDS, refusal
+from kernels_pallas.dispatch import BACKENDS, choose, refusal
 from kernels_pallas.errors import KernelError
-from kernels_pallas.matmul import describe, quantized_matmul
+from kernels_pallas.layouts import LAYOUTS
+from kernels_pallas.matmul import describe, quantized_matmul, tuned
+from kernels_pallas.native_build import library
 from kernels_pallas.packed import Packed, dequantize, relayout
 from kernels_pallas.reference import quantize_tokens
+from kernels_pallas.tables import Entry, Table, as_json, new_table
 
-COLUMNS = ("case", "backend", "p50", "p10", "p90", "gb_per_s", "speedup", "roofline_percent", "max_error")
+COLUMNS = {
+    "format": "format",
+    "shape": "shape",
+    "m": "m",
+    "backend": "backend",
+    "auto": "auto",
+    "p50": "us",
+    "p10": "p10",
+    "p90": "p90",
+    "gb_per_s": "GB/s",
+    "speedup": "x dense",
+    "roofline_percent": "% roofline",
+    "max_error": "max error",
+}
+"""Field of a row -> its heading in the table."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +120,8 @@ def oracle(x: jax.Array, packed: Packed, activation_bits: int | None) -> np.ndar
     return (codes * scale).reshape(x.shape) @ w
 
 
-def measure(case: Case, options: Options, limits: Device) -> list[dict[str, Any]]:
-    """One row a backend that runs here, the dense dot first."""
+def measure(case: Case, options: Options, limits: Device) -> tuple[list[dict[str, Any]], list[Entry]]:
+    """One row a backend that runs here, the dense dot first; and for a tuned table what the kernels took."""
     here = compat.platform()
     x, plain = draw(case, "plain", 0, exact=False)[:2]
     dtype = jnp.dtype("float32") if here == "cpu" else x.dtype
@@ -109,24 +129,36 @@ def measure(case: Case, options: Options, limits: Device) -> list[dict[str, Any]
     exact = lax.Precision.HIGHEST
     product = functools.partial(jnp.matmul, precision=exact, preferred_element_type=jnp.float32)
     runs = {f"dense_{dtype}": _rotating(lambda x, w: product(x.astype(dtype), w), x, dense, dense.nbytes, options)}
+    packed = _for_this_device(plain, here)
+    problem = describe(x, packed, case.activation_bits)
     for name, backend in BACKENDS.items():
-        try:
-            packed = relayout(plain, (backend.layouts or ("plain",))[0])
-        except KernelError:
-            continue  # the layout does not hold this format
-        if refusal(backend, describe(x, packed, case.activation_bits), here, interpret=False) is None:
+        if refusal(backend, problem, here, interpret=False) is None:
             arguments = {"activation_bits": case.activation_bits, "backend": name, "out_dtype": jnp.float32}
             run = functools.partial(quantized_matmul, **arguments)
             runs[name] = _rotating(run, x, packed, packed.size_bits // 8, options)
+    chosen = choose(problem, here)[0]
     want = oracle(x, plain, case.activation_bits)
     taken = {name: micro / options.chain for name, micro in times(runs, options.repeats).items()}
-    problem, first = describe(x, plain, case.activation_bits), next(iter(runs))
+    first = next(iter(runs))
     rows = []
     for name, micro in taken.items():
         got = np.asarray(runs[name]()[0], np.float64)
         error = float(np.max(np.abs(got - want)) / np.max(np.abs(want)))
-        rows.append(_row(case, name, problem, micro, taken[first], limits, error))
-    return rows
+        row = _row(case, name, problem, micro, taken[first], limits, error)
+        rows.append({**row, "auto": name == chosen})
+    entries = [
+        Entry(problem, row["backend"], tuned(row["backend"], problem, here), "measured", row["p50"])
+        for row in rows
+        if row["backend"] in BACKENDS
+    ]
+    return rows, entries
+
+
+def _for_this_device(plain: Packed, platform: str) -> Packed:
+    """In the layout of the platform's own kernels where that holds the weight: as a model would be packed for it."""
+    own = [backend.layouts[0] for backend in BACKENDS.values() if platform in backend.platforms]
+    fits = [layout for layout in own if LAYOUTS[layout].refuses(plain.spec) is None]
+    return relayout(plain, fits[0]) if fits else plain
 
 
 def _rotating(run: Callable[..., Any], x: jax.Array, weight: Any, size: int, options: Options) -> Callable[[], Any]:
@@ -149,6 +181,9 @@ def _row(
     least = 1e6 * limits.seconds(moved, problem.macs, kind if kind in limits.macs else "float32")
     return {
         "case": str(case),
+        "format": case.format,
+        "shape": f"{'x'.join(map(str, (*case.batch, case.k)))}x{case.n}",
+        "m": case.m,
         "backend": name,
         "p50": round(p50, 1),
         "p10": round(p10, 1),
@@ -164,47 +199,91 @@ def _row(
 def environment() -> dict[str, Any]:
     """What the numbers were measured on."""
     device = jax.devices()[0]
-    return {
+    here = {
         "device": device.device_kind,
         "platform": device.platform,
         "jax": jax.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
     }
+    if compat.platform() == "cpu":
+        found = library()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        kernels = {"native": found if isinstance(found, str) else found.kernels[0]}
+        here |= {"processor": _processor(), "cores": cores, **kernels}
+    return here
+
+
+def _processor() -> str:
+    """Its name, where the system tells it."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    return found.group(1) if found else platform.processor()
 
 
 def show(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a table of text; microseconds, and speedups over the dense dot."""
-    cells = [COLUMNS, *[tuple(str(row[column]) for column in COLUMNS) for row in rows]]
+    """The rows as a table of text: microseconds, and how many times faster than the dense dot; `*`: `auto` takes it."""
+    cell = lambda value: {True: "*", False: ""}.get(value, str(value)) if isinstance(value, bool) else str(value)
+    cells = [tuple(COLUMNS.values()), *[tuple(cell(row[column]) for column in COLUMNS) for row in rows]]
     widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+
+
+def run(options: Options, write: Callable[[dict[str, Any]], None] = lambda body: None) -> tuple[dict[str, Any], Table]:
+    """Measure all cases of this platform.
+
+    Args:
+      options: what to measure.
+      write: is given all results so far after every case.
+
+    Returns:
+      The results, as they are written, and the tuned table that follows from them.
+
+    Raises:
+      KernelError: `only` is no regular expression, or is found in no case.
+    """
+    try:
+        pattern = re.compile(options.only)
+    except re.error as error:
+        raise KernelError(f"{options.only!r} is not a regular expression ({error})") from error
+    suite = (*CONFORMANCE, *(SPEED if compat.platform() == "cpu" else DECODE))
+    cases = [case for case in suite if pattern.search(str(case))]
+    if not cases:
+        raise KernelError(f"no case matches {options.only!r}: the first of {len(suite)} is {suite[0]}")
+    if min(options.repeats, options.chain) < 1 or options.megabytes < 0:
+        raise KernelError("repeats and chain are at least 1, megabytes at least 0")
+    limits = ceilings(options.repeats)
+    body = {
+        "environment": environment(),
+        "options": dataclasses.asdict(options),
+        "ceilings": {"bytes_per_s": limits.bandwidth, "macs_per_s": dict(limits.macs)},
+        "rows": [],
+    }
+    entries: list[Entry] = []
+    for case in cases:
+        rows, measured = measure(case, options, limits)
+        body["rows"] += rows
+        entries += measured
+        write(body)
+    return body, new_table(body["environment"]["device"], entries)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(prog="python -m kernels_pallas.bench", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
+    parser.add_argument("--table", type=Path, help="tuned table to write")
     for field in dataclasses.fields(Options):
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     given = vars(parser.parse_args(arguments))
-    out = given.pop("out")
-    options = Options(**given)
-    limits = ceilings(options.repeats)
-    suite = (*CONFORMANCE, *(SPEED if compat.platform() == "cpu" else DECODE))
+    out, table = given.pop("out"), given.pop("table")
+    save = lambda path, value: path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     out.parent.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    for case in suite:
-        if not re.search(options.only, str(case)):
-            continue
-        rows += measure(case, options, limits)
-        body = {
-            "environment": environment(),
-            "options": dataclasses.asdict(options),
-            "ceilings": {"bytes_per_s": limits.bandwidth, "macs_per_s": dict(limits.macs)},
-            "rows": rows,
-        }
-        out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-    print(show(rows))
+    body, found = run(Options(**given), lambda body: save(out, body))
+    if table is not None:
+        save(table, as_json(found))
+    print(show(body["rows"]))
 
 
 if __name__ == "__main__":

@@ -26,10 +26,15 @@ class Case:
     x_dtype: str = "bfloat16"
 
     def __str__(self) -> str:
+        batch = "".join(f"{size}x" for size in self.batch)
+        return f"{self.format}-{batch}{self.m}x{self.k}x{self.n}-{self.x_dtype}"
+
+    @property
+    def format(self) -> str:
+        """`w4a16_g128`: of weight and activations."""
         width = f"{'nf' if self.nf4 else 'w'}{self.bits}a{self.activation_bits or 16}"
         groups = "channel" if self.group_size is None else f"g{self.group_size}"
-        batch = "".join(f"{size}x" for size in self.batch)
-        return f"{width}_{groups}{'_zp' if self.zeros else ''}-{batch}{self.m}x{self.k}x{self.n}-{self.x_dtype}"
+        return f"{width}_{groups}{'_zp' if self.zeros else ''}"
 
     @property
     def spec(self) -> Spec:
@@ -60,14 +65,16 @@ CONFORMANCE = (
 
 SPEED = tuple(
     Case(m, 4096, 4096, bits, group, activation, nf4=nf4, x_dtype="float32")
-    for m in (1, 16, 128)
+    for m in (1, 8, 16, 128, 512)
     for bits, group, activation, nf4 in (
         (8, None, None, False),
         (4, 128, None, False),
+        (4, 32, None, False),
         (2, 128, None, False),
         (4, 128, None, True),
         (8, None, 8, False),
         (4, 128, 8, False),
+        (4, 32, 8, False),
     )
 )
 """A layer of a model of 7 billion parameters, for one token, a few and many."""

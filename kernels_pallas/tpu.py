@@ -3,9 +3,11 @@
 The grid is (tiles of tokens, tiles of columns, tiles of rows), the last one sequential with a float32 sum in scratch. A
 tile of rows holds whole groups, or is part of one. For each group in it the codes become the activations' dtype (every
 code of at most 8 bits is exact in bfloat16), one dot makes the partial sum, and the group's scale multiplies that: `m`
-products a column instead of `group_size`, and no rounding of dequantized weights. Few tokens are what this is for; with
-many, scaling partial sums costs more than scaling weights. int4 is cast to int8 for int8 activations, since the matrix
-unit takes no mixed integers.
+products a column instead of `group_size`, and no rounding of dequantized weights. That is for few tokens. With more
+tokens than a group has rows, scaling partial sums costs more than scaling weights: then a tile is dequantized into
+scratch memory, rounded to bfloat16 as a dense weight would be, and multiplied at once; of bfloat16 activations alone,
+since others would be rounded more than they are. int4 is cast to int8 for int8 activations, since the matrix unit takes
+no mixed integers.
 """
 
 import functools
@@ -48,6 +50,26 @@ def _kernel(x_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any, sum_ref: Any, *, seg
         y_ref[...] = sum_ref[...]
 
 
+def _dequantizing_kernel(
+    x_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any, sum_ref: Any, scaled_ref: Any, *, segment: int
+) -> None:
+    """The same with scales before the product: `scaled[bk, bn]` is the tile in the activations' dtype."""
+    step = pl.program_id(2)
+
+    @pl.when(step == 0)
+    def _start() -> None:
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    for g in range(w_ref.shape[0] // segment):
+        rows = slice(g * segment, (g + 1) * segment)
+        scaled_ref[rows, :] = (w_ref[rows, :].astype(jnp.float32) * s_ref[g]).astype(scaled_ref.dtype)
+    sum_ref[...] += jnp.dot(x_ref[...], scaled_ref[...], preferred_element_type=jnp.float32)
+
+    @pl.when(step == pl.num_programs(2) - 1)
+    def _finish() -> None:
+        y_ref[...] = sum_ref[...]
+
+
 def _partial(x: jax.Array, w: jax.Array) -> jax.Array:
     """`x @ w` of activations and codes, in float32."""
     exact = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
@@ -58,20 +80,26 @@ def _partial(x: jax.Array, w: jax.Array) -> jax.Array:
 def tiles(problem: Problem) -> Config:
     """Tile sizes `(bm, bn, bk)` from sizes alone: the largest that fit the vector memory twice, columns first.
 
-    Large tiles amortize what a step of the grid costs, and a kernel in the sweep of small ones is many times slower.
+    Large tiles amortize what a step of the grid costs, and a kernel in the sweep of small ones is many times slower. A
+    fourth number, 1, asks for scales before the product.
     """
     _, tiled_k, tiled_n = _padded(problem)
     bm = min(256, -(-problem.m // _sublanes(problem)) * _sublanes(problem))
     choices = itertools.product(_divisors(tiled_n, 2048), _divisors(tiled_k, 4096))
     largest_first = sorted(choices, key=lambda tile: (tile[0] * tile[1], tile[0]), reverse=True)
-    return next((bm, bn, bk) for bn, bk in largest_first if legal(problem, (bm, bn, bk)))
+    before = (1,) if _may_scale_before(problem) and problem.m > (problem.group_size or problem.m) else ()
+    return next((bm, bn, bk, *before) for bn, bk in largest_first if legal(problem, (bm, bn, bk, *before)))
+
+
+def _may_scale_before(problem: Problem) -> bool:
+    return problem.x_dtype == "bfloat16" and problem.activation_bits is None
 
 
 def legal(problem: Problem, config: Config) -> bool:
     """Whether tiles `(bm, bn, bk)` divide the problem, agree with its groups and fit the vector memory twice."""
-    if len(config) != 3:
+    if len(config) != 3 and not (len(config) == 4 and config[3] == 1 and _may_scale_before(problem)):
         return False
-    bm, bn, bk = config
+    bm, bn, bk = config[:3]
     _, tiled_k, tiled_n = _padded(problem)
     group = problem.group_size or tiled_k
     if bm % _sublanes(problem) or bn % LANES or bk % LANES or tiled_n % bn or tiled_k % bk:
@@ -80,7 +108,7 @@ def legal(problem: Problem, config: Config) -> bool:
         return False
     x_bits = 8 * jnp.dtype(dot_type(problem)).itemsize
     moved = bm * bk * x_bits // 8 + bk * bn * problem.bits // 8 + 4 * max(1, bk // group) * bn + 4 * bm * bn
-    held = 4 * bm * bn + min(group, bk) * bn * x_bits // 8
+    held = 4 * bm * bn + (bk if len(config) == 4 else min(group, bk)) * bn * x_bits // 8
     return 2 * moved + held <= _VMEM
 
 
@@ -103,7 +131,7 @@ def _run(x: jax.Array, packed: Packed, config: Config, interpret: bool) -> jax.A
     """As `backend.Run`; float16 is computed in float32, which the hardware has."""
     x = x.astype(jnp.float32) if x.dtype == jnp.float16 else x
     m, spec = x.shape[0], packed.spec
-    bm, bn, bk = config
+    (bm, bn, bk), before = config[:3], len(config) == 4
     padded = jnp.pad(x, ((0, -m % bm), (0, spec.tiled_k - spec.k)))
     group = packed.group_size or spec.tiled_k
     per_tile = max(1, bk // group)
@@ -112,7 +140,7 @@ def _run(x: jax.Array, packed: Packed, config: Config, interpret: bool) -> jax.A
     grid = (padded.shape[0] // bm, spec.tiled_n // bn, spec.tiled_k // bk)
     moved = padded.size * width(x.dtype) + packed.size_bits + 32 * padded.shape[0] * spec.tiled_n
     call = pl.pallas_call(
-        functools.partial(_kernel, segment=min(group, bk)),
+        functools.partial(_dequantizing_kernel if before else _kernel, segment=min(group, bk)),
         out_shape=jax.ShapeDtypeStruct((padded.shape[0], spec.tiled_n), jnp.float32),
         grid=grid,
         in_specs=[
@@ -121,12 +149,15 @@ def _run(x: jax.Array, packed: Packed, config: Config, interpret: bool) -> jax.A
             pl.BlockSpec((per_tile, 1, bn), scale_row),
         ],
         out_specs=pl.BlockSpec((bm, bn), lambda i, j, k: (i, j)),
-        scratch_shapes=[compat.tpu_scratch((bm, bn), jnp.float32)],
+        scratch_shapes=[
+            compat.tpu_scratch((bm, bn), jnp.float32),
+            *([compat.tpu_scratch((bk, bn), x.dtype)] if before else []),
+        ],
         compiler_params=compat.tpu_params(("parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=2 * padded.size * spec.tiled_n, transcendentals=0, bytes_accessed=moved // 8
         ),
-        name=f"mpq_w{packed.bits}a{width(x.dtype)}",
+        name=f"mpq_w{packed.bits}a{width(x.dtype)}{'_scaled' if before else ''}",
         interpret=compat.tpu_interpreter() if interpret else False,
     )
     return call(padded, packed.codes, packed.scales)[:m, : spec.n]
@@ -137,9 +168,12 @@ def _refuses(problem: Problem) -> str | None:
 
 
 def _seconds(problem: Problem, device: Device) -> float:
-    """Roofline, and the partial sums that vector instructions scale."""
-    sums = problem.batch * problem.groups * problem.m * problem.n / device.unpack
-    return device.seconds(problem.num_bytes, problem.macs, dot_type(problem)) + sums
+    """Roofline, and the partial sums or the weights that vector instructions scale."""
+    config = tiles(problem)
+    scaled = -(-problem.m // config[0]) * problem.k if len(config) == 4 else problem.groups * problem.m
+    return device.seconds(problem.num_bytes, problem.macs, dot_type(problem)) + (
+        problem.batch * scaled * problem.n / device.unpack
+    )
 
 
 TPU = Backend(

@@ -15,6 +15,7 @@ import tyro
 from mpq import commands, commands_export, commands_quantize, commands_scores, show, show_inspection
 from mpq.activations import KEYS_AND_VALUES
 from mpq.cli_answer import Json, Out, Source, answer
+from mpq.cli_bench import bench
 from mpq.cli_gguf import gguf
 from mpq.cli_rows import qat, ranges
 from mpq.commands_quantize import Rounding
@@ -356,6 +357,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "gguf": gguf,
     "evaluate": evaluate,
     "run": run,
+    "bench": bench,
 }
 
 

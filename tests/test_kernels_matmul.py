@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +9,15 @@ import numpy as np
 import pytest
 from jax import export
 
-from kernels_pallas import BACKENDS, NF4, KernelError, quantized_matmul
+from kernels_pallas import BACKENDS, NF4, KernelError, compat, quantized_matmul
 from kernels_pallas.backend import Problem
 from kernels_pallas.cases import SPEED, Case, draw
 from kernels_pallas.cpu import chunk
 from kernels_pallas.devices import device
-from kernels_pallas.dispatch import Entry, choose, nearest, read_table, roofline
+from kernels_pallas.dispatch import choose, roofline
 from kernels_pallas.matmul import describe
 from kernels_pallas.reference import quantize_tokens
+from kernels_pallas.tables import Entry, nearest
 from kernels_pallas.tpu import legal, tiles
 from tests.kernel_cases import bound, oracle
 
@@ -176,9 +176,6 @@ class TestTheChoice:
         assert choose(dataclasses.replace(PROBLEM, bits=8), "tpu", self.entries)[0] == "tpu"
         assert choose(PROBLEM, "cuda", self.entries)[0] == "reference"
 
-    def test_a_table_is_read_as_it_is_written(self):
-        assert read_table(json.dumps([dataclasses.asdict(entry) for entry in self.entries])) == self.entries
-
     def test_a_prediction_is_never_below_the_roofline(self):
         for case in SPEED:
             for layout, platform in (("cpu", "cpu"), ("tpu", "tpu")):
@@ -218,9 +215,46 @@ class TestTpuTiles:
         np.testing.assert_array_equal(run(x, packed), want)
 
 
+class TestManyTokensOnTpus:
+    """Scales before the product: the weight is rounded to bfloat16 once."""
+
+    def test_is_taken_where_it_is_less_work(self):
+        many = dataclasses.replace(PROBLEM, m=256)
+        assert tiles(many)[3:] == (1,)
+        assert legal(many, tiles(many))
+        for few in (PROBLEM, dataclasses.replace(many, x_dtype="float32"), dataclasses.replace(many, group_size=None)):
+            assert len(tiles(few)) == 3
+        assert not legal(dataclasses.replace(many, activation_bits=8), (32, 128, 128, 1))
+        assert not legal(many, (16, 128, 128, 2))
+
+    @pytest.mark.parametrize(
+        ("k", "group_size", "config"), [(500, 128, (16, 128, 256, 1)), (512, 256, (32, 256, 128, 1))]
+    )
+    def test_equals_the_oracle_but_for_that_rounding(self, k, group_size, config):
+        case = Case(20, k, 200, 4, group_size)
+        run = jax.jit(lambda x, p: BACKENDS["tpu"](x, p, None, config=config, interpret=True))
+        x, packed, arrays = draw(case, "tpu", 0, exact=True)
+        assert legal(describe(x, packed, None), config)
+        np.testing.assert_array_equal(run(x, packed), oracle(case, x, arrays)[0])  # powers of two round nothing
+        x, packed, arrays = draw(case, "tpu", 0, exact=False)
+        want, magnitude = oracle(case, x, arrays)
+        off = np.abs(run(x, packed) - want)
+        assert (off <= bound(case, magnitude) + 2.0**-8 * magnitude).all()  # twice the unit roundoff of bfloat16
+        assert (off > bound(case, magnitude)).any()
+        assert compat.races_found() is False
+
+
+def test_nf4_lowers_for_tpus_through_the_reference():
+    x, packed, _ = draw(Case(5, 384, 256, 4, 128, nf4=True), "plain", 0, exact=False)
+    lowered = export.export(jax.jit(functools.partial(quantized_matmul, platform="tpu")), platforms=["tpu"])(x, packed)
+    assert lowered.out_avals[0].shape == (5, 256)
+
+
 @pytest.mark.parametrize(
     "case",
     [
+        Case(200, 512, 256, 4, 128),
+        Case(5, 384, 256, 2, 128),
         Case(5, 384, 256, 4, 128, zeros=True),
         Case(1, 2048, 2048, 8),
         Case(40, 384, 256, 8, 128, activation_bits=8),

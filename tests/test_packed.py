@@ -153,3 +153,31 @@ def test_a_cache_is_rounded_beside_packed_weights():
     want = jax.jit(with_activations(model, traced_model(model), chosen).apply)(model.params, tokens)
     run = functools.partial(evaluate_packed, traced_model(model), activations=chosen)
     np.testing.assert_allclose(jax.jit(run)(model.params, {}, tokens), want, rtol=1e-6, atol=1e-6)
+
+
+def test_a_compiled_model_holds_what_the_plan_promises():
+    """Arguments are the packed bytes, and no temporary is as large as one weight in float32."""
+    rng = np.random.default_rng(0)
+    params = {f"w{i}": jnp.asarray(rng.normal(size=(256, 256)) / 16, jnp.float32) for i in range(6)}
+
+    def layers(params, x):
+        for i in range(6):
+            x = jnp.tanh(x @ params[f"w{i}"])
+        return x
+
+    x = jnp.asarray(rng.normal(size=(2, 256)), jnp.float32)
+    traced = trace(layers, params, x)
+    choice = dict(zip(params, map(parse_scheme, 3 * ["int4_g64", "int8_channel"]), strict=True))
+    qtensors = Candidates(params, traced.weights, RTN()).choose(choice)
+    packed = pack_weights(traced.weights, qtensors)
+    compiled = jax.jit(functools.partial(evaluate_packed, traced)).lower({}, packed, x).compile()
+    memory = compiled.memory_analysis()
+    promised = sum(spec.size_bits(choice[spec.path]) for spec in traced.weights)
+    assert promised % 8 == 0
+    assert memory.argument_size_in_bytes == promised // 8 + x.nbytes
+    assert memory.temp_size_in_bytes < 256 * 256 * 4
+    assert memory.output_size_in_bytes == x.nbytes
+    held = lambda: sum(array.nbytes for array in jax.live_arrays())
+    before = held()
+    y = compiled({}, packed, x)
+    assert held() - before == y.nbytes

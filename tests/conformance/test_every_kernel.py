@@ -6,8 +6,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import BACKENDS, LAYOUTS, quantized_matmul, unpack
+from kernels_pallas import BACKENDS, LAYOUTS, compat, quantized_matmul, unpack
 from kernels_pallas.cases import CONFORMANCE, Case
 from kernels_pallas.compat import platform
 from kernels_pallas.dispatch import refusal
@@ -57,6 +59,8 @@ def test_equals_the_oracle(name, case, layout):
     run = jax.jit(functools.partial(call, name, case))
     for exact in (True, False):
         check(run, case, layout, exact)
+        if name == "tpu" and platform() != "tpu":
+            assert compat.races_found() is False
 
 
 def test_every_backend_takes_some_of_the_list():
@@ -77,6 +81,26 @@ def test_auto_works_wherever_the_reference_does(case):
         for target in ("cpu", "tpu", "cuda"):
             run = functools.partial(quantized_matmul, activation_bits=case.activation_bits, platform=target)
             assert jax.eval_shape(run, x, packed).shape == (*case.batch, case.m, case.n)
+
+
+def read_before_it_came(x_ref, y_ref, copy_ref, semaphore):
+    copy = pltpu.make_async_copy(x_ref, copy_ref, semaphore)
+    copy.start()
+    y_ref[...] = copy_ref[...]
+    copy.wait()
+
+
+def test_a_race_is_found():
+    x = jnp.ones((8, 128), jnp.float32)
+    run = pl.pallas_call(
+        read_before_it_came,
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+        scratch_shapes=[compat.tpu_scratch(x.shape, x.dtype), pltpu.SemaphoreType.DMA],
+        interpret=compat.tpu_interpreter(),
+    )
+    jax.block_until_ready(jax.jit(run)(x))
+    assert compat.races_found() is True
 
 
 # Mutants of a backend: each must fail the check that the original passes.
