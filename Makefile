@@ -3,13 +3,14 @@
 
 VENV := .venv
 PARITY := .venv-parity
+AOT := .venv-aot
 WORKERS ?= 2
 pip_install = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 inputs := pyproject.toml constraints.txt .ci/venv
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format slow parity clean
+.PHONY: help demo test lint format slow parity aot clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -35,8 +36,11 @@ slow: $(VENV)/.installed-minilm  ## the tests that take minutes
 parity: $(PARITY)/.installed  ## compare with transformers and PyTorch, in an environment of their own
 	$(PARITY)/bin/python -m pytest -m parity tests/parity
 
+aot: $(AOT)/.installed  ## compile the kernels for TPUs and an H200, without either (1.4 GB of compilers)
+	$(AOT)/bin/python -m pytest -m aot tests/aot
+
 clean:  ## remove the environments, caches and runs
-	rm -rf $(VENV) $(PARITY) runs build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(PARITY) $(AOT) runs build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 $(VENV)/.installed: $(inputs)
 	sh .ci/venv $(VENV)
@@ -60,4 +64,10 @@ $(PARITY)/.installed: $(inputs)
 	sh .ci/venv $(PARITY)
 	@echo "Installing transformers and PyTorch into $(PARITY)"
 	$(PARITY)/bin/python $(pip_install) -e '.[parity]'
+	@touch $@
+
+$(AOT)/.installed: $(inputs)
+	sh .ci/venv $(AOT)
+	@echo "Installing libtpu and CUDA's compilers into $(AOT)"
+	$(AOT)/bin/python $(pip_install) -e '.[aot]'
 	@touch $@

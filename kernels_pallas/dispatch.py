@@ -78,8 +78,10 @@ def choose(
         raise KernelError(f"no backend computes {problem.format}: {REFERENCE.refuses(problem)}")
     near = nearest(problem, [e for e in (entries(kind) if tuned is None else tuned) if e.backend in able])
     name = near.backend if near else min(able, key=lambda n: BACKENDS[n].seconds(problem, device(kind, platform)))
-    fits = near is not None and BACKENDS[name].legal(problem, near.config)
-    return name, near.config if near is not None and fits else BACKENDS[name].tiles(problem)
+    # Tiles hang on the number of tokens more than the choice of a backend does.
+    if near and near.problem.m / 2 <= problem.m <= 2 * near.problem.m and BACKENDS[name].legal(problem, near.config):
+        return name, near.config
+    return name, BACKENDS[name].tiles(problem)
 
 
 def roofline(problem: Problem, platform: str) -> float:

@@ -83,12 +83,18 @@ def tiles(problem: Problem) -> Config:
     Large tiles amortize what a step of the grid costs, and a kernel in the sweep of small ones is many times slower. A
     fourth number, 1, asks for scales before the product.
     """
+    return largest_tiles(problem, 1)[0]
+
+
+def largest_tiles(problem: Problem, count: int) -> list[Config]:
+    """The first so many in the order of `tiles`."""
     _, tiled_k, tiled_n = _padded(problem)
     bm = min(256, -(-problem.m // _sublanes(problem)) * _sublanes(problem))
     choices = itertools.product(_divisors(tiled_n, 2048), _divisors(tiled_k, 4096))
     largest_first = sorted(choices, key=lambda tile: (tile[0] * tile[1], tile[0]), reverse=True)
     before = (1,) if _may_scale_before(problem) and problem.m > (problem.group_size or problem.m) else ()
-    return next((bm, bn, bk, *before) for bn, bk in largest_first if legal(problem, (bm, bn, bk, *before)))
+    fitting = ((bm, bn, bk, *before) for bn, bk in largest_first if legal(problem, (bm, bn, bk, *before)))
+    return list(itertools.islice(fitting, count))
 
 
 def _may_scale_before(problem: Problem) -> bool:
