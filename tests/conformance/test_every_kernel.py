@@ -9,13 +9,12 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import BACKENDS, LAYOUTS, compat, quantized_matmul, unpack
+from kernels_pallas import BACKENDS, LAYOUTS, compat, quantized_matmul
 from kernels_pallas.cases import CONFORMANCE, Case
 from kernels_pallas.compat import platform
 from kernels_pallas.dispatch import refusal
 from kernels_pallas.matmul import describe
 from kernels_pallas.native_build import library
-from kernels_pallas.reference import matmul
 from tests.kernel_cases import check, draw
 
 
@@ -108,45 +107,48 @@ def test_a_race_is_found():
 MUTATED = Case(3, 256, 24, 4, 64, zeros=True, x_dtype="float32")
 
 
-sound = jax.jit(functools.partial(matmul, activation_bits=None))
+@functools.cache
+def sound(name):
+    return jax.jit(functools.partial(call, name, MUTATED))
 
 
-def swapped_nibbles(x, packed):
-    return sound(x, dataclasses.replace(packed, codes=(packed.codes << 4) | (packed.codes >> 4)))
+def swapped_nibbles(run, x, packed):
+    return run(x, dataclasses.replace(packed, codes=(packed.codes << 4) | (packed.codes >> 4)))
 
 
-def wrong_scale_row(x, packed):
-    return sound(x, dataclasses.replace(packed, scales=jnp.roll(packed.scales, 1, axis=-2)))
+def wrong_scale_row(run, x, packed):
+    return run(x, dataclasses.replace(packed, scales=jnp.roll(packed.scales, 1, axis=-2)))
 
 
-def forgotten_zero_points(x, packed):
-    return sound(x, dataclasses.replace(packed, zeros=None))
+def forgotten_zero_points(run, x, packed):
+    return run(x, dataclasses.replace(packed, zeros=None))
 
 
-@jax.jit
-def sixteen_bit_partial_sums(x, packed):
-    """Sums of a group are rounded to bfloat16 before they are added up in float32."""
-    codes, scales, zeros = unpack(packed)
+def lost_last_row(run, x, packed):
+    return run(x.at[..., -1].set(0), packed)
+
+
+def sixteen_bit_partial_sums(run, x, packed):
+    """The exact result, but sums of a group are rounded to bfloat16 before they are added up in float32."""
     size = packed.group_size
-    rows = x.reshape(-1, packed.spec.groups, size)
-    centered = codes.reshape(-1, size, packed.n).astype(jnp.float32) - zeros[:, None].astype(jnp.float32)
-    partial = jnp.einsum("mgk,gkn->mgn", rows, centered) * scales
-    return jnp.sum(partial.astype(jnp.bfloat16).astype(jnp.float32), axis=1)
+    rows = [x.at[:, : g * size].set(0).at[:, (g + 1) * size :].set(0) for g in range(packed.spec.groups)]
+    return sum(run(row, packed).astype(jnp.bfloat16).astype(jnp.float32) for row in rows)
 
 
-def lost_last_row(x, packed):
-    return sound(x.at[..., -1].set(0), packed)
-
-
-MUTANTS = [swapped_nibbles, wrong_scale_row, forgotten_zero_points, sixteen_bit_partial_sums, lost_last_row]
+MUTANTS = [swapped_nibbles, wrong_scale_row, forgotten_zero_points, lost_last_row, sixteen_bit_partial_sums]
+COMPILED = ["reference", "cpu", *([] if isinstance(library(), str) else ["native"])]
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["integers", "random"])
+@pytest.mark.parametrize("name", COMPILED)
 class TestTheSuiteItself:
-    def test_a_sound_kernel_passes(self, exact):
-        check(sound, MUTATED, "plain", exact)
+    def layout(self, name):
+        return (BACKENDS[name].layouts or ("plain",))[0]
+
+    def test_a_sound_kernel_passes(self, name, exact):
+        check(sound(name), MUTATED, self.layout(name), exact)
 
     @pytest.mark.parametrize("mutant", MUTANTS)
-    def test_a_broken_kernel_fails(self, mutant, exact):
+    def test_a_broken_kernel_fails(self, mutant, name, exact):
         with pytest.raises(AssertionError):
-            check(mutant, MUTATED, "plain", exact)
+            check(functools.partial(mutant, sound(name)), MUTATED, self.layout(name), exact)
