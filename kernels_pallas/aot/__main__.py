@@ -17,7 +17,7 @@ def versions(*names: str) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Every kernel for every chip that is asked for; chips that are not stay in the file as they are."""
+    """Every kernel for every chip that is asked for; what a file has of other chips and versions stays there."""
     parser = argparse.ArgumentParser(prog="python -m kernels_pallas.aot", description=__doc__)
     parser.add_argument("target", choices=("tpu", "gpu"))
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
@@ -34,12 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for case, found in body["kernels"].items():
             print(f"{case}  {found['registers']} registers, {found['shared_bytes']} bytes shared")
         return
+    # Another version of libtpu schedules otherwise: a budget holds for the version that it was made with.
+    made = versions("jax", "jaxlib", "libtpu")
     body = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
+    here = body.setdefault(made["libtpu"], {"versions": made, "cycles": {}})
     for chip in given.chips:
-        found = {case: tpu.cycles(chip, case) for case in tpu.CASES}
-        body[chip] = {"versions": versions("jax", "jaxlib", "libtpu"), "cycles": found}
-        for case, count in found.items():
-            print(f"{chip}  {case}  {count} cycles", flush=True)
+        here["cycles"][chip] = {case: tpu.cycles(chip, case) for case in tpu.CASES}
+        for case, count in here["cycles"][chip].items():
+            print(f"{chip}  {case}  {'no profile' if count is None else f'{count} cycles'}", flush=True)
         _write(given.out, body)
         if given.tune is not None:
             table = tpu.tune(chip)

@@ -95,7 +95,7 @@ def _assemble(ptx: Path) -> dict[str, Any]:
 
 def opcodes(listing: str) -> dict[str, int]:
     """How often each instruction stands in a listing of `nvdisasm`."""
-    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)", listing)
+    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", listing)
     return dict(collections.Counter(found))
 
 
