@@ -88,6 +88,22 @@ def trace_open(
         raise MpqError(f"the model computes otherwise for other {cannot}: {reason}") from error
 
 
+def product_equation(eqn: Any) -> str | None:
+    """A `dot_general` as the equation of an einsum, `ab,bc->ac`; None where it is a plain product of matrices."""
+    (contract_a, contract_b), (batch_a, batch_b) = eqn.params["dimension_numbers"]
+    a, b = shape_of(eqn.invars[0]), shape_of(eqn.invars[1])
+    if not batch_a and len(b) == 2 and tuple(contract_a) == (len(a) - 1,) and tuple(contract_b) == (0,):
+        return None
+    letters = iter("abcdefghijklmnopqrstuvwxyz")
+    left = [next(letters) for _ in a]
+    right = [next(letters) for _ in b]
+    for i, j in [*zip(contract_a, contract_b, strict=True), *zip(batch_a, batch_b, strict=True)]:
+        right[j] = left[i]
+    free_a = [left[i] for i in range(len(a)) if i not in (*contract_a, *batch_a)]
+    free_b = [right[j] for j in range(len(b)) if j not in (*contract_b, *batch_b)]
+    return f"{''.join(left)},{''.join(right)}->{''.join([*(left[i] for i in batch_a), *free_a, *free_b])}"
+
+
 def walk(jaxpr: Any, consts: Any, args: list[Any], emit: Emit, *, folded: int) -> list[Any]:
     """Values of the outputs of a jaxpr.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mpq.export.jaxprs import dtype_of, shape_of
+from mpq.export.jaxprs import dtype_of, product_equation, shape_of
 from mpq.onnx.graph import TYPES, Graph
 from mpq.types import MpqError
 
@@ -153,19 +153,8 @@ def _top_k(graph: Graph, eqn: Any, inputs: list[str]) -> list[str]:
 
 def einsum(graph: Graph, eqn: Any, inputs: list[str]) -> str:
     """`dot_general` of any kind."""
-    (contract_a, contract_b), (batch_a, batch_b) = eqn.params["dimension_numbers"]
-    a, b = shape_of(eqn.invars[0]), shape_of(eqn.invars[1])
-    letters = iter("abcdefghijklmnopqrstuvwxyz")
-    left = [next(letters) for _ in a]
-    right = [next(letters) for _ in b]
-    for i, j in [*zip(contract_a, contract_b, strict=True), *zip(batch_a, batch_b, strict=True)]:
-        right[j] = left[i]
-    free_a = [left[i] for i in range(len(a)) if i not in (*contract_a, *batch_a)]
-    free_b = [right[j] for j in range(len(b)) if j not in (*contract_b, *batch_b)]
-    result = "".join([*(left[i] for i in batch_a), *free_a, *free_b])
-    if not batch_a and len(b) == 2 and tuple(contract_a) == (len(a) - 1,) and tuple(contract_b) == (0,):
-        return graph.one("MatMul", *inputs)
-    return graph.one("Einsum", *inputs, equation=f"{''.join(left)},{''.join(right)}->{result}")
+    equation = product_equation(eqn)
+    return graph.one("MatMul", *inputs) if equation is None else graph.one("Einsum", *inputs, equation=equation)
 
 
 def convolution(

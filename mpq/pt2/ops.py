@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mpq.export.jaxprs import dtype_of, shape_of
+from mpq.export.jaxprs import dtype_of, product_equation, shape_of
 from mpq.pt2.graph import Graph
 from mpq.types import MpqError
 
@@ -161,19 +161,10 @@ def _top_k(graph: Graph, eqn: Any, inputs: list[Any]) -> list[Any]:
 
 
 def _dot_general(graph: Graph, eqn: Any, inputs: list[Any]) -> Any:
-    (contract_a, contract_b), (batch_a, batch_b) = eqn.params["dimension_numbers"]
-    a, b = shape_of(eqn.invars[0]), shape_of(eqn.invars[1])
-    letters = iter("abcdefghijklmnopqrstuvwxyz")
-    left = [next(letters) for _ in a]
-    right = [next(letters) for _ in b]
-    for i, j in [*zip(contract_a, contract_b, strict=True), *zip(batch_a, batch_b, strict=True)]:
-        right[j] = left[i]
-    free_a = [left[i] for i in range(len(a)) if i not in (*contract_a, *batch_a)]
-    free_b = [right[j] for j in range(len(b)) if j not in (*contract_b, *batch_b)]
-    result = "".join([*(left[i] for i in batch_a), *free_a, *free_b])
-    if not batch_a and len(b) == 2 and tuple(contract_a) == (len(a) - 1,) and tuple(contract_b) == (0,):
+    equation = product_equation(eqn)
+    if equation is None:
         return graph.one(graph.torch.matmul, *inputs)
-    return graph.one(graph.torch.einsum, f"{''.join(left)},{''.join(right)}->{result}", *inputs)
+    return graph.one(graph.torch.einsum, equation, *inputs)
 
 
 def convolution(graph: Graph, eqn: Any, x: Any, w: Any) -> Any:
