@@ -19,6 +19,10 @@ from mpq.models.llama import Llama, LlamaConfig
 jax.config.update("jax_default_matmul_precision", "highest")  # oracles compare in float32, never in TF32
 jax.config.update("jax_numpy_dtype_promotion", "strict")  # no silent widening
 
+# Kernels are compiled into the user's cache, and the tables that lie there go before those that are shipped: tests have
+# a cache of their own, in the folder that pytest keeps. So have processes that they start.
+os.environ["XDG_CACHE_HOME"] = str(Path(__file__).resolve().parent.parent / ".pytest_cache" / "user")
+
 # Many tests compile the same programs under other names. The folder is this process's alone: JAX writes entries in
 # place, and a reader in another process could meet half of one. Processes that tests start have none.
 _COMPILED = tempfile.TemporaryDirectory(prefix="mpq-tests-")
