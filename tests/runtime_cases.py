@@ -16,6 +16,7 @@ from mpq.export import orbax
 from mpq.export.arguments import export_arguments
 from mpq.export.orbax import Exported
 from mpq.formats import parse_scheme
+from mpq.formats.integer import Integer
 from mpq.inputs import Tokens
 from mpq.models import Model, load
 from mpq.types import MpqError, QTensor, Scheme, WeightSpec
@@ -65,7 +66,8 @@ def noise(model: Model) -> Callable[[WeightSpec, Scheme], QTensor]:
             return QTensor(jnp.asarray(rng.normal(0, w.std(), shape), grid.dtype), None, None, scheme)
         any_code = lambda size: jnp.asarray(rng.integers(grid.min_qvalue, grid.max_qvalue + 1, size), jnp.int8)
         groups = (spec.batch, *scheme.scale_shape(spec.k, spec.n))
-        scale, whole = rng.uniform(1, 2, groups), np.float32(w.std() / grid.max_magnitude)
+        largest = 2 ** (grid.bits - 1) if isinstance(grid, Integer) else grid.max_magnitude
+        scale, whole = rng.uniform(1, 2, groups), np.float32(w.std() / largest)
         zero = any_code(groups) if scheme.zero_point else None
         if not scheme.has_tensor_scale:
             return QTensor(any_code(shape), jnp.asarray(scale * whole, scheme.scale_dtype), zero, scheme)
