@@ -29,7 +29,7 @@ from mpq.calibrate import calibrate
 from mpq.data import new_dataset, take
 from mpq.data.text import plain_tokenizer
 from mpq.distill import Distill
-from mpq.equalize import awq, find_folds
+from mpq.equalize import Fold, awq, find_folds
 from mpq.evaluate import DocumentScores, Reference, score
 from mpq.files import canonical_json, read_json, write_json
 from mpq.formats import parse_scheme
@@ -105,11 +105,15 @@ class Comparison:
         whole.options, whole.weights = dataclasses.replace(self.options, only=""), self.traced.weights
         return whole
 
+    @functools.cached_property
+    def folds(self) -> tuple[Fold, ...]:
+        """Scales that can move between layers."""
+        return find_folds(self.model, self.traced, self.calibration)
+
     def equalized(self, choice: dict[str, Scheme]) -> "Comparison":
         """The same with scales moved between layers by AWQ, for weights rounded to these schemes."""
         moved = copy.copy(self)
-        folds = find_folds(self.model, self.traced, self.calibration)
-        moved.model, moved.stats, _ = awq(self.model, self.traced, folds, choice, self.stats)
+        moved.model, moved.stats, _ = awq(self.model, self.traced, self.folds, choice, self.stats)
         moved.candidates = Candidates(moved.model.params, self.traced.weights, GPTQ(), moved.stats)
         return moved
 

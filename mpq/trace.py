@@ -9,6 +9,7 @@ model's code is not touched, so any model will do.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from mpq.tracing.reads import Patches, Read, Slot, Source
 from mpq.tracing.walk import Plan, Walk
 from mpq.types import MpqError, Params, Use, WeightSpec
 
-__all__ = ["Default", "Replace", "Site", "Skipped", "Trace", "trace"]
+__all__ = ["Default", "Replace", "Site", "Skipped", "Trace", "sole_input", "trace"]
 
 Default = Callable[[jax.Array, jax.Array], jax.Array]
 Replace = Callable[["Site", jax.Array, jax.Array, Default], jax.Array]
@@ -55,6 +56,11 @@ class Site:
     def token_shape(self) -> tuple[int, ...]:
         """The shape whose row-major flattening is the `tokens` axis of the matrices."""
         return self._read.token_shape
+
+    @property
+    def matrix_shape(self) -> tuple[int, int, int]:
+        """Of `inputs_matrix`: batch, tokens and k."""
+        return self.spec.batch, math.prod(self.token_shape), self.spec.k
 
     def inputs_matrix(self, x: jax.Array) -> jax.Array:
         """The operation's input as `[batch, tokens, k]`, such that `inputs_matrix(x) @ w[batch, k, n]` is its result.
@@ -88,6 +94,12 @@ class Site:
     def from_outputs_matrix(self, matrix: jax.Array) -> jax.Array:
         """Inverse of `outputs_matrix`: what a replacement computed as a matrix, in the shape that the model expects."""
         return self._read.outputs.invert(matrix)
+
+
+def sole_input(spec: WeightSpec) -> str | None:
+    """The value that all uses of a weight multiply; None where there are several, or uses of other kinds."""
+    inputs = {use.input if use.kind == "matmul" else None for use in spec.uses}
+    return inputs.pop() if len(inputs) == 1 else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ from mpq.calibrate import divided
 from mpq.inputs import Dataset
 from mpq.models.model import Model
 from mpq.quantize.rtn import RTN
-from mpq.trace import Default, Site, Trace
+from mpq.trace import Default, Site, Trace, sole_input
 from mpq.types import LayerStats, Params, Scheme, WeightSpec
 
 STRENGTHS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -139,7 +139,7 @@ def smooth_stats(
 def _is_smoothable(one: RoundedActivation, specs: Mapping[str, WeightSpec]) -> bool:
     """Whether all reads of its weights are matmuls of this one value."""
     readers = [specs[path] for path in one.spec.weights]
-    alone = all(use.kind == "matmul" and use.input == one.spec.at for spec in readers for use in spec.uses)
+    alone = all(sole_input(spec) == one.spec.at for spec in readers)
     return one.spec.kind == "activation" and alone and one.spec.batch == 1
 
 

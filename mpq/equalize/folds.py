@@ -24,7 +24,7 @@ import numpy as np
 
 from mpq.inputs import Dataset, Tokens
 from mpq.models.model import Model
-from mpq.trace import Site, Trace
+from mpq.trace import Site, Trace, sole_input
 from mpq.types import Params, WeightSpec
 
 POSITIONS = 32
@@ -81,20 +81,19 @@ def find_folds(model: Model, traced: Trace, data: Dataset) -> tuple[Fold, ...]:
       In the order of the model's weights; no weight is read by two.
     """
     weights = {spec.path: spec for spec in traced.weights}
-    readers = _readers(traced)
     inputs = jnp.asarray(data.inputs[:1])
     if isinstance(model.inputs, Tokens):
         inputs = inputs[:, :POSITIONS]
     shaped = traced.on(inputs.shape)
-    names = _readers(shaped)  # other shape, other names of values
-    run = functools.partial(_run, shaped, tuple(names))
+    readers = _readers(shaped)  # values have other names at other shapes
+    run = functools.partial(_run, shaped, tuple(readers))
     output, reads = run(model.params, inputs)
     found: list[Fold] = []
     for maker in _makers(model.params, traced.weights, {weights[paths[0]].k for paths in readers.values()}):
         s = _factors(maker.width, len(found))
         _, divided = run(maker.divide(model.params, weights, s), inputs)
-        moved = [name for name in names if _is_divided(reads[name], divided[name], s)]
-        rows = tuple(path for name in moved for path in names[name])
+        moved = [name for name in readers if _is_divided(reads[name], divided[name], s)]
+        rows = tuple(path for name in moved for path in readers[name])
         if not rows or any(set(rows) & set(fold.rows) for fold in found):
             continue
         fold = dataclasses.replace(maker, rows=rows)
@@ -108,9 +107,8 @@ def _readers(traced: Trace) -> dict[str, tuple[str, ...]]:
     """Value -> the weights that it alone is multiplied by."""
     readers: dict[str, list[str]] = {}
     for spec in traced.weights:
-        inputs = {use.input for use in spec.uses}
-        if spec.batch == 1 and len(inputs) == 1 and all(use.kind == "matmul" for use in spec.uses):
-            readers.setdefault(inputs.pop(), []).append(spec.path)
+        if spec.batch == 1 and (value := sole_input(spec)) is not None:
+            readers.setdefault(value, []).append(spec.path)
     return {name: tuple(paths) for name, paths in readers.items()}
 
 
@@ -151,17 +149,10 @@ def _run(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Outputs, and the values of these names as `float32[positions, width]`."""
     sites = {site.use.input: site for site in traced.sites if site.use.input in names}
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def shape(site: Site, x: jax.Array, w: jax.Array, default: Any) -> jax.Array:
-        if sites.get(site.use.input) is site:
-            shapes[site.use.input] = site.inputs_matrix(x).shape[1:]
-        return default(x, w)
 
     def look(site: Site, x: jax.Array, state: dict[str, jax.Array]) -> dict[str, jax.Array]:
         name = site.use.input
         return state | {name: site.inputs_matrix(x)[0].astype(jnp.float32)} if sites.get(name) is site else state
 
-    jax.eval_shape(lambda p, x: traced.evaluate(p, x, shape), params, inputs)
-    start = {name: jnp.zeros(size, jnp.float32) for name, size in shapes.items()}
+    start = {name: jnp.zeros(site.matrix_shape[1:], jnp.float32) for name, site in sites.items()}
     return traced.accumulate(params, inputs, start, look)

@@ -20,19 +20,19 @@ Differences from the paper: one strength for all weights; damping as GPTQ's.
 """
 
 import functools
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.linalg import lu_factor, lu_solve
 
 from mpq.calibrate import add_product, counted_rows
 from mpq.inputs import Dataset
 from mpq.progress import track
 from mpq.quantize.candidates import Candidates, apply_plan
 from mpq.quantize.quantizer import Quantizer
-from mpq.trace import Site, Trace
+from mpq.trace import Site, Trace, sole_input
 from mpq.types import LayerStats, MpqError, Params, QTensor, Scheme, WeightSpec
 
 STRENGTH = 0.5
@@ -78,13 +78,12 @@ def propagate(
     groups = _in_order(traced, choice)
     for site, specs in track(groups, "propagate", len(groups)):
         if site is None:
-            made = plain.choose({spec.path: choice[spec.path] for spec in specs})
+            made = {spec.path: plain.qtensor(spec, choice[spec.path]) for spec in specs}
         else:
             gram, cross = _moments(traced, site, params, rounded, data, batch_size)
-            made = {
-                spec.path: quantizer(_corrected(spec.read(params), gram, cross, strength), choice[spec.path], gram)
-                for spec in specs
-            }
+            fit = _fit(gram, cross)
+            corrected = {spec.path: w + strength * (fit(w) - w) for spec in specs for w in [spec.read(params)]}
+            made = {path: quantizer(w, choice[path], gram) for path, w in corrected.items()}
         qtensors |= made
         rounded = apply_plan(rounded, specs, made)
     return {path: qtensors[path] for path in choice}
@@ -102,9 +101,8 @@ def _in_order(traced: Trace, choice: Mapping[str, Scheme]) -> list[tuple[Site | 
         if spec.path not in choice or spec.path in seen:
             continue
         seen.add(spec.path)
-        fits = spec.batch == 1 and all(use.kind == "matmul" and use.input == site.use.input for use in spec.uses)
-        key = site.use.input if fits else spec.path
-        groups.setdefault(key, (site if fits else None, []))[1].append(spec)
+        value = sole_input(spec) if spec.batch == 1 else None
+        groups.setdefault(value or spec.path, (site if value else None, []))[1].append(spec)
     return list(groups.values())
 
 
@@ -129,13 +127,9 @@ def _alike(traced: Trace, site: Site) -> tuple[Site, ...]:
     """The first sites of all values of one size: one compilation serves them, which of them is an argument."""
     first: dict[str, Site] = {}
     for other in traced.sites:
-        if other.use.kind == "matmul" and other.spec.batch == 1 and _size(other) == _size(site):
+        if other.use.kind == "matmul" and other.matrix_shape == site.matrix_shape:
             first.setdefault(other.use.input, other)
     return tuple(first.values())
-
-
-def _size(site: Site) -> tuple[int, int]:
-    return math.prod(site.token_shape), site.spec.k
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -158,7 +152,7 @@ def _add(
         here = jnp.where(counted, site.inputs_matrix(x)[0].astype(jnp.float32), 0.0)
         return jnp.where(which == sites.index(site), here, rows)
 
-    start = jnp.zeros(_size(sites[0]), jnp.float32)
+    start = jnp.zeros(sites[0].matrix_shape[1:], jnp.float32)
     original, real = (traced.accumulate(p, inputs, start, look)[1][None] for p in (params, rounded))
     gram, gram_rest, cross, cross_rest = sums
     counts = jnp.stack([counted_rows(site, mask).sum(dtype=jnp.int32) for site in sites])
@@ -166,9 +160,10 @@ def _add(
     return added, counts[which]
 
 
-def _corrected(w: jax.Array, gram: jax.Array, cross: jax.Array, strength: float) -> jax.Array:
-    """W', `float32[1, k, n]`. A channel that is always 0 keeps its row."""
-    a, c = np.asarray(gram[0]).astype(np.float64), np.asarray(cross[0]).astype(np.float64)
+def _fit(gram: jax.Array, cross: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """W to M W, both `float32[1, k, n]`, for all that read one value. A channel that is always 0 keeps its row."""
+    a, c = (np.asarray(one[0]).astype(np.float64) for one in (gram, cross))
     damping = max(DAMPING * float(np.diagonal(a).mean()), float(np.finfo(np.float32).tiny)) * np.eye(len(a))
-    fit = np.linalg.solve(a + damping, (c + damping) @ np.asarray(w[0]).astype(np.float64))
-    return w + strength * (jnp.asarray(fit[None], jnp.float32) - w)
+    factors, c = lu_factor(a + damping), c + damping
+    solve = lambda w: lu_solve(factors, c @ np.asarray(w[0]).astype(np.float64))
+    return lambda w: jnp.asarray(solve(w)[None], jnp.float32)
