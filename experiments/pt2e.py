@@ -16,7 +16,6 @@ static ranges by squared error with zero points; norms stay. One thread; both in
 
 import dataclasses
 import importlib
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,10 @@ from safetensors.numpy import load_file
 from experiments.pt2e_resnet import resnet
 from experiments.runtimes_w8a8 import Comparison as Sides
 from experiments.runtimes_w8a8 import Options as Both
-from experiments.runtimes_w8a8 import Run
-from mpq.files import canonical_json, read_json, write_json
+from experiments.runtimes_w8a8 import Run, compare
 from mpq.formats import parse_scheme
 from mpq.pt2.export import save
 from mpq.pt2.graph import require_torch
-from mpq.record import RunRecord
 from mpq.types import MpqError
 
 QUANTIZERS = ("histogram", "minmax")
@@ -105,7 +102,7 @@ class Comparison(Sides):
 
         return run
 
-    def results(self, done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def rows(self, done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """One a quantizer, those in `done` left out."""
         known = {row["quantizer"] for row in done}
         for name in (name for name in self.options.quantizers if name not in known):
@@ -130,23 +127,8 @@ def stored_bytes(program: Any) -> int:
 
 
 def main(options: Options) -> None:
-    """Compare, print, write after every row.
-
-    Raises:
-      MpqError: a quantizer is not among those there are, or the model or data are wrong.
-    """
-    if unknown := [name for name in options.quantizers if name not in QUANTIZERS]:
-        raise MpqError(f"unknown quantizer {unknown[0]!r}: the valid ones are {', '.join(QUANTIZERS)}")
-    done = read_json(options.out, "results of a comparison")["rows"] if options.out.exists() else []
-    with tempfile.TemporaryDirectory() as folder:
-        found = Comparison(options, Path(folder))
-        inputs = {"data": found.calibration.digest, "model": found.model.digest, "test": found.test.digest}
-        config = dataclasses.asdict(options) | {key: getattr(options, key).name for key in ("data", "test", "out")}
-        record = RunRecord.collect(config | {"model": found.model.name}, seeds={}, inputs=inputs)
-        for row in found.results(done):
-            print(canonical_json(row), end="", flush=True)
-            done.append(row)
-            write_json(options.out, {"record": record.to_json(), "rows": done})
+    """As `experiments.runtimes_w8a8.compare`, in PyTorch."""
+    compare(options, Comparison, QUANTIZERS)
 
 
 if __name__ == "__main__":

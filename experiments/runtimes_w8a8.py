@@ -23,7 +23,7 @@ import functools
 import importlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -239,17 +239,22 @@ class Comparison:
             yield row | dict(zip(("their_seconds", "our_seconds", "float_seconds"), times, strict=True))
 
 
-def main(options: Options) -> None:
+def compare(options: Options, comparison: type[Comparison], quantizers: Collection[str]) -> None:
     """Compare, print, write after every row.
 
+    Args:
+      options: what is compared.
+      comparison: makes the rows.
+      quantizers: those there are.
+
     Raises:
-      MpqError: a quantizer is not among those there are, or the model or data are wrong.
+      MpqError: a quantizer is not among them, or the model or data are wrong.
     """
-    if unknown := [name for name in options.quantizers if name not in QUANTIZERS]:
-        raise MpqError(f"unknown quantizer {unknown[0]!r}: the valid ones are {', '.join(QUANTIZERS)}")
+    if unknown := [name for name in options.quantizers if name not in quantizers]:
+        raise MpqError(f"unknown quantizer {unknown[0]!r}: the valid ones are {', '.join(quantizers)}")
     done = read_json(options.out, "results of a comparison")["rows"] if options.out.exists() else []
     with tempfile.TemporaryDirectory() as folder:
-        found = Comparison(options, Path(folder))
+        found = comparison(options, Path(folder))
         inputs = {"data": found.calibration.digest, "model": found.model.digest, "test": found.test.digest}
         config = dataclasses.asdict(options) | {key: getattr(options, key).name for key in ("data", "test", "out")}
         record = RunRecord.collect(config | {"model": found.model.name}, seeds={}, inputs=inputs)
@@ -257,6 +262,11 @@ def main(options: Options) -> None:
             print(canonical_json(row), end="", flush=True)
             done.append(row)
             write_json(options.out, {"record": record.to_json(), "rows": done})
+
+
+def main(options: Options) -> None:
+    """As `compare`, in ONNX Runtime."""
+    compare(options, Comparison, QUANTIZERS)
 
 
 if __name__ == "__main__":

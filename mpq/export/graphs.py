@@ -119,6 +119,26 @@ def feature_axes(eqn: Any, operand: int) -> tuple[int, ...]:
     return tuple(map(int, numbers[0][operand]))
 
 
+class PlannedRows:
+    """The rounded activations of a plan in one graph; what several weights read is rounded once."""
+
+    def __init__(self, graph: Any, rows: Sequence[RoundedActivation], batch: Any) -> None:
+        """Prepare.
+
+        Args:
+          graph: to add to.
+          rows: of the plan.
+          batch: the dimension of the windows.
+        """
+        self._graph, self._batch = graph, batch
+        self._rows = {row.spec.at: row for row in rows}
+        self._made: dict[Hashable, Any] = {}
+
+    def of(self, value: str) -> RoundedActivation | None:
+        """The row of `Use.input`, if it is rounded."""
+        return self._rows.get(value)
+
+
 class Reads:
     """Which use of a weight an equation is: arrays are followed from the weight through changes of layout."""
 

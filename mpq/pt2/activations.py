@@ -17,7 +17,7 @@ import numpy as np
 from mpq.activations.apply import RoundedActivation
 from mpq.activations.rows import ActivationSpec
 from mpq.activations.scheme import SCALE_DTYPE, ActivationScheme, scale_and_zero
-from mpq.export.graphs import require_windows_first
+from mpq.export.graphs import PlannedRows, require_windows_first
 from mpq.pt2.graph import Graph
 
 MIDDLE = 128
@@ -29,24 +29,10 @@ def refusal(row: ActivationSpec, scheme: ActivationScheme) -> str | None:
     return "the program keeps no KV cache" if row.kind == "kv" else None
 
 
-class Activations:
-    """The rows of a plan in one graph; what several weights read is rounded once."""
+class Activations(PlannedRows):
+    """How they are rounded."""
 
-    def __init__(self, graph: Graph, rows: Sequence[RoundedActivation], batch: Any) -> None:
-        """Prepare.
-
-        Args:
-          graph: to add to.
-          rows: of the plan.
-          batch: the dimension of the windows.
-        """
-        self._graph, self._batch = graph, batch
-        self._rows = {row.spec.at: row for row in rows}
-        self._made: dict[tuple[str, Any, tuple[int, ...]], Any] = {}
-
-    def of(self, value: str) -> RoundedActivation | None:
-        """The row of `Use.input`, if it is rounded."""
-        return self._rows.get(value)
+    _graph: Graph
 
     def rounded(self, row: RoundedActivation, x: Any, shape: Sequence[Any], axes: Sequence[int]) -> Any:
         """`x` rounded and scaled back.
