@@ -10,17 +10,18 @@ is rounded in the place of W, with the gram of x'. M W is the least-squares fit 
 strength 1 carries over better to other text.
 
 Weights that read one value are rounded together. An embedding, a convolution or a batch of experts is rounded as it is,
-with its statistics on the original inputs.
+with its statistics on the original inputs; so is a weight that is read inside a branch or a loop.
 
-Cost: for every input two forward passes over the calibration set, quadratic in the depth in all; one gram and one
-product of inputs at a time, whatever the number of weights.
+Cost: two forward passes over the calibration set in all (`mpq.stages`), and the compilation of every stage; memory for
+one gram and one product of inputs, and twice for what crosses a cut of the whole calibration set, in a decoder the
+residual stream.
 Fails on: calibration text that is too short for its inputs (fewer tokens than channels), where M fits noise.
 
 Differences from the paper: one strength for all weights; damping as GPTQ's.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ from mpq.inputs import Dataset
 from mpq.progress import track
 from mpq.quantize.candidates import Candidates, apply_plan
 from mpq.quantize.quantizer import Quantizer
+from mpq.stages import Stages
 from mpq.trace import Site, Trace, sole_input
 from mpq.types import LayerStats, MpqError, Params, QTensor, Scheme, WeightSpec
 
@@ -39,8 +41,8 @@ STRENGTH = 0.5
 DAMPING = 0.01
 """Of the mean of the gram's diagonal, added to it."""
 
-_Moments = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-"""`float32[1, k, k]` each: the gram of x' and the product of x' and x, and what their sums lost to rounding."""
+_Moments = tuple[jax.Array, ...]
+"""Four `float32[1, k, k]`: the gram of x', the product of x' and x, and what each sum lost to rounding, behind it."""
 
 
 def propagate(
@@ -73,14 +75,15 @@ def propagate(
         raise MpqError(f"the strength of propagation is {strength}: it must be 0 to 1")
     traced = traced.on((batch_size, *data.inputs.shape[1:]))
     plain = Candidates(params, traced.weights, quantizer, stats)
+    streams = _Streams(traced, _sites(traced, choice), data, batch_size)
     qtensors: dict[str, QTensor] = {}
     rounded = dict(params)
-    groups = _in_order(traced, choice)
+    groups = _in_order(traced, choice, streams.sites)
     for site, specs in track(groups, "propagate", len(groups)):
         if site is None:
             made = {spec.path: plain.qtensor(spec, choice[spec.path]) for spec in specs}
         else:
-            gram, cross = _moments(traced, site, params, rounded, data, batch_size)
+            gram, cross = streams.moments(site, params, rounded)
             fit = _fit(gram, cross)
             corrected = {spec.path: w + strength * (fit(w) - w) for spec in specs for w in [spec.read(params)]}
             made = {path: quantizer(w, choice[path], gram) for path, w in corrected.items()}
@@ -89,75 +92,65 @@ def propagate(
     return {path: qtensors[path] for path in choice}
 
 
-def _in_order(traced: Trace, choice: Mapping[str, Scheme]) -> list[tuple[Site | None, list[WeightSpec]]]:
-    """Weights that are rounded together, in the order of execution, with the first site that reads their value.
+def _sites(traced: Trace, choice: Mapping[str, Scheme]) -> list[Site]:
+    """The first site of every value that only weights of the choice multiply, each a single matrix."""
+    first: dict[str, Site] = {}
+    for site in traced.sites:
+        spec = site.spec
+        if spec.path in choice and spec.batch == 1 and (value := sole_input(spec)) is not None:
+            first.setdefault(value, site)
+    return list(first.values())
+
+
+def _in_order(
+    traced: Trace, choice: Mapping[str, Scheme], sites: Sequence[Site]
+) -> list[tuple[Site | None, list[WeightSpec]]]:
+    """Weights that are rounded together, in the order of execution, with the one of `sites` that reads their value.
 
     No site: the weight is rounded as it is.
     """
+    reading = {site.use.input: site for site in sites}
     groups: dict[str, tuple[Site | None, list[WeightSpec]]] = {}
-    seen: set[str] = set()
-    for site in traced.sites:
-        spec = site.spec
-        if spec.path not in choice or spec.path in seen:
-            continue
-        seen.add(spec.path)
-        value = sole_input(spec) if spec.batch == 1 else None
-        groups.setdefault(value or spec.path, (site if value else None, []))[1].append(spec)
+    for spec in dict.fromkeys(site.spec for site in traced.sites if site.spec.path in choice):
+        site = reading.get(sole_input(spec) or "") if spec.batch == 1 else None
+        groups.setdefault(spec.path if site is None else site.use.input, (site, []))[1].append(spec)
     return list(groups.values())
 
 
-def _moments(
-    traced: Trace, site: Site, params: Params, rounded: Params, data: Dataset, batch_size: int
-) -> tuple[jax.Array, jax.Array]:
-    """`float32[1, k, k]` E[x' x'^T] and E[x' x^T] of the value that a site reads."""
-    sites = _alike(traced, site)
-    which, k = jnp.int32([one.use.input for one in sites].index(site.use.input)), site.spec.k
-    zeros = jnp.zeros((1, k, k))
-    sums: _Moments = (zeros, zeros, zeros, zeros)
-    count = 0
-    for batch in data.batches(batch_size):
-        sums, positions = _add(traced, sites, params, rounded, which, sums, batch.inputs, batch.mask)
-        count += int(positions)
-    gram, gram_rest, cross, cross_rest = (np.asarray(one).astype(np.float64) for one in sums)
-    mean = lambda total, rest: jnp.asarray((total + rest) / max(count, 1), jnp.float32)
-    return mean(gram, gram_rest), mean(cross, cross_rest)
+class _Streams:
+    """What flows through the original model and through the one that is being rounded, stage by stage.
+
+    Attributes:
+      sites: those whose moments can be had, in the order of execution.
+    """
+
+    def __init__(self, traced: Trace, sites: Sequence[Site], data: Dataset, batch_size: int):
+        self._stages = Stages(traced, sites)
+        self.sites = self._stages.sites
+        self._masks = [batch.mask for batch in data.batches(batch_size)]
+        self._original = [self._stages.start(batch.inputs) for batch in data.batches(batch_size)]
+        self._real = list(self._original)
+
+    def moments(self, site: Site, params: Params, rounded: Params) -> tuple[jax.Array, jax.Array]:
+        """`float32[1, k, k]` E[x' x'^T] and E[x' x^T] of the value that a site reads; sites have to come in order."""
+        number, k = self.sites.index(site), site.spec.k
+        sums: _Moments = tuple(jnp.zeros((1, k, k)) for _ in range(4))
+        for i, mask in enumerate(self._masks):
+            original, self._original[i] = self._stages.run(number, params, self._original[i])
+            real, self._real[i] = self._stages.run(number, rounded, self._real[i])
+            sums = _add(sums, *(site.inputs_matrix(x) for x in (real, original)), counted_rows(site, mask))
+        count = sum(int(counted_rows(site, mask).sum()) for mask in self._masks)
+        gram, gram_rest, cross, cross_rest = (np.asarray(one).astype(np.float64) for one in sums)
+        mean = lambda total, rest: jnp.asarray((total + rest) / max(count, 1), jnp.float32)
+        return mean(gram, gram_rest), mean(cross, cross_rest)
 
 
-def _alike(traced: Trace, site: Site) -> tuple[Site, ...]:
-    """The first sites of all values of one size: one compilation serves them, which of them is an argument."""
-    first: dict[str, Site] = {}
-    for other in traced.sites:
-        if other.use.kind == "matmul" and other.matrix_shape == site.matrix_shape:
-            first.setdefault(other.use.input, other)
-    return tuple(first.values())
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _add(
-    traced: Trace,
-    sites: tuple[Site, ...],
-    params: Params,
-    rounded: Params,
-    which: jax.Array,
-    sums: _Moments,
-    inputs: jax.Array,
-    mask: jax.Array,
-) -> tuple[_Moments, jax.Array]:
-    """Totals after one batch, and the positions that counted."""
-
-    def look(site: Site, x: jax.Array, rows: jax.Array) -> jax.Array:
-        if site not in sites:
-            return rows
-        counted = counted_rows(site, mask)[:, None]
-        here = jnp.where(counted, site.inputs_matrix(x)[0].astype(jnp.float32), 0.0)
-        return jnp.where(which == sites.index(site), here, rows)
-
-    start = jnp.zeros(sites[0].matrix_shape[1:], jnp.float32)
-    original, real = (traced.accumulate(p, inputs, start, look)[1][None] for p in (params, rounded))
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(sums: _Moments, real: jax.Array, original: jax.Array, counted: jax.Array) -> _Moments:
+    """Totals after one batch of `[1, tokens, k]` values, those of `counted: bool[tokens]` alone."""
+    real, original = (jnp.where(counted[:, None], x.astype(jnp.float32), 0.0) for x in (real, original))
     gram, gram_rest, cross, cross_rest = sums
-    counts = jnp.stack([counted_rows(site, mask).sum(dtype=jnp.int32) for site in sites])
-    added = (*add_product(gram, gram_rest, real, real), *add_product(cross, cross_rest, real, original))
-    return added, counts[which]
+    return (*add_product(gram, gram_rest, real, real), *add_product(cross, cross_rest, real, original))
 
 
 def _fit(gram: jax.Array, cross: jax.Array) -> Callable[[jax.Array], jax.Array]:

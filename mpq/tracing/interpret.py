@@ -49,7 +49,7 @@ class Interpreter:
         self, entry: int | Split | Inner | None, eqn: Any, args: list[Any], state: Any
     ) -> tuple[Sequence[Any], Any]:
         if entry is None:
-            return _bind(eqn, args), state
+            return bind(eqn, args), state
         if isinstance(entry, int):
             return self._read(entry, eqn, args, state)
         if isinstance(entry, Split):
@@ -69,7 +69,7 @@ class Interpreter:
         originals = []
 
         def default(*operands: jax.Array) -> jax.Array:
-            (out,) = _bind(eqn, operands)
+            (out,) = bind(eqn, operands)
             if all(a is b for a, b in zip(operands, args, strict=True)):
                 originals.append(out)
             return out
@@ -85,7 +85,7 @@ class Interpreter:
             own = lambda array, dim, e=expert: array if dim is None else jax.lax.slice_in_dim(array, e, e + 1, axis=dim)
             (out,), state = self._read(number, eqn, list(map(own, args, entry.dims)), state)
             outs.append(out)
-        joined = [jnp.concatenate(outs, axis=entry.joined)] if self._changed else _bind(eqn, args)
+        joined = [jnp.concatenate(outs, axis=entry.joined)] if self._changed else bind(eqn, args)
         self._changed |= before
         return joined, state
 
@@ -101,7 +101,7 @@ class Interpreter:
         before, self._changed = self._changed, False
         outs, state = self.run(entry.plans[0], _called(eqn), args, state)
         if not self._changed:
-            outs = _bind(eqn, args)
+            outs = bind(eqn, args)
         self._changed |= before
         return outs, state
 
@@ -146,7 +146,7 @@ def _called(eqn: Any) -> Any:
     return eqn.params[CALLS[eqn.primitive.name][1]]
 
 
-def _bind(eqn: Any, args: Sequence[Any]) -> Sequence[Any]:
+def bind(eqn: Any, args: Sequence[Any]) -> Sequence[Any]:
     """The equation's own outputs."""
     with eqn.ctx.manager:
         outs = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
