@@ -36,8 +36,7 @@ from mpq.formats import parse_scheme
 from mpq.inputs import Dataset, Tokens
 from mpq.models import Model, load
 from mpq.quantize import GPTQ, Candidates, apply_plan
-from mpq.quantize.propagate import propagate
-from mpq.quantize.quantizer import Quantizer
+from mpq.quantize.propagate import Propagation
 from mpq.sensitivity import METRICS
 from mpq.types import MpqError, QTensor, Scheme, SensitivityTable
 
@@ -117,10 +116,9 @@ class Comparison:
         moved.candidates = Candidates(moved.model.params, self.traced.weights, GPTQ(), moved.stats)
         return moved
 
-    def propagated(self, quantizer: Quantizer, choice: dict[str, Scheme]) -> dict[str, QTensor]:
+    def propagated(self, candidates: Candidates, choice: dict[str, Scheme]) -> dict[str, QTensor]:
         """Weights rounded in the order of execution, each making up for those before it."""
-        size, text = self.options.batch_size, self.calibration
-        return propagate(self.traced, self.model.params, choice, quantizer, self.stats, text, batch_size=size)
+        return Propagation(self.traced, candidates, self.calibration, batch_size=self.options.batch_size).choose(choice)
 
     def scores(self, qtensors: dict[str, QTensor]) -> DocumentScores:
         """On the held-out text."""

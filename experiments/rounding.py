@@ -111,7 +111,7 @@ def rows(options: Options, parts: Mapping[str, Comparison], done: list[dict[str,
                 measured = measured.equalized(choice)
                 candidates = rounded(measured)
             ordered = algorithm in PROPAGATED
-            made = measured.propagated(ALGORITHMS[algorithm], choice) if ordered else candidates.choose(choice)
+            made = measured.propagated(candidates, choice) if ordered else candidates.choose(choice)
             qtensors = jax.block_until_ready(made)
             seconds = time.perf_counter() - start
             row = measured.row(qtensors)

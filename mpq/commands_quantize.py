@@ -21,7 +21,7 @@ from mpq.export.arguments import export_arguments
 from mpq.inputs import Dataset
 from mpq.models import Model, load
 from mpq.quantize import QUANTIZERS, Candidates
-from mpq.quantize.propagate import propagate
+from mpq.quantize.propagate import Propagation
 from mpq.trace import Trace
 from mpq.types import MpqError, QTensor
 
@@ -147,9 +147,8 @@ def _round(
     if how.awq:
         model, collected, strengths = awq(model, traced, find_folds(model, traced, data), plan.choices, collected)
         told["equalized"] = sum(alpha > 0 for alpha in strengths.values())
-    quantizer = QUANTIZERS[how.method]
+    candidates = Candidates(model.params, traced.weights, QUANTIZERS[how.method], collected)
     if how.propagate:
-        order = propagate(traced, model.params, plan.choices, quantizer, collected, data, batch_size=batch_size)
-        return _Rounded(model, plan, chosen, order, {**told, "propagated": True})
-    candidates = Candidates(model.params, traced.weights, quantizer, collected)
+        in_order = Propagation(traced, candidates, data, batch_size=batch_size)
+        return _Rounded(model, plan, chosen, in_order.choose(plan.choices), {**told, "propagated": True})
     return _Rounded(model, plan, chosen, candidates.choose(plan.choices), told)

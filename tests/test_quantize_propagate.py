@@ -10,7 +10,7 @@ from mpq.formats import parse_scheme
 from mpq.inputs import Dataset
 from mpq.models import load
 from mpq.quantize import RTN, Candidates, apply_plan
-from mpq.quantize.propagate import DAMPING, propagate
+from mpq.quantize.propagate import DAMPING, Propagation
 from mpq.trace import trace
 from mpq.types import MpqError
 from tests import tiny
@@ -18,6 +18,11 @@ from tests.command import exit_code
 
 WIDTH, VOCABULARY = 8, 24
 SCHEME = parse_scheme("int3_channel")
+
+
+def propagate(traced, params, choice, quantizer, stats, data, **options):
+    candidates = Candidates(params, traced.weights, quantizer, stats)
+    return Propagation(traced, candidates, data, **options).choose(choice)
 
 
 def apply(params, ids):
@@ -45,17 +50,17 @@ def rounded(w):
     return np.clip(np.round(w / scale), -4, 3) * scale
 
 
-def by_hand(params, data, strength):
-    """The chain above, one value after the other."""
+def by_hand(params, data, strength, chosen):
+    """The chain above, one value after the other; weights that are not chosen stay as they are."""
     exact = {name: np.asarray(param).astype(np.float64) for name, param in params.items()}
     ids = data.inputs[data.mask]
-    x, quantized = exact["table"][ids], {"table": rounded(exact["table"].T).T}
+    x, quantized = exact["table"][ids], exact | {"table": rounded(exact["table"].T).T}
     real = quantized["table"][ids]
 
     def of(names, x, real):
         gram, cross = real.T @ real / len(real), real.T @ x / len(real)
         damping = DAMPING * np.diagonal(gram).mean() * np.eye(len(gram))
-        for name in names:
+        for name in set(names) & set(chosen):
             fit = np.linalg.solve(gram + damping, (cross + damping) @ exact[name])
             quantized[name] = rounded(exact[name] + strength * (fit - exact[name]))
 
@@ -72,7 +77,7 @@ def test_weights_are_those_of_the_formulas(case, strength):
     traced, params, data, stats = case
     choice = dict.fromkeys(params, SCHEME)
     got = propagate(traced, params, choice, RTN(), stats, data, batch_size=2, strength=strength)
-    expected = by_hand(params, data, strength)
+    expected = by_hand(params, data, strength, params)
     assert list(got) == list(choice)
     values = apply_plan(params, traced.weights, got)
     for name in params:
@@ -120,6 +125,24 @@ def test_errors_do_not_add_up_over_a_model(tmp_path):
         return score(model, params, data, reference=reference, batch_size=0).summary().kl
 
     assert kl(made) < 0.9 * kl(plain)
+
+
+def test_what_is_refused_is_refused_as_without_it(case):
+    traced, params, data, stats = case
+    run = lambda params, choice: propagate(traced, params, choice, RTN(), stats, data, batch_size=2)
+    with pytest.raises(MpqError, match="weight d holds NaN or infinity: mend the checkpoint before quantizing it"):
+        run(params | {"d": params["d"] * jnp.nan}, {"d": SCHEME})
+    with pytest.raises(MpqError, match="the plan names e, which is not one of the 5 weights: trace it again"):
+        run(params, {"e": SCHEME})
+
+
+def test_weights_between_may_stay_as_they_are(case):
+    traced, params, data, stats = case
+    choice = {"table": SCHEME, "d": SCHEME}
+    got = propagate(traced, params, choice, RTN(), stats, data, batch_size=2)
+    assert list(got) == list(choice)
+    expected = by_hand(params, data, 0.5, choice)
+    np.testing.assert_allclose(got["d"].dequantize()[0], expected["d"], rtol=0, atol=2e-3)
 
 
 def test_the_strength_has_bounds(case):

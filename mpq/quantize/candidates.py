@@ -49,8 +49,7 @@ class Candidates:
           quantizer: rounding algorithm.
           stats: calibration statistics by weight path; a weight without any is rounded without a gram.
         """
-        self.quantizer = quantizer
-        self._params = params
+        self.quantizer, self.params = quantizer, params
         self._weights = {spec.path: spec for spec in weights}
         self._stats = stats or {}
         self._checked: set[str] = set()
@@ -99,19 +98,33 @@ class Candidates:
         Raises:
           MpqError: a path is not one of this model's weights; or as `qtensor` does.
         """
-        if unknown := [path for path in choice if path not in self._weights]:
-            raise MpqError(
-                f"the plan names {unknown[0]}, which is not one of the {len(self._weights)} weights: trace it again"
-            )
+        specs = {path: self.spec(path) for path in choice}
         missing = [key for key in choice.items() if key not in self._qtensors]
         for path, scheme in track(missing, "quantize", len(missing)) if missing else ():
-            self.qtensor(self._weights[path], scheme)
-        return {path: self.qtensor(self._weights[path], scheme) for path, scheme in choice.items()}
+            self.qtensor(specs[path], scheme)
+        return {path: self.qtensor(specs[path], scheme) for path, scheme in choice.items()}
+
+    def spec(self, path: str) -> WeightSpec:
+        """The weight that a plan names.
+
+        Raises:
+          MpqError: it is not one of this model's.
+        """
+        if path not in self._weights:
+            raise MpqError(
+                f"the plan names {path}, which is not one of the {len(self._weights)} weights: trace it again"
+            )
+        return self._weights[path]
+
+    def weight(self, spec: WeightSpec, scheme: Scheme) -> jax.Array:
+        """The weight itself, `float32[batch, k, n]`, if the scheme fits it. Raises as `qtensor` does."""
+        require_fit(scheme, spec.k, f"weight {spec.path}")
+        return self._inputs(spec)[0]
 
     def squared_error(self, spec: WeightSpec, scheme: Scheme) -> float:
         """Sum of squared differences to the weight. Raises as `qtensor` does."""
         got = np.asarray(self.dequantized(spec, scheme), np.float64)
-        return float(np.sum((got - np.asarray(spec.read(self._params), np.float64)) ** 2))
+        return float(np.sum((got - np.asarray(spec.read(self.params), np.float64)) ** 2))
 
     def ignores_statistics(self, spec: WeightSpec, scheme: Scheme) -> bool:
         """Whether the weight is rounded as it would be without statistics. Raises as `qtensor` does."""
@@ -124,7 +137,7 @@ class Candidates:
         """Weight and gram, checked once."""
         if self._weights.get(spec.path) != spec:
             raise MpqError(f"weight {spec.path} is not one of the {len(self._weights)} of this model: trace it again")
-        weight, stats = spec.read(self._params), self._stats.get(spec.path)
+        weight, stats = spec.read(self.params), self._stats.get(spec.path)
         gram = None if stats is None else jnp.asarray(stats.gram, jnp.float32)
         if spec.path not in self._checked:
             if not jnp.isfinite(weight).all():

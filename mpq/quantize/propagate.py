@@ -21,7 +21,7 @@ Differences from the paper: one strength for all weights; damping as GPTQ's.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +32,9 @@ from mpq.calibrate import add_product, counted_rows
 from mpq.inputs import Dataset
 from mpq.progress import track
 from mpq.quantize.candidates import Candidates, apply_plan
-from mpq.quantize.quantizer import Quantizer
-from mpq.stages import Stages
+from mpq.stages import Stages, Values
 from mpq.trace import Site, Trace, sole_input
-from mpq.types import LayerStats, MpqError, Params, QTensor, Scheme, WeightSpec
+from mpq.types import MpqError, Params, QTensor, Scheme, WeightSpec
 
 STRENGTH = 0.5
 DAMPING = 0.01
@@ -45,104 +44,106 @@ _Moments = tuple[jax.Array, ...]
 """Four `float32[1, k, k]`: the gram of x', the product of x' and x, and what each sum lost to rounding, behind it."""
 
 
-def propagate(
-    traced: Trace,
-    params: Params,
-    choice: Mapping[str, Scheme],
-    quantizer: Quantizer,
-    stats: Mapping[str, LayerStats],
-    data: Dataset,
-    *,
-    batch_size: int,
-    strength: float = STRENGTH,
-) -> dict[str, QTensor]:
-    """The quantized weights of a plan.
+class Propagation:
+    """Plans of one model, rounded in the order of execution; in the place of `Candidates` where a plan is made."""
 
-    Args:
-      traced: the model, traced for any batch size.
-      params: its parameters.
-      choice: path -> scheme.
-      quantizer: rounding algorithm.
-      stats: of the original inputs, for the weights that are rounded as they are.
-      data: the calibration set.
-      batch_size: windows a pass.
-      strength: how much of the fit is taken, 0 to 1.
+    def __init__(
+        self, traced: Trace, candidates: Candidates, data: Dataset, *, batch_size: int, strength: float = STRENGTH
+    ):
+        """Compute nothing yet.
 
-    Raises:
-      MpqError: the strength is outside of its range; or as `Candidates.choose` does.
-    """
-    if not 0 <= strength <= 1:
-        raise MpqError(f"the strength of propagation is {strength}: it must be 0 to 1")
-    traced = traced.on((batch_size, *data.inputs.shape[1:]))
-    plain = Candidates(params, traced.weights, quantizer, stats)
-    streams = _Streams(traced, _sites(traced, choice), data, batch_size)
-    qtensors: dict[str, QTensor] = {}
-    rounded = dict(params)
-    groups = _in_order(traced, choice, streams.sites)
-    for site, specs in track(groups, "propagate", len(groups)):
-        if site is None:
-            made = {spec.path: plain.qtensor(spec, choice[spec.path]) for spec in specs}
-        else:
-            gram, cross = streams.moments(site, params, rounded)
-            fit = _fit(gram, cross)
-            corrected = {spec.path: w + strength * (fit(w) - w) for spec in specs for w in [spec.read(params)]}
-            made = {path: quantizer(w, choice[path], gram) for path, w in corrected.items()}
-        qtensors |= made
-        rounded = apply_plan(rounded, specs, made)
-    return {path: qtensors[path] for path in choice}
+        Args:
+          traced: the model, traced for any batch size.
+          candidates: its weights, the rounding algorithm, and the statistics of those that are rounded as they are.
+          data: the calibration set.
+          batch_size: windows a pass.
+          strength: how much of the fit is taken, 0 to 1.
+
+        Raises:
+          MpqError: the strength is outside of its range.
+        """
+        if not 0 <= strength <= 1:
+            raise MpqError(f"the strength of propagation is {strength}: it must be 0 to 1")
+        self._candidates, self._data, self._batch_size, self._strength = candidates, data, batch_size, strength
+        self._traced = traced.on((batch_size, *data.inputs.shape[1:]))
+        self._stages = Stages(self._traced, _first_sites(self._traced))
+
+    def choose(self, choice: Mapping[str, Scheme]) -> dict[str, QTensor]:
+        """The quantized weights of a plan: path -> scheme. Raises as `Candidates.choose` does."""
+        params, rounded = self._candidates.params, dict(self._candidates.params)
+        streams = _Streams(self._stages, self._data, self._batch_size)
+        qtensors: dict[str, QTensor] = {}
+        groups = self._groups(choice)
+        for site, specs in track(groups, "propagate", len(groups)):
+            if site is None:
+                made = {spec.path: self._candidates.qtensor(spec, choice[spec.path]) for spec in specs}
+            else:
+                weights = {spec.path: self._candidates.weight(spec, choice[spec.path]) for spec in specs}
+                gram, cross = streams.moments(site, params, rounded)
+                fit = _fit(gram, cross)
+                corrected = {path: w + self._strength * (fit(w) - w) for path, w in weights.items()}
+                made = {path: self._candidates.quantizer(w, choice[path], gram) for path, w in corrected.items()}
+            qtensors |= made
+            rounded = apply_plan(rounded, specs, made)
+        return {path: qtensors[path] for path in choice}
+
+    def _groups(self, choice: Mapping[str, Scheme]) -> list[tuple[Site | None, list[WeightSpec]]]:
+        """Weights that are rounded together, in the order of execution, with the first site that reads their value.
+
+        No site: the weight is rounded as it is.
+        """
+        reading: dict[str | None, Site] = {site.use.input: site for site in self._stages.sites}
+        groups: dict[str, tuple[Site | None, list[WeightSpec]]] = {}
+        specs = {path: self._candidates.spec(path) for path in choice}
+        for path in dict.fromkeys(site.spec.path for site in self._traced.sites if site.spec.path in specs):
+            site = reading.get(_own_input(specs[path]))
+            groups.setdefault(path if site is None else site.use.input, (site, []))[1].append(specs[path])
+        return list(groups.values())
 
 
-def _sites(traced: Trace, choice: Mapping[str, Scheme]) -> list[Site]:
-    """The first site of every value that only weights of the choice multiply, each a single matrix."""
+def _own_input(spec: WeightSpec) -> str | None:
+    """The one value that the weight, a single matrix, multiplies."""
+    return sole_input(spec) if spec.batch == 1 else None
+
+
+def _first_sites(traced: Trace) -> list[Site]:
+    """The first site of every value that is some weight's own."""
     first: dict[str, Site] = {}
     for site in traced.sites:
-        spec = site.spec
-        if spec.path in choice and spec.batch == 1 and (value := sole_input(spec)) is not None:
+        if (value := _own_input(site.spec)) is not None:
             first.setdefault(value, site)
     return list(first.values())
 
 
-def _in_order(
-    traced: Trace, choice: Mapping[str, Scheme], sites: Sequence[Site]
-) -> list[tuple[Site | None, list[WeightSpec]]]:
-    """Weights that are rounded together, in the order of execution, with the one of `sites` that reads their value.
-
-    No site: the weight is rounded as it is.
-    """
-    reading = {site.use.input: site for site in sites}
-    groups: dict[str, tuple[Site | None, list[WeightSpec]]] = {}
-    for spec in dict.fromkeys(site.spec for site in traced.sites if site.spec.path in choice):
-        site = reading.get(sole_input(spec) or "") if spec.batch == 1 else None
-        groups.setdefault(spec.path if site is None else site.use.input, (site, []))[1].append(spec)
-    return list(groups.values())
-
-
 class _Streams:
-    """What flows through the original model and through the one that is being rounded, stage by stage.
+    """What flows through the original model and through the one that is being rounded, as far as it was asked for."""
 
-    Attributes:
-      sites: those whose moments can be had, in the order of execution.
-    """
-
-    def __init__(self, traced: Trace, sites: Sequence[Site], data: Dataset, batch_size: int):
-        self._stages = Stages(traced, sites)
-        self.sites = self._stages.sites
-        self._masks = [batch.mask for batch in data.batches(batch_size)]
-        self._original = [self._stages.start(batch.inputs) for batch in data.batches(batch_size)]
+    def __init__(self, stages: Stages, data: Dataset, batch_size: int):
+        batches = list(data.batches(batch_size))
+        self._stages, self._reached = stages, 0
+        self._masks = [batch.mask for batch in batches]
+        self._original = [stages.start(batch.inputs) for batch in batches]
         self._real = list(self._original)
 
     def moments(self, site: Site, params: Params, rounded: Params) -> tuple[jax.Array, jax.Array]:
         """`float32[1, k, k]` E[x' x'^T] and E[x' x^T] of the value that a site reads; sites have to come in order."""
-        number, k = self.sites.index(site), site.spec.k
+        stages, k = range(self._reached, self._stages.sites.index(site) + 1), site.spec.k
         sums: _Moments = tuple(jnp.zeros((1, k, k)) for _ in range(4))
         for i, mask in enumerate(self._masks):
-            original, self._original[i] = self._stages.run(number, params, self._original[i])
-            real, self._real[i] = self._stages.run(number, rounded, self._real[i])
-            sums = _add(sums, *(site.inputs_matrix(x) for x in (real, original)), counted_rows(site, mask))
+            original, self._original[i] = self._run(stages, params, self._original[i])
+            real, self._real[i] = self._run(stages, rounded, self._real[i])
+            sums = _add(sums, *map(site.inputs_matrix, (real, original)), counted_rows(site, mask))
+        self._reached = stages.stop
         count = sum(int(counted_rows(site, mask).sum()) for mask in self._masks)
         gram, gram_rest, cross, cross_rest = (np.asarray(one).astype(np.float64) for one in sums)
         mean = lambda total, rest: jnp.asarray((total + rest) / max(count, 1), jnp.float32)
         return mean(gram, gram_rest), mean(cross, cross_rest)
+
+    def _run(self, stages: range, params: Params, values: Values) -> tuple[jax.Array, Values]:
+        *before, last = stages
+        for number in before:
+            _, values = self._stages.run(number, params, values)
+        return self._stages.run(last, params, values)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
