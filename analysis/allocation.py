@@ -12,7 +12,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
 from analysis.figure import MUTED, PAPER, save
-from analysis.load import PlanResult, Result, TableInfo
+from analysis.load import MADE_BETTER, PlanResult, Result, TableInfo
 from analysis.text import code_width, layers_and_roles, significant
 
 _MAX_PLANS, _MAX_TABLES = 6, 4
@@ -43,8 +43,8 @@ def draw_sensitivity(result: Result, *outs: str | os.PathLike[str]) -> None:
 
 
 def handed_out_plans(result: Result) -> list[PlanResult]:
-    """The plans that budgets end with, smallest first; if there are none, the mixed plans of the main method."""
-    plans = [plan for plan in result.plans if plan.handed_out and plan.kind != "distilled"]  # which has these choices
+    """The plans that budgets end with, plainly rounded, smallest first; if none, the mixed ones of the main method."""
+    plans = [plan for plan in result.plans if plan.handed_out and plan.kind not in MADE_BETTER]
     plans = plans or [p for p in result.plans if p.kind == "mixed" and p.method == result.main_method]
     return sorted(plans, key=lambda plan: plan.bits_per_weight)
 

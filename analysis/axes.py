@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from analysis.figure import DISTILLED, HEURISTIC, MIXED, PAPER, UNIFORM, Label
-from analysis.load import PlanResult, Result
+from analysis.figure import DISTILLED, HEURISTIC, MIXED, PAPER, PROPAGATED, UNIFORM, Label
+from analysis.load import MADE_BETTER, PlanResult, Result
 from analysis.text import significant
 
 _MAX_TICKS = 8
@@ -22,6 +22,7 @@ KINDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "mixed": (MIXED, "o"),
         "uniform": (UNIFORM, "s"),
         "heuristic": (HEURISTIC, "^"),
+        "propagated": (PROPAGATED, "v"),
         "distilled": (DISTILLED, "D"),
     }
 )
@@ -86,7 +87,7 @@ def draw_plans(
     *,
     rising: bool = False,
 ) -> None:
-    """One series for each kind and method; the method that is handed out, and distilled, are filled, others hollow.
+    """One series for each kind and method; the method that is handed out, and better made, are filled, others hollow.
 
     Args:
       ax: where.
@@ -104,13 +105,14 @@ def draw_plans(
                 continue
             chosen.sort(key=lambda plan: plan.bits_per_weight)
             x, y = [plan.bits_per_weight for plan in chosen], [value(plan) for plan in chosen]
+            better = kind in MADE_BETTER
             _connect(ax, x, y, kind, main=method == result.main_method, rising=rising)
             ax.errorbar(
                 x,
                 y,
                 yerr=None if error is None else bars(y, [error(plan) for plan in chosen]),
-                label=kind if kind == "distilled" else f"{kind}, {method.upper()}",
-                **marks(color, marker, color if method == result.main_method or kind == "distilled" else PAPER),
+                label=kind if better else f"{kind}, {method.upper()}",
+                **marks(color, marker, color if method == result.main_method or better else PAPER),
             )
 
 

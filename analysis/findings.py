@@ -3,7 +3,7 @@
 import math
 
 from analysis.allocation import handed_out_plans
-from analysis.load import Comparison, Result, TableInfo
+from analysis.load import MADE_BETTER, Comparison, Result, TableInfo
 from analysis.text import MINUS, effective_bits, megabytes, significant, with_error
 
 _SURE = 2.0  # standard errors
@@ -25,7 +25,17 @@ def headline(result: Result) -> str:
         f"At {significant(plan.bits_per_weight)} bits per weight ({megabytes(plan.size_bytes)}) the mixed plan loses "
         f"{with_error(plan.kl, plan.kl_stderr)} {result.task.nats} (KL to the original); the best uniform scheme that "
         f"fits, {baseline.name}, loses {with_error(baseline.kl, baseline.kl_stderr)}. {_verdict_sentence(comparison)}"
+        f"{_made_better(result, comparison.budget)}"
     )
+
+
+def _made_better(result: Result, budget: str | None) -> str:
+    """What the way adds in which the plan that the budget ends with is made, if it is not plain rounding."""
+    winner = result.winners.get(budget or "")
+    plan = result.plan(winner.plan, winner.method) if winner is not None and winner.method is not None else None
+    if plan is None or plan.kind not in MADE_BETTER:
+        return ""
+    return f" Handed out is {plan.name}, {plan.kind}, which loses {with_error(plan.kl, plan.kl_stderr)}."
 
 
 def verdict(comparison: Comparison) -> str:

@@ -127,14 +127,18 @@ class FrontierInfo:
         return self.corrected_stderr if self.corrected_kl else self.predicted_stderr
 
 
+MADE_BETTER = ("propagated", "distilled")
+"""Kinds of plans with the choices of another one, whose weights were made otherwise."""
+
+
 @dataclasses.dataclass(frozen=True)
 class PlanResult:
     """One plan, rounded by one method and measured on the test set; (`name`, `method`) is unique.
 
     Attributes:
-      kind: `mixed` (a solution of the knapsack), `uniform` (every weight under `scheme`), `heuristic` (a fixed mix) or
-        `distilled` (any of these, trained after it was rounded).
-      handed_out: it is the plan that its budget ends with.
+      kind: `mixed` (a solution of the knapsack), `uniform` (every weight under `scheme`), `heuristic` (a fixed mix), or
+        any of these made better: `propagated` (each weight makes up for those before it), `distilled` (trained).
+      handed_out: its budget ends with this plan, and it is plainly rounded or the best way to make it.
       quality: None without labels, and where it is not finite (a perplexity that overflows).
       nll: None without labels, and for embeddings, which have no right answer.
       agreement: with the original; 1 where both decide alike.
@@ -143,7 +147,7 @@ class PlanResult:
     """
 
     name: str
-    kind: Literal["mixed", "uniform", "heuristic", "distilled"]
+    kind: Literal["mixed", "uniform", "heuristic", "propagated", "distilled"]
     method: str
     handed_out: bool
     size_bytes: int
@@ -189,10 +193,17 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Winner:
-    """What a budget ends with: the best on the selection set of the mixed, the uniform and the heuristic plan."""
+    """What a budget ends with: the best on the selection set of the mixed, the uniform and the heuristic plan.
+
+    Attributes:
+      method: the best on the selection set of the ways to make its weights; None: there was one.
+      ways_kl: by way.
+    """
 
     plan: str
     selection_kl: Mapping[str, float]
+    method: str | None = None
+    ways_kl: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

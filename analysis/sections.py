@@ -91,13 +91,15 @@ def plans_section(result: Result, drawings: Drawings) -> list[str]:
         bounded = quality.higher_is_better
         return [quality.shown(model.quality, model.quality_stderr) if bounded else significant(model.quality, 4)]
 
+    final = {plan.name: plan.method for plan in result.plans if plan.handed_out}  # plain rounding comes first
     rows = []
     if result.reference is not None:
         size = megabytes(result.model.reference_size_bytes)
         dash = significant(None)
         rows.append(["original", dash, size, dash, "0", *quality_cell(result.reference), str(agreement.scale)])
     for plan in sorted(result.plans, key=lambda p: (p.bits_per_weight, p.name, p.method)):
-        tag = ' <span class="tag">handed out</span>' if plan.handed_out else ""
+        word = "handed out" if final.get(plan.name) == plan.method else "wins"
+        tag = f' <span class="tag">{word}</span>' if plan.handed_out else ""
         rows.append(
             [
                 f"{escape(plan.name)}, {escape(plan.method.upper())}{tag}",

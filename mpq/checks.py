@@ -16,6 +16,7 @@ from mpq.allocate import Problem
 from mpq.artifacts import Plan
 from mpq.calibrate import mean_squares
 from mpq.formats import parse_scheme
+from mpq.hand_out import HandOut
 from mpq.inputs import Dataset
 from mpq.pipeline import Run
 from mpq.quantize import Candidates
@@ -24,12 +25,13 @@ from mpq.trace import Trace
 from mpq.types import LayerStats, MpqError, Params, QTensor, Scheme, SensitivityTable, WeightSpec
 
 
-def check(run: Run) -> list[str]:
+def check(hand_out: HandOut) -> list[str]:
     """Check a run whose stages are finished; the names of the checks that were made.
 
     Raises:
       MpqError: the first one that fails.
     """
+    run = hand_out.run
     weights, config = run.traced.weights, run.config
     schemes = run.frontiers[config.method].problem.schemes
     smallest = schemes[by_size(weights, schemes)[0]]
@@ -49,10 +51,10 @@ def check(run: Run) -> list[str]:
             require_groups(run.mixed[method][budget], weights)
             require_predicted(plan, run.frontiers[method].problem)
             require_budget_used(run.frontiers[method].problem, plan.choices, run.bits(budget), plan.name)
-    plan, method = run.handed_out
-    require_schemes(plan, run.qtensors(plan, method), weights)
+    plan, method = hand_out.plan, hand_out.method
+    require_schemes(plan, hand_out.qtensors(plan, method), weights)
     for which in ("selection", "test"):
-        if run.scores(plan, method, which).data_digest != run.sets[which].digest:
+        if hand_out.scores(plan, method, which).data_digest != run.sets[which].digest:
             raise MpqError(
                 f"the scores of {plan.name} in {run.folder} are stale: they are not of this config's {which} set; "
                 "remove the folder and run again"

@@ -41,6 +41,8 @@ class RunConfig:
       refine_rounds: most rounds of the search on measured plans that follows the exact solution, for `method` alone;
         0: the exact solution as it is.
       refine_windows: of the calibration set, that plans are measured on.
+      propagate: the winner of every budget is rounded once more with each weight making up for those before it
+        (`mpq.quantize.propagate`); it is handed out so if that is better on the selection set.
       distill_steps: of distillation of the plan that is handed out, on the calibration set; it is handed out distilled
         if that is better on the selection set. 0: none.
       activations: scheme of all activations, `int8_token`, or of these and of the KV cache, `int8_token+int8_head`
@@ -69,6 +71,7 @@ class RunConfig:
     windows_per_document: int | None = 4
     refine_rounds: int = 0
     refine_windows: int = 16
+    propagate: bool = True
     distill_steps: int = 0
     activations: str = ""
     seed: int = 0
@@ -168,11 +171,19 @@ def _override(config: RunConfig, text: str) -> RunConfig:
         raise MpqError(f"--set {text!r}: {value!r} does not fit {key} ({error})") from error
 
 
+def _parse_bool(value: str) -> bool:
+    if value.lower() not in ("true", "false"):
+        raise ValueError("it must be true or false")
+    return value.lower() == "true"
+
+
 def _parse(value: str, hint: Any) -> Any:
     if hint is int:
         return int(value)
     if hint is str:
         return value
+    if hint is bool:
+        return _parse_bool(value)
     if typing.get_origin(hint) is types.UnionType:
         return None if value.lower() == "none" else int(value)
     parts = tuple(part.strip() for part in value.split(",") if part.strip())

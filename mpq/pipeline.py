@@ -41,11 +41,8 @@ from mpq.calibrate import calibrate
 from mpq.config import RunConfig
 from mpq.data import divide, take
 from mpq.data.sources import read_sets
-from mpq.distill import Distill
 from mpq.estimate import mean_over_documents
 from mpq.evaluate import DocumentScores, Reference, score
-from mpq.export import orbax
-from mpq.export.arguments import export_arguments
 from mpq.formats import parse_scheme
 from mpq.inputs import Dataset
 from mpq.measure import PlanLoss
@@ -113,7 +110,7 @@ class Run:
     def stats(self) -> dict[str, LayerStats]:
         """Second moments of every weight's input."""
         data = self.divided[1]
-        return self._stage(
+        return self.stage(
             "stats.safetensors",
             lambda path: load_stats(path, self.model.digest)[0],
             lambda: calibrate(self.traced, self.model.params, data, self.config.batch_size),
@@ -186,16 +183,8 @@ class Run:
         return budget_bits(budget, self.model, self.traced, self.uniform)
 
     def scores(self, plan: Plan, method: str, which: str) -> DocumentScores:
-        """A plan's quality on the selection or test set; that of the original where the plan stores it bit for bit."""
-
-        def make() -> DocumentScores:
-            params = apply_plan(self.model.params, self.traced.weights, self.qtensors(plan, method))
-            same = all(bool(jnp.array_equal(params[path], original)) for path, original in self.model.params.items())
-            if same and not self.activations:
-                return self.reference_scores(which)
-            return score(self.rounded, params, self.sets[which], reference=self.reference(which), batch_size=0)
-
-        return self._scores_stage(f"{which}-{method}-{plan.name}", make)
+        """A plan's quality on the selection or test set."""
+        return self.measured(f"{method}-{plan.name}", lambda: self.qtensors(plan, method), which)
 
     def reference_scores(self, which: str) -> DocumentScores:
         """The unquantized model's own quality: KL 0, agreement 1."""
@@ -206,80 +195,29 @@ class Run:
 
     def qtensors(self, plan: Plan, method: str) -> dict[str, QTensor]:
         """Path -> quantized weight."""
-        if method == self.distilled_method:
-            return self.distilled
         return self.candidates[method].choose(plan.choices)
 
-    @property
-    def distilled_method(self) -> str:
-        """What the main method with distillation after it is called."""
-        return f"{self.config.method}+distill"
+    def measured(self, name: str, qtensors: Callable[[], Mapping[str, QTensor]], which: str) -> DocumentScores:
+        """Quality of weights on the selection or test set; that of the original if they are it, bit for bit.
 
-    @functools.cached_property
-    def distilled(self) -> dict[str, QTensor]:
-        """The weights of the winner of `hand_out` after distillation on the calibration set."""
-        plan, _ = self.winner(self.config.hand_out)
-        data, state = self.sets["calibration"], self.folder / "distill.state"
-        options = Distill(steps=self.config.distill_steps, batch_size=min(Distill.batch_size, len(data.inputs)))
-
-        def make() -> dict[str, QTensor]:
-            start, key = self.qtensors(plan, self.config.method), jax.random.key(self.config.seed)
-            return options(self.model, self.traced, start, data, key=key, state=state).qtensors
-
-        def save(path: Path, qtensors: dict[str, QTensor]) -> None:
-            orbax.save(path, **export_arguments(self.model, self.traced.weights, qtensors, plan))
-
-        found = self._stage("distilled", lambda path: orbax.load(path).qtensors, make, save)
-        state.unlink(missing_ok=True)
-        return found
-
-    @functools.cached_property
-    def handed_out(self) -> tuple[Plan, str]:
-        """The winner of `hand_out`, and how its weights are made: distilled if that is better on the selection set."""
-        plan, _ = self.winner(self.config.hand_out)
-        return plan, min(self.making, key=self.making.__getitem__)
-
-    @functools.cached_property
-    def making(self) -> dict[str, float]:
-        """KL on the selection set of the winner of `hand_out` by how its weights are made, undistilled first."""
-        plan, _ = self.winner(self.config.hand_out)
-        ways = [self.config.method, *([self.distilled_method] if self.config.distill_steps else [])]
-        return {way: _kl(self.scores(plan, way, "selection")) for way in ways}
-
-    def winner(self, budget: str) -> tuple[Plan, dict[str, float]]:
-        """Do no harm: the best of the solution, what it was searched from, every uniform plan that fits, the heuristic.
-
-        Judged by the KL on the selection set; of equals the first in this order.
-
-        Returns:
-          The plan to hand out, and the KL on the selection set of every plan that was considered.
+        Args:
+          name: of the scores, by which they are kept.
+          qtensors: makes the weights, if they are not.
+          which: `selection` or `test`.
         """
-        mixed = self.mixed[self.config.method][budget]
-        fitting = [mixed, *(p for p in self.uniform.values() if p.size_bits <= self.bits(budget))]
-        separable = self.separable[self.config.method][budget]
-        if separable.choices != mixed.choices:
-            fitting.append(dataclasses.replace(separable, name=f"separable@{budget}"))
-        if budget in self.heuristics:
-            fitting.append(self.heuristics[budget])
-        kl = {p.name: _kl(self.scores(p, self.config.method, "selection")) for p in fitting}
-        return min(fitting, key=lambda p: kl[p.name]), kl
 
-    def stored(self, plan: Plan) -> Plan:
-        """The plan as its folder says it, with the activations."""
-        return plan.with_activations({one.spec.path: one.to_json() for one in self.activations})
+        def make() -> DocumentScores:
+            params = apply_plan(self.model.params, self.traced.weights, qtensors())
+            same = all(bool(jnp.array_equal(params[path], original)) for path, original in self.model.params.items())
+            if same and not self.activations:
+                return self.reference_scores(which)
+            return score(self.rounded, params, self.sets[which], reference=self.reference(which), batch_size=0)
 
-    def export(self) -> Path:
-        """Write what is handed out as an Orbax folder of packed weights."""
-        plan, method = self.handed_out
-        path = self.folder / "quantized"
-        if not path.exists():
-            made = self.qtensors(plan, method), self.stored(plan), self.activations
-            orbax.save(path, **export_arguments(self.model, self.traced.weights, *made))
-        return path
+        return self._scores_stage(f"{which}-{name}", make)
 
     def _scores_stage(self, name: str, make: Callable[[], DocumentScores]) -> DocumentScores:
         load_it = lambda path: load_scores(path, self.model.task)
-        return self._stage(f"scores/{name}.json", load_it, make, save_scores)
+        return self.stage(f"scores/{name}.json", load_it, make, save_scores)
 
     def _solve(self, budget: str, method: str) -> Plan:
         def make() -> Plan:
@@ -288,7 +226,7 @@ class Run:
             return plan_of_allocation(f"mixed@{budget}", allocation, self.allocation_tables[method], beside)
 
         load_it = lambda path: load_plan(path, self.model, self.traced.weights)
-        return self._stage(f"plans/{method}-mixed@{budget}.json", load_it, make, save_plan)
+        return self.stage(f"plans/{method}-mixed@{budget}.json", load_it, make, save_plan)
 
     def _refine(self, budget: str) -> Plan:
         method = self.config.method
@@ -302,7 +240,7 @@ class Run:
             return plan_of_allocation(f"mixed@{budget}", measured, table, other_bits(self.model, self.traced.weights))
 
         load_it = lambda path: load_plan(path, self.model, self.traced.weights)
-        return self._stage(f"plans/{method}-mixed@{budget}-refined.json", load_it, make, save_plan)
+        return self.stage(f"plans/{method}-mixed@{budget}-refined.json", load_it, make, save_plan)
 
     @functools.cached_property
     def _plan_loss(self) -> PlanLoss:
@@ -335,16 +273,17 @@ class Run:
 
         extra = {"other_bits": other_bits(self.model, self.traced.weights)}
         save = lambda path, table: save_table(path, table, extra)
-        return self._stage(f"{name}.json", lambda path: load_table(path)[0], make, save)
+        return self.stage(f"{name}.json", lambda path: load_table(path)[0], make, save)
 
     @functools.cache  # noqa: B019  # a run lives as long as the process; the references are meant to be kept
     def reference(self, which: str) -> Reference:
         """The unquantized model's outputs on the selection or test set, computed once."""
         return Reference(self.model, self.sets[which], self.config.batch_size)
 
-    def _stage(
+    def stage(
         self, name: str, load_it: Callable[[Path], T], make: Callable[[], T], save: Callable[[Path, T], None]
     ) -> T:
+        """The value of a stage: read from its file, or made and written there."""
         path = self.folder / name
         if path.exists():
             return load_it(path)
@@ -377,9 +316,3 @@ def prepare(config: RunConfig, root: Path) -> Run:
         run.bits(budget)
     folder.mkdir(parents=True, exist_ok=True)
     return run
-
-
-def _kl(scores: DocumentScores) -> float:
-    kl = scores.summary().kl
-    assert kl is not None  # every score of a run has the reference
-    return kl

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,11 @@ from mpq.checks import check
 from mpq.evaluate import DocumentScores, counts_of, score
 from mpq.export import orbax
 from mpq.files import write_json
+from mpq.hand_out import DISTILL, HandOut
 from mpq.pipeline import Run
 from mpq.predict import Predictor, number
 from mpq.progress import track
+from mpq.quantize.propagate import SUFFIX as PROPAGATE
 from mpq.record import Costs, RunRecord, timed
 from mpq.types import MpqError, SensitivityTable
 
@@ -31,12 +33,12 @@ def finish(run: Run, command: str) -> dict[str, Any]:
       MpqError: the exported model differs from the evaluated one, in size or in what it computes, or a self-check of
         the run fails (`mpq.checks`).
     """
-    body = collect(run)
+    hand_out = HandOut(run)
+    body = collect(hand_out)
     with timed(run.seconds, "export"):
-        body["exported"] = check_export(run)
-    body["checks"] = check(run)
-    plan, _ = run.winner(run.config.hand_out)
-    save_plan(run.folder / "plan.json", plan)
+        body["exported"] = check_export(hand_out)
+    body["checks"] = check(hand_out)
+    save_plan(run.folder / "plan.json", hand_out.plan)
     write_json(run.folder / "results.json", body)
     inputs = {"model": run.model.digest} | {f"data/{name}": data.digest for name, data in run.sets.items()}
     record = RunRecord.collect(
@@ -47,23 +49,23 @@ def finish(run: Run, command: str) -> dict[str, Any]:
     return body
 
 
-def check_export(run: Run) -> dict[str, Any]:
+def check_export(hand_out: HandOut) -> dict[str, Any]:
     """Load what was written to disk, and hold its size and its outputs against the plan and the evaluated model.
 
     Raises:
       MpqError: they differ.
     """
-    plan, method = run.handed_out
-    path = run.export()
+    run, plan, method = hand_out.run, hand_out.plan, hand_out.method
+    path = hand_out.export()
     payload = orbax.payload_bytes(path)
-    size = run.stored(plan).size_bytes
+    size = hand_out.stored().size_bytes
     if payload != size:
         raise MpqError(
             f"{path} holds {payload} bytes of weights and the plan says {size}: remove the folder and run again"
         )
     loaded = orbax.load(path).dequantized()
     exported = score(run.rounded, loaded, run.sets["test"], reference=run.reference("test"), batch_size=0)
-    expected = run.scores(plan, method, "test")
+    expected = hand_out.scores(plan, method, "test")
     if exported.kl is None or expected.kl is None or not np.array_equal(exported.kl, expected.kl):
         raise MpqError(
             f"{path} computes other outputs than the plan that was evaluated: remove the folder and run again"
@@ -71,20 +73,22 @@ def check_export(run: Run) -> dict[str, Any]:
     return {"plan": plan.name, "method": method, "payload_bytes": payload, **evaluation(exported)}
 
 
-def collect(run: Run) -> dict[str, Any]:
+def collect(hand_out: HandOut) -> dict[str, Any]:
     """Evaluate every plan on the test set and put all numbers together; `analysis/load.py` documents the schema."""
-    weights, task = run.traced.weights, run.model.task
+    run = hand_out.run
+    weights, task, main = run.traced.weights, run.model.task, run.config.method
     tables, _ = run.tables, run.frontiers  # in this order, so that costs are booked to the stage that causes them
-    winners = {budget: run.winner(budget) for budget in run.config.budgets}
-    handed_out = {winner.name for winner, _ in winners.values()}
+    winners = hand_out.winners
+    ways = {budget: hand_out.ways(budget) for budget in winners}
     predicted = predictors(run, winners)
     pairs = [(plan, m) for m in run.methods for plan in (*run.mixed[m].values(), *run.uniform.values())]
     beside = {p.name: p for p in (*run.heuristics.values(), *(winner for winner, _ in winners.values()))}
     listed = {plan.name for plan, _ in pairs}
-    pairs += [(plan, run.config.method) for name, plan in beside.items() if name not in listed]
-    if run.config.distill_steps:
-        pairs.append((run.handed_out[0], run.distilled_method))
-    scores = {(plan.name, m): run.scores(plan, m, "test") for plan, m in track(pairs, "measure plans")}
+    pairs += [(plan, main) for name, plan in beside.items() if name not in listed]
+    more = {(winner.name, way): (winner, way) for b, (winner, _) in winners.items() for way in ways[b] if way != main}
+    pairs += more.values()
+    handed_out = {(winner.name, way) for b, (winner, _) in winners.items() for way in (main, hand_out.way(b))}
+    scores = {(plan.name, m): hand_out.scores(plan, m, "test") for plan, m in track(pairs, "measure plans")}
     return {
         "schema": SCHEMA,
         "name": run.config.name,
@@ -113,11 +117,12 @@ def collect(run: Run) -> dict[str, Any]:
         "reference": evaluation(run.reference_scores("test")),
         "frontier": frontier(run, predicted[run.config.method]),
         "plans": [
-            plan_entry(run, plan, m, scores[plan.name, m], predicted, is_handed_out(run, plan, m, handed_out))
-            for plan, m in pairs
+            plan_entry(plan, m, scores[plan.name, m], predicted, (plan.name, m) in handed_out) for plan, m in pairs
         ],
-        "distilled": distillation(run),
-        "winners": {budget: {"plan": winner.name, "selection_kl": kl} for budget, (winner, kl) in winners.items()},
+        "winners": {
+            budget: {"plan": winner.name, "selection_kl": kl, "method": hand_out.way(budget), "ways_kl": ways[budget]}
+            for budget, (winner, kl) in winners.items()
+        },
         "stability": {budget: stability(run, budget, winner) for budget, (winner, _) in winners.items()},
         "comparisons": [compare(run, budget, m, scores) for m in run.methods for budget in run.config.budgets],
         "tables": {metric: table_entry(table) for metric, table in tables.items()},
@@ -130,7 +135,6 @@ def collect(run: Run) -> dict[str, Any]:
 
 
 def plan_entry(
-    run: Run,
     plan: Plan,
     method: str,
     scores: DocumentScores,
@@ -138,35 +142,21 @@ def plan_entry(
     handed_out: bool,
 ) -> dict[str, Any]:
     """One row: a plan, rounded by one method, measured on the test set."""
-    distilled = method == run.distilled_method
-    kind = "distilled" if distilled else kind_of(plan)
+    kind, plain = kind_of(plan), method.removesuffix(DISTILL).removesuffix(PROPAGATE)
+    if method != plain:
+        kind = "distilled" if method.endswith(DISTILL) else "propagated"
     return {
         "name": plan.name,
         "kind": kind,
         "scheme": plan.name if kind == "uniform" else None,
         "method": method,
         "handed_out": handed_out,
-        **predicted[run.config.method if distilled else method].of(plan),
+        **predicted[plain].of(plan),
         **evaluation(scores),
         "size_bytes": plan.size_bytes,
         "bits_per_weight": plan.bits_per_weight,
         "choices": {path: str(scheme) for path, scheme in plan.choices.items()},
     }
-
-
-def is_handed_out(run: Run, plan: Plan, method: str, winners: Set[str]) -> bool:
-    """Whether a budget ends with it, or, if it is distilled, whether that was better."""
-    if method == run.distilled_method:
-        return (plan, method) == run.handed_out
-    return method == run.config.method and plan.name in winners
-
-
-def distillation(run: Run) -> dict[str, Any] | None:
-    """What distilling the plan that is handed out did to its KL on the selection set."""
-    plan, method = run.handed_out
-    if not run.config.distill_steps:
-        return None
-    return {"plan": plan.name, "method": method, "steps": run.config.distill_steps, "selection_kl": dict(run.making)}
 
 
 def stability(run: Run, budget: str, winner: Plan) -> dict[str, Any]:

@@ -142,14 +142,14 @@ def run(body: dict[str, Any], console: Console) -> None:
     for method in dict.fromkeys(p["method"] for p in result["plans"]):
         console.print(_plans_table(method, task, [p for p in result["plans"] if p["method"] == method]))
         console.print()
-    console.print("* wins its budget on the selection set and is handed out\n")
+    console.print("* wins its budget on the selection set; of the ways to make its weights the best is handed out\n")
     for c in result["comparisons"]:
         console.print(f"{c['method']:>5}  {verdict(c)}")
     for budget, winner in result["winners"].items():
         handed_out = next(p for p in result["plans"] if p["handed_out"] and p["name"] == winner["plan"])
         console.print(f"{budget}: {_ending(winner)}; {_prediction(handed_out)}", markup=False)
-    if distilled := result.get("distilled"):
-        console.print(_distilled(**distilled), markup=False)
+        if len(winner["ways_kl"]) > 1:
+            console.print(_made(winner), markup=False)
     console.print(f"run folder: {body['run']}  (report.html, frontier.png, plan.json, quantized/)")
 
 
@@ -165,6 +165,7 @@ def gguf(body: dict[str, Any], console: Console) -> None:
         style = "bold" if row["plan"] == body["plan"] else ""
         rows.add_row(row["plan"], f"{row['file_bytes']:,}", predicted, kl, kinds, style=style)
     console.print(rows)
+    console.print(_made(body), markup=False, highlight=False)
     measured = body["measured"]
     console.print(
         f"{body['plan']} is written to {body['out']}: {body['size_bytes']:,} bytes, {body['bits_per_weight']:.3f} bits "
@@ -233,16 +234,14 @@ def _ending(winner: dict[str, Any]) -> str:
     others = [name for name in winner["selection_kl"] if name != winner["plan"]]
     kl = winner["selection_kl"]
     best = f" (of the others {min(others, key=kl.__getitem__)}: {min(map(kl.get, others)):.4g})" if others else ""
-    return f"{winner['plan']} is handed out, with KL {kl[winner['plan']]:.4g} on the selection set{best}"
+    return f"{winner['plan']} wins, with KL {kl[winner['plan']]:.4g} on the selection set{best}"
 
 
-def _distilled(plan: str, method: str, steps: int, selection_kl: dict[str, float]) -> str:
-    """What distillation did, and whether it is handed out."""
-    (before, after), first = selection_kl.values(), next(iter(selection_kl))
-    return (
-        f"{plan}: {steps} steps of distillation take its KL on the selection set from {before:.4g} to {after:.4g} "
-        f"nats; it is handed out {'as it was rounded' if method == first else 'distilled'}"
-    )
+def _made(winner: dict[str, Any]) -> str:
+    """What the ways to make a plan's weights leave, and which of them is handed out."""
+    kl = ", ".join(f"{way} {value:.4g}" for way, value in winner["ways_kl"].items())
+    text = f"KL of {winner['plan']} on the selection set by how its weights are made"
+    return f"    {text}: {kl}; {winner['method']} is taken"
 
 
 def _prediction(plan: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from mpq.config import RunConfig
 from mpq.evaluate import Reference, score
 from mpq.export import orbax
 from mpq.export.targets import TARGETS
+from mpq.hand_out import HandOut
 from mpq.inputs import Arrays
 from mpq.models import load
 from mpq.types import MpqError
@@ -263,18 +264,19 @@ def test_a_run_measures_and_hands_out_plans_with_rounded_activations(place, tmp_
         calibration_windows=8,
         selection_windows=8,
         test_windows=8,
+        propagate=False,
         activations="int4_tensor_static+int4_head",
     )
     run = pipeline.prepare(config, tmp_path)
     body = results.finish(run, "mpq run tiny")  # holds size and outputs of the folder against the plan
     plain = pipeline.prepare(dataclasses.replace(config, activations=""), tmp_path)
-    plan, method = plain.handed_out
+    method = plain.config.method
     (kl,) = (p["kl"] for p in body["plans"] if p["name"] == "int8_channel")
     assert kl > 5 * plain.scores(plain.uniform["int8_channel"], method, "test").summary().kl
     assert {row["scheme"] for row in orbax.load(run.folder / "quantized").plan["activations"].values()} == {
         "int4_tensor_static",
         "int4_head",
     }
-    assert plan.activations == {}
+    assert HandOut(plain).stored().activations == {}
     with pytest.raises(MpqError, match=r"^unknown activation scheme 'int9_token'"):
         dataclasses.replace(config, activations="int9_token").check()

@@ -23,6 +23,8 @@ def test_a_config_file_gives_its_config(path):
         ("model=./m", "model", "./m"),
         ("budgets=3.0bpw, 4MB", "budgets", ("3.0bpw", "4MB")),
         ("seed=7", "seed", 7),
+        ("propagate=false", "propagate", False),
+        ("propagate=True", "propagate", True),
         ("windows_per_document=none", "windows_per_document", None),
         ("windows_per_document=3", "windows_per_document", 3),
         ("sensitivity_windows=kl:4,fisher:32", "sensitivity_windows", (("kl", 4), ("fisher", 32))),
@@ -38,6 +40,7 @@ def test_overrides(path, text, field, value):
         ("nothing", "write key=value with a key of name, model"),
         ("colour=red", "write key=value with a key of name, model"),
         ("seed=x", "'x' does not fit seed"),
+        ("propagate=1", r"'1' does not fit propagate \(it must be true or false\)"),
         ("sensitivity_windows=kl", "does not fit sensitivity_windows"),
     ],
 )

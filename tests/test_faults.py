@@ -16,6 +16,7 @@ from mpq.allocate import Frontier
 from mpq.calibrate import calibrate
 from mpq.config import RunConfig
 from mpq.formats import parse_scheme
+from mpq.hand_out import HandOut
 from mpq.inputs import Arrays, Dataset
 from mpq.models.model import Model
 from mpq.quantize import GPTQ, QUANTIZERS
@@ -34,6 +35,7 @@ CONFIG = RunConfig(
     window=6,
     batch_size=4,
     sensitivity_windows=(("kl", 8),),
+    propagate=False,
 )
 
 
@@ -178,7 +180,7 @@ def unsigned_comparison(monkeypatch, run):
 
 def stale_cache(monkeypatch, run):
     """Stages of another config were reused, for the folder's name did not depend on what was changed."""
-    checks.check(run)
+    checks.check(HandOut(run))
     return make_run(run.folder, sensitivity_windows=(("kl", 12),))
 
 
@@ -227,7 +229,7 @@ FAULTS = {
 def test_every_fault_is_caught_by_name(fault, tmp_path, monkeypatch):
     run = fault(monkeypatch, make_run(tmp_path / "run"))
     with pytest.raises(MpqError, match=FAULTS[fault]):
-        checks.check(run)
+        checks.check(HandOut(run))
 
 
 @pytest.mark.parametrize("make", [make_model, image_model], ids=["text", "images"])
@@ -237,7 +239,7 @@ def test_a_sound_run_raises_no_alarm(make, method, seed, tmp_path):
     metric = ("kl", "weight_mse")[seed % 2]
     changes = {"method": method, "metrics": (metric,), "allocate_by": metric, "batch_size": 3 + seed % 2}
     changes |= {"budgets": ("8bpw", "int4_g4"), "hand_out": "8bpw"}
-    assert len(checks.check(make_run(tmp_path, make, seed, **changes))) == 10
+    assert len(checks.check(HandOut(make_run(tmp_path, make, seed, **changes)))) == 10
 
 
 @pytest.mark.parametrize(
@@ -250,18 +252,18 @@ def test_a_sound_run_raises_no_alarm(make, method, seed, tmp_path):
 )
 def test_a_folder_of_another_run_is_named(change, what, tmp_path):
     run = make_run(tmp_path)
-    checks.check(run)
+    checks.check(HandOut(run))
     if "method" in change:  # the name of the file says the algorithm: a fault that loses it
         (tmp_path / "sensitivity-kl-gptq.json").rename(tmp_path / "sensitivity-kl-rtn.json")
     with pytest.raises(MpqError, match=what):
-        checks.check(make_run(tmp_path, **change))
+        checks.check(HandOut(make_run(tmp_path, **change)))
 
 
 def test_scores_of_other_data_are_named(tmp_path):
     run = make_run(tmp_path)
-    checks.check(run)
+    checks.check(HandOut(run))
     again = make_run(tmp_path)
     other = dataclasses.replace(again, sets={**again.sets, "test": random_data(5, seed=99)})
     other.__dict__["traced"] = run.traced
     with pytest.raises(MpqError, match=r"the scores of .* are stale: they are not of this config's test set"):
-        checks.check(other)
+        checks.check(HandOut(other))

@@ -104,6 +104,19 @@ class TestTheCommand:
         assert all(row["file_bytes"] <= body["budget_bytes"] for row in rows.values())
         assert rows["all Q5_0"]["predicted_kl"] > rows["mpq"]["predicted_kl"] > 0
 
+    def test_so_is_how_its_weights_are_made(self, body, folder, made):
+        kl = body["ways_kl"]
+        assert list(kl) == ["gptq", "gptq+propagate"]
+        assert body["method"] == min(kl, key=kl.get)
+        choice = {path: parse_scheme(kind.lower()) for path, kind in body["choices"].items()}
+        qtensors = made.qtensors(choice, body["method"])
+        other = made.qtensors(choice, next(way for way in kl if way != body["method"]))
+        read_back = load(str(folder / "best.gguf")).params
+        for spec in made.traced.weights:
+            stored = spec.read(read_back)
+            np.testing.assert_array_equal(stored, qtensors[spec.path].dequantize(), err_msg=spec.path)
+        assert any(not np.array_equal(qtensors[p].dequantize(), other[p].dequantize()) for p in choice)
+
     def test_its_scores_are_kept_beside_the_file(self, body, folder):
         assert list((folder / "scores").rglob("*"))
 
@@ -116,6 +129,7 @@ class TestTheCommand:
         written = f"{body['size_bytes']:,} bytes, {body['bits_per_weight']:.3f} bits per weight; read back"
         assert written in " ".join(said.split())
         assert "rounded alike, has KL" in said
+        assert f"KL of {body['plan']} on the selection set by how its weights are made: gptq " in said
 
 
 def test_a_bad_solution_is_not_handed_out(made, tmp_path, monkeypatch):

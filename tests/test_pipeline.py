@@ -18,6 +18,7 @@ from mpq.config import RunConfig
 from mpq.data import row_digests
 from mpq.export import orbax
 from mpq.formats import parse_scheme
+from mpq.hand_out import HandOut
 from mpq.predict import Predictor
 from mpq.store import FolderStore
 from mpq.types import MpqError
@@ -44,6 +45,7 @@ def config(tmp_path_factory):
         sensitivity_windows=(("kl", 8), ("fisher", 8), ("hessian_trace", 4)),
         selection_windows=12,
         test_windows=24,
+        propagate=False,
     )
 
 
@@ -119,10 +121,10 @@ def test_the_heuristic_is_a_candidate_that_fits_and_is_measured(finished):
 
 def test_a_heuristic_that_is_better_is_handed_out(finished, monkeypatch):
     run, _ = finished
-    monkeypatch.setattr(pipeline.Run, "scores", lambda self, plan, method, which: plan.name)
-    monkeypatch.setattr(pipeline, "_kl", lambda name: 0.0 if name.startswith("heuristic-") else 1.0)
+    monkeypatch.setattr(HandOut, "_kl", lambda self, plan, way: 0.0 if plan.name.startswith("heuristic-") else 1.0)
+    winners = HandOut(run).winners
     for budget, expected in run.heuristics.items():
-        assert run.winner(budget)[0] is expected
+        assert winners[budget][0] is expected
 
 
 def test_how_sure_the_choices_are_is_said_of_every_winner(finished, monkeypatch):
@@ -180,17 +182,17 @@ def test_the_terminal_says_what_every_budget_ends_with(finished):
     for budget, winner in body["winners"].items():
         kl = winner["selection_kl"]
         second = min(kl.keys() - {winner["plan"]}, key=kl.get)
-        line = f"{budget}: {winner['plan']} is handed out, with KL {kl[winner['plan']]:.4g} on the selection set"
+        line = f"{budget}: {winner['plan']} wins, with KL {kl[winner['plan']]:.4g} on the selection set"
         assert f"{line} (of the others {second}: {kl[second]:.4g})" in text
-    alone = body | {"winners": {"3.5bpw": {"plan": "mixed@3.5bpw", "selection_kl": {"mixed@3.5bpw": 0.5}}}}
+    only = {"plan": "mixed@3.5bpw", "selection_kl": {"mixed@3.5bpw": 0.5}, "method": "gptq", "ways_kl": {"gptq": 0.5}}
+    alone = body | {"winners": {"3.5bpw": only}}
     alone["plans"] = [p | {"handed_out": p["name"] == "mixed@3.5bpw"} for p in body["plans"]]
-    assert "3.5bpw: mixed@3.5bpw is handed out, with KL 0.5 on the selection set; predicted" in shown(alone)
+    assert "3.5bpw: mixed@3.5bpw wins, with KL 0.5 on the selection set; predicted" in shown(alone)
 
 
 def test_the_exported_folder_is_the_plan_to_the_byte_and_computes_the_same(finished):
     run, body = finished
-    plan, _ = run.winner(run.config.hand_out)
-    exported = body["exported"]
+    plan, exported = HandOut(run).plan, body["exported"]
     assert exported["payload_bytes"] == plan.size_bytes == orbax.payload_bytes(run.folder / "quantized")
     row = next(p for p in body["plans"] if p["name"] == plan.name and p["method"] == "gptq")
     assert exported["kl"] == row["kl"]
@@ -200,12 +202,12 @@ def test_an_export_that_differs_is_refused(finished, monkeypatch):
     run, _ = finished
     monkeypatch.setattr(orbax, "payload_bytes", lambda path: 1)
     with pytest.raises(MpqError, match="holds 1 bytes of weights and the plan says"):
-        results.check_export(run)
+        results.check_export(HandOut(run))
     monkeypatch.undo()
     wrong = {"scale": lambda p: {k: v * 1.01 for k, v in p.items()}}["scale"](run.model.params)
     monkeypatch.setattr(orbax, "load", lambda path: type("Loaded", (), {"dequantized": lambda self: wrong})())
     with pytest.raises(MpqError, match="computes other outputs"):
-        results.check_export(run)
+        results.check_export(HandOut(run))
 
 
 def test_the_prediction_of_a_mixed_plan_is_the_solver_s(finished):

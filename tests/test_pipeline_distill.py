@@ -1,4 +1,4 @@
-"""A run that distills what it hands out: it is handed out distilled only where that is better."""
+"""A run that propagates and distills what it hands out: handed out is what is better on the selection set."""
 
 import dataclasses
 import io
@@ -10,14 +10,15 @@ from rich.console import Console
 
 from analysis.load import parse_result
 from analysis.report import write_run
-from mpq import pipeline, results, show
+from mpq import hand_out, pipeline, results, show
 from mpq.config import RunConfig
 from mpq.distill import Distill, loop
 from mpq.export import orbax
+from mpq.hand_out import HandOut
 from mpq.types import MpqError
 from tests import tiny
 
-NAME = "mixed@3.0bpw"
+NAME, BEST = "mixed@3.0bpw", "rtn+propagate+distill"
 
 
 @pytest.fixture(scope="module")
@@ -56,45 +57,52 @@ def rows(body):
 
 def test_it_is_better_and_handed_out(finished):
     run, body = finished
-    assert body["exported"]["method"] == "rtn+distill"
-    assert run.handed_out[0].name == NAME
-    kl = body["distilled"]["selection_kl"]
-    assert kl["rtn+distill"] < 0.8 * kl["rtn"]
-    rounded, distilled = rows(body)["rtn"], rows(body)["rtn+distill"]
-    assert distilled["kl"] < 0.8 * rounded["kl"]
-    assert distilled["kind"] == "distilled"
-    assert distilled["handed_out"]
-    for key in ("size_bytes", "choices", "predicted_kl"):
-        assert distilled[key] == rounded[key]
+    assert body["exported"]["method"] == BEST
+    assert HandOut(run).plan.name == NAME
+    winner = body["winners"]["3.0bpw"]
+    assert (winner["plan"], winner["method"]) == (NAME, BEST)
+    kl = winner["ways_kl"]
+    assert list(kl) == ["rtn", "rtn+propagate", BEST]
+    assert kl[BEST] < kl["rtn+propagate"] < kl["rtn"]
+    assert kl[BEST] < 0.8 * kl["rtn"]
+    of = rows(body)
+    assert [of[way]["kind"] for way in kl] == ["mixed", "propagated", "distilled"]
+    assert [of[way]["handed_out"] for way in kl] == [True, False, True]  # plainly rounded it won its budget
+    assert of[BEST]["kl"] < 0.8 * of["rtn"]["kl"]
+    for way, row in of.items():
+        for key in ("size_bytes", "choices", "predicted_kl"):
+            assert row[key] == of["rtn"][key], way
 
 
 def test_what_is_exported_is_what_was_measured(finished):
     run, body = finished
     exported = orbax.load(run.folder / "quantized")
-    assert body["exported"]["kl"] == rows(body)["rtn+distill"]["kl"]
-    for path, qtensor in run.distilled.items():
+    assert body["exported"]["kl"] == rows(body)[BEST]["kl"]
+    distilled = HandOut(run).qtensors(HandOut(run).plan, BEST)
+    for path, qtensor in distilled.items():
         np.testing.assert_array_equal(exported.qtensors[path].qvalue, qtensor.qvalue)
         assert str(qtensor.scheme) == rows(body)["rtn"]["choices"][path]
     changed = [
         not np.array_equal(q.qvalue, run.candidates["rtn"].qtensor(w, q.scheme).qvalue)
         for w in run.traced.weights
-        for q in [run.distilled[w.path]]
+        for q in [distilled[w.path]]
     ]
     assert any(changed)
 
 
-def test_a_person_sees_what_distillation_did(finished):
+def test_a_person_sees_what_each_way_did(finished):
     run, body = finished
     out = io.StringIO()
     show.run({"run": str(run.folder), "results": body}, Console(file=out, width=400))
-    kl = body["distilled"]["selection_kl"]
-    assert (
-        f"{NAME}: 60 steps of distillation take its KL on the selection set from {kl['rtn']:.4g} to "
-        f"{kl['rtn+distill']:.4g} nats; it is handed out distilled"
-    ) in out.getvalue()
+    kl = ", ".join(f"{way} {value:.4g}" for way, value in body["winners"]["3.0bpw"]["ways_kl"].items())
+    assert f"3.0bpw: {NAME} wins, with KL" in out.getvalue()
+    made = f"KL of {NAME} on the selection set by how its weights are made: {kl}; {BEST} is taken"
+    assert made in out.getvalue()
     assert parse_result(json.loads((run.folder / "results.json").read_text())).main_method == "rtn"
     write_run(run.folder)
-    assert "RTN+DISTILL" in (run.folder / "report.html").read_text()
+    page = (run.folder / "report.html").read_text()
+    assert BEST.upper() in page
+    assert f"Handed out is {NAME}, distilled, which loses" in page
 
 
 def test_interrupted_it_continues_to_the_same_bytes(finished, config, tmp_path, monkeypatch):
@@ -126,17 +134,18 @@ def test_interrupted_it_continues_to_the_same_bytes(finished, config, tmp_path, 
 def test_distillation_that_does_harm_is_not_handed_out(finished, config, tmp_path, monkeypatch):
     done, _ = finished
     monkeypatch.setattr(pipeline, "load", lambda source: done.model)
-    monkeypatch.setattr(pipeline, "Distill", lambda **options: Distill(**options, rounding=5.0, scale=1.0))
-    monkeypatch.setattr(pipeline.Distill, "batch_size", 8, raising=False)
-    run = pipeline.prepare(dataclasses.replace(config, distill_steps=5), tmp_path)
+    monkeypatch.setattr(hand_out, "Distill", lambda **options: Distill(**options, rounding=5.0, scale=1.0))
+    monkeypatch.setattr(hand_out.Distill, "batch_size", 8, raising=False)
+    run = pipeline.prepare(dataclasses.replace(config, distill_steps=5, propagate=False), tmp_path)
     body = results.finish(run, "mpq run tiny")
-    kl = body["distilled"]["selection_kl"]
+    kl = body["winners"]["3.0bpw"]["ways_kl"]
+    assert list(kl) == ["rtn", "rtn+distill"]
     assert kl["rtn+distill"] > kl["rtn"]
     assert body["exported"]["method"] == "rtn"
     assert not rows(body)["rtn+distill"]["handed_out"]
     out = io.StringIO()
     show.run({"run": str(run.folder), "results": body}, Console(file=out, width=400))
-    assert "it is handed out as it was rounded" in out.getvalue()
+    assert "; rtn is taken" in out.getvalue()
 
 
 def test_steps_below_zero_are_refused(config):

@@ -4,7 +4,8 @@ Losses of all weights under ggml's types are predicted, with the errors of GPTQ 
 knapsack gives every weight its type, each on its own, for llama.cpp fuses none; the sizes are those of the file, to the
 byte, alignment and metadata included. Do no harm: on windows that nothing before has seen, what was found is compared
 with llama.cpp's largest mix that fits, rounded by the same GPTQ, and the largest single type that fits; the best is
-written, read back from the file, and measured on further windows.
+written, read back from the file, and measured on further windows. Its weights are rounded in order as well, each making
+up for those before it (`mpq.quantize.propagate`), and written so if that is better on the same windows.
 """
 
 import dataclasses
@@ -34,15 +35,20 @@ from mpq.inputs import Dataset
 from mpq.measure import PlanLoss
 from mpq.models import FAMILIES, Model
 from mpq.quantize import GPTQ, Candidates, apply_plan
+from mpq.quantize.propagate import SUFFIX as PROPAGATE
+from mpq.quantize.propagate import Propagation
 from mpq.sensitivity import METRICS
 from mpq.store import Store
 from mpq.trace import Trace
-from mpq.types import MpqError, Scheme, SensitivityTable
+from mpq.types import MpqError, QTensor, Scheme, SensitivityTable
 from mpq.units import bpw_to_bits, parse_size
 
 Choice = Mapping[str, Scheme]
 
 K_QUANTS = ("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
+WAYS = ("gptq", "gptq" + PROPAGATE)
+"""How the weights of the best plan may be made."""
+
 SMALL_BLOCKS = ("mxfp4", "q4_0", "iq4_nl", "q4_1", "q5_0", "q5_1", "q8_0")
 """Candidates of weights whose rows fill blocks of 256, and of the others."""
 
@@ -152,6 +158,13 @@ class Search:
         return Candidates(self.model.params, self.traced.weights, GPTQ(), stats)
 
     @functools.cached_property
+    def propagation(self) -> Propagation:
+        """Plans by GPTQ, each weight making up for those before it."""
+        data = self.divided[1]
+        size = min(self.options.batch_size, len(data.inputs))
+        return Propagation(self.traced, self.candidates, data, batch_size=size)
+
+    @functools.cached_property
     def table(self) -> SensitivityTable:
         """Predicted losses."""
         data, key = self.divided[0], jax.random.key(self.options.seed)
@@ -236,13 +249,17 @@ class Search:
         """Quality of parameters on the selection or test set."""
         return score(self.model, params, self.sets[which], reference=self._reference(which), batch_size=0)
 
-    def rounded(self, choice: Choice) -> dict[str, jax.Array]:
-        """All parameters of a plan."""
-        return apply_plan(self.model.params, self.traced.weights, self.candidates.choose(choice))
+    def qtensors(self, choice: Choice, way: str = WAYS[0]) -> dict[str, QTensor]:
+        """Path -> quantized weight of a plan, made one of the `WAYS`."""
+        return (self.propagation if way.endswith(PROPAGATE) else self.candidates).choose(choice)
 
-    def write(self, path: str | os.PathLike[str], choice: Choice) -> int:
+    def rounded(self, choice: Choice, way: str = WAYS[0]) -> dict[str, jax.Array]:
+        """All parameters of a plan."""
+        return apply_plan(self.model.params, self.traced.weights, self.qtensors(choice, way))
+
+    def write(self, path: str | os.PathLike[str], choice: Choice, way: str = WAYS[0]) -> int:
         """The file of a plan, whole or not at all. Returns its bytes."""
-        return save(path, in_memory(self.model, self.traced.weights, self.candidates.choose(choice)), self.name)
+        return save(path, in_memory(self.model, self.traced.weights, self.qtensors(choice, way)), self.name)
 
     @functools.cached_property
     def _unquantized(self) -> Exported:
@@ -280,7 +297,9 @@ def best_file(search: Search, target: Target, out: Path) -> dict[str, Any]:
     plans = search.plans(budget)
     selection = {name: search.scores(search.rounded(choice), "selection").summary() for name, choice in plans.items()}
     winner = min(plans, key=lambda name: selection[name].kl or 0.0)
-    size = search.write(out, plans[winner])
+    ways = {way: search.scores(search.rounded(plans[winner], way), "selection").summary().kl or 0.0 for way in WAYS}
+    way = min(ways, key=ways.__getitem__)
+    size = search.write(out, plans[winner], way)
     measured = search.scores(load_gguf(str(out), FAMILIES).params, "test")
     rows = []
     for name, choice in plans.items():
@@ -298,10 +317,11 @@ def best_file(search: Search, target: Target, out: Path) -> dict[str, Any]:
         )
     values = sum(w.size for w in search.traced.weights)
     body = {"out": str(out), "budget_bytes": budget, "size_bytes": size, "plan": winner, "plans": rows}
+    body |= {"method": way, "ways_kl": ways}
     body |= {"bits_per_weight": sum(w.size_bits(plans[winner][w.path]) for w in search.traced.weights) / values}
     body |= {"measured": measured.summary().to_json(), "choices": {p: kind_of(s) for p, s in plans[winner].items()}}
     if (rival := next((name for name in plans if name.endswith("llama.cpp")), None)) and rival != winner:
-        theirs = search.scores(search.rounded(plans[rival]), "test")
+        theirs = search.scores(search.rounded(plans[rival], way), "test")
         difference, stderr = measured.difference(theirs)
         body["rival"] = {"plan": rival, "kl": theirs.summary().kl, "difference": difference, "stderr": stderr}
     return body

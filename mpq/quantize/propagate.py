@@ -36,6 +36,9 @@ from mpq.stages import Stages, Values
 from mpq.trace import Site, Trace, sole_input
 from mpq.types import MpqError, Params, QTensor, Scheme, WeightSpec
 
+SUFFIX = "+propagate"
+"""Of the name of a rounding algorithm: used so."""
+
 STRENGTH = 0.5
 DAMPING = 0.01
 """Of the mean of the gram's diagonal, added to it."""

@@ -1,0 +1,139 @@
+"""What leaves a run: at every budget the best plan, its weights made the best way, and the folder of one of them.
+
+Plans are compared as the main rounding algorithm alone makes them; what follows costs more and is done for winners:
+
+    +propagate    rounded in order, each weight making up for those before it (`mpq.quantize.propagate`)
+    +distill      from the better of these, trained to the original's outputs (`mpq.distill`)
+
+Nothing is taken on trust: each is measured on the selection set, and the plain rounding stays if it is better.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+
+from mpq.artifacts import Plan
+from mpq.distill import Distill
+from mpq.evaluate import DocumentScores
+from mpq.export import orbax
+from mpq.export.arguments import export_arguments
+from mpq.pipeline import Run
+from mpq.quantize.propagate import SUFFIX as PROPAGATE
+from mpq.quantize.propagate import Propagation
+from mpq.types import QTensor
+
+DISTILL = "+distill"
+"""Of the name of what was trained."""
+
+
+class HandOut:
+    """The choices at the end of a run; what is computed is kept.
+
+    Attributes:
+      run: the run.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self._made: tuple[str, str, dict[str, QTensor]] = ("", "", {})
+
+    @functools.cached_property
+    def winners(self) -> dict[str, tuple[Plan, dict[str, float]]]:
+        """Do no harm: the best of the solution, what it was searched from, every uniform plan that fits, the heuristic.
+
+        Judged by the KL on the selection set; of equals the first in this order. By budget, the plan and the KL on the
+        selection set of every plan that was considered.
+        """
+        return {budget: self._winner(budget) for budget in self.run.config.budgets}
+
+    def ways(self, budget: str) -> dict[str, float]:
+        """KL on the selection set of a budget's winner by how its weights are made, plain rounding first."""
+        plan, config = self.winners[budget][0], self.run.config
+        ways = [config.method, *([config.method + PROPAGATE] if config.propagate else [])]
+        kl = {way: self._kl(plan, way) for way in ways}
+        if config.distill_steps and budget == config.hand_out:
+            way = min(kl, key=kl.__getitem__) + DISTILL
+            kl[way] = self._kl(plan, way)
+        return kl
+
+    def way(self, budget: str) -> str:
+        """The best of them."""
+        kl = self.ways(budget)
+        return min(kl, key=kl.__getitem__)
+
+    @property
+    def plan(self) -> Plan:
+        """The winner of the budget that is handed out."""
+        return self.winners[self.run.config.hand_out][0]
+
+    @property
+    def method(self) -> str:
+        """How its weights are made."""
+        return self.way(self.run.config.hand_out)
+
+    def scores(self, plan: Plan, way: str, which: str) -> DocumentScores:
+        """Quality of a winner, made one of its ways, on the selection or test set."""
+        return self.run.measured(f"{way}-{plan.name}", lambda: self.qtensors(plan, way), which)
+
+    def qtensors(self, plan: Plan, way: str) -> dict[str, QTensor]:
+        """Path -> quantized weight of a winner, made one of its ways. The last ones are kept."""
+        if way == self.run.config.method:
+            return self.run.qtensors(plan, way)
+        if self._made[:2] != (plan.name, way):
+            trained = way.endswith(DISTILL)
+            made = self._distilled(plan, way) if trained else self._propagation.choose(plan.choices)
+            self._made = plan.name, way, made
+        return self._made[2]
+
+    def stored(self) -> Plan:
+        """The plan that is handed out, with the activations."""
+        return self.plan.with_activations({one.spec.path: one.to_json() for one in self.run.activations})
+
+    def export(self) -> Path:
+        """Write what is handed out as an Orbax folder of packed weights."""
+        path, run = self.run.folder / "quantized", self.run
+        if not path.exists():
+            made = self.qtensors(self.plan, self.method), self.stored(), run.activations
+            orbax.save(path, **export_arguments(run.model, run.traced.weights, *made))
+        return path
+
+    def _winner(self, budget: str) -> tuple[Plan, dict[str, float]]:
+        run, method = self.run, self.run.config.method
+        mixed, separable = run.mixed[method][budget], run.separable[method][budget]
+        fitting = [mixed, *(p for p in run.uniform.values() if p.size_bits <= run.bits(budget))]
+        if separable.choices != mixed.choices:
+            fitting.append(dataclasses.replace(separable, name=f"separable@{budget}"))
+        if budget in run.heuristics:
+            fitting.append(run.heuristics[budget])
+        kl = {p.name: self._kl(p, method) for p in fitting}
+        return min(fitting, key=lambda p: kl[p.name]), kl
+
+    def _kl(self, plan: Plan, way: str) -> float:
+        kl = self.scores(plan, way, "selection").summary().kl
+        assert kl is not None  # every score of a run has the reference
+        return kl
+
+    @functools.cached_property
+    def _propagation(self) -> Propagation:
+        run, data = self.run, self.run.divided[1]
+        size = min(run.config.batch_size, len(data.inputs))
+        return Propagation(run.traced, run.candidates[run.config.method], data, batch_size=size)
+
+    def _distilled(self, plan: Plan, way: str) -> dict[str, QTensor]:
+        """Trained on the calibration set, from the weights that `way` starts with."""
+        run, state = self.run, self.run.folder / "distill.state"
+        data = run.sets["calibration"]
+        options = Distill(steps=run.config.distill_steps, batch_size=min(Distill.batch_size, len(data.inputs)))
+
+        def make() -> dict[str, QTensor]:
+            start, key = self.qtensors(plan, way.removesuffix(DISTILL)), jax.random.key(run.config.seed)
+            return options(run.model, run.traced, start, data, key=key, state=state).qtensors
+
+        def save(path: Path, qtensors: dict[str, QTensor]) -> None:
+            orbax.save(path, **export_arguments(run.model, run.traced.weights, qtensors, plan))
+
+        found = run.stage("distilled", lambda path: orbax.load(path).qtensors, make, save)
+        state.unlink(missing_ok=True)
+        return found
