@@ -74,12 +74,12 @@ class HandOut:
         return self.way(self.run.config.hand_out)
 
     def scores(self, plan: Plan, way: str, which: str) -> DocumentScores:
-        """Quality of a winner, made one of its ways, on the selection or test set."""
+        """Quality on the selection or test set: of any plan by a rounding algorithm, of a winner by one of its ways."""
         return self.run.measured(f"{way}-{plan.name}", lambda: self.qtensors(plan, way), which)
 
     def qtensors(self, plan: Plan, way: str) -> dict[str, QTensor]:
-        """Path -> quantized weight of a winner, made one of its ways. The last ones are kept."""
-        if way == self.run.config.method:
+        """Path -> quantized weight, likewise. What took long is kept until it is asked for otherwise."""
+        if way in self.run.methods:
             return self.run.qtensors(plan, way)
         if self._made[:2] != (plan.name, way):
             trained = way.endswith(DISTILL)

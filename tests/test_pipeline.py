@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -16,10 +17,12 @@ from mpq.budget import budget_bits
 from mpq.certainty import certainty
 from mpq.config import RunConfig
 from mpq.data import row_digests
+from mpq.evaluate import score
 from mpq.export import orbax
 from mpq.formats import parse_scheme
 from mpq.hand_out import HandOut
 from mpq.predict import Predictor
+from mpq.quantize import GPTQ, RTN, apply_plan
 from mpq.store import FolderStore
 from mpq.types import MpqError
 from tests import tiny
@@ -94,6 +97,22 @@ def test_plans_keep_their_budgets(finished):
     assert run.mixed["gptq"]["20kB"].size_bytes <= 20_000
     for plan in (p for m in run.methods for p in run.mixed[m].values()):
         assert plan.size_bits == sum(w.size_bits(plan.choices[w.path]) for w in weights)
+
+
+def test_every_row_is_the_plan_rounded_by_its_method(finished):
+    """Measured again from weights that are rounded here, one after the other."""
+    run, body = finished
+    quantizers = {"gptq": GPTQ(), "rtn": RTN()}
+    rows = [p for p in body["plans"] if p["name"] in ("int2_g16", "mixed@int4_g16")]
+    assert {p["method"] for p in rows} == set(quantizers)
+    for row in rows:
+        choices = {path: parse_scheme(scheme) for path, scheme in row["choices"].items()}
+        quantizer = quantizers[row["method"]]
+        gram = lambda spec: jnp.asarray(run.stats[spec.path].gram)
+        made = {w.path: quantizer(w.read(run.model.params), choices[w.path], gram(w)) for w in run.traced.weights}
+        params = apply_plan(run.model.params, run.traced.weights, made)
+        scores = score(run.model, params, run.sets["test"], reference=run.reference("test"), batch_size=0)
+        assert row["kl"] == pytest.approx(scores.summary().kl, rel=1e-4), (row["name"], row["method"])
 
 
 def test_the_winner_is_never_worse_than_a_uniform_scheme_that_fits(finished):
