@@ -15,9 +15,11 @@ INGREDIENTS = {
     "uniform": "largest uniform scheme that fits, GPTQ",
     "allocated": "schemes allocated instead, by Fisher",
     "fine": "more schemes to choose from",
-    "scales": "its scales distilled",
-    "codes": "codes and scales distilled",
-    "varied": "codes and scales distilled, on varied text",
+    "propagated": "the same plan, each weight making up for those before it (QEP)",
+    "scales": "scales distilled, without QEP",
+    "codes": "codes and scales distilled, without QEP",
+    "varied": "codes and scales distilled, on varied text, without QEP",
+    "propagated_varied": "codes and scales distilled, on varied text, after QEP",
 }
 
 
@@ -53,8 +55,8 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
     yield "# What each ingredient buys"
     yield (
         "Written by `python -m analysis.distillation` from the files beside it; `experiments/distillation.py` says how "
-        "they are made. Each row adds to the one above it, except that what is distilled always starts "
-        "from the plan of the third. Text that no stage saw; standard errors over windows."
+        "they are made. Each of the first three rows adds to the one above it; all others have the plan of the third "
+        "and say how its weights are made. Text that no stage saw; standard errors over windows."
     )
     for result in results:
         options = result["options"]

@@ -1,4 +1,4 @@
-r"""What each ingredient buys at a size: allocation, finer scales, distilled scales, distilled codes, varied text.
+r"""What each ingredient buys at a size: allocation, finer scales, propagation, distilled scales and codes, varied text.
 
 Run:     python -m experiments.distillation --model DIR --data TEXT --test TEXT --out FILE
 Expect:  every ingredient lowers the KL on held-out text; the order of the rows is the order in which they are added
@@ -53,7 +53,7 @@ class Options:
       budgets: bits per quantized weight.
       uniform: the first ingredient is the largest of these that fits, the second a choice among them for each weight.
       fine: the third adds these to choose from.
-      ingredients: which of the six.
+      ingredients: which of the eight.
       steps: of a distillation.
       windows: of either text, `window` tokens each, `batch_size` a pass.
       sensitivity_windows: of the calibration text, for the table that plans are solved from.
@@ -74,7 +74,16 @@ class Options:
         "int3_g32_sfp8",
         "int4_g32_sfp8",
     )
-    ingredients: tuple[str, ...] = ("uniform", "allocated", "fine", "scales", "codes", "varied")
+    ingredients: tuple[str, ...] = (
+        "uniform",
+        "allocated",
+        "fine",
+        "propagated",
+        "scales",
+        "codes",
+        "varied",
+        "propagated_varied",
+    )
     steps: int = 600
     windows: int = 64
     window: int = 256
@@ -162,16 +171,19 @@ class Comparison:
         return dict.fromkeys((w.path for w in self.weights), max(fitting, key=size))
 
     def plan(self, ingredient: str, bits: int) -> dict[str, QTensor]:
-        """The weights, this and all earlier ingredients added."""
+        """The weights of an ingredient, as `analysis.distillation.INGREDIENTS` says it in words."""
         if ingredient == "uniform":
             return self.candidates.choose(self.uniform(bits))
         if ingredient == "allocated":
             return self.candidates.choose(self.coarse.at(bits=bits).choice)
-        qtensors = self.candidates.choose(self.fine.at(bits=bits).choice)
-        if ingredient == "fine":
+        choice = self.fine.at(bits=bits).choice
+        propagated = ingredient.startswith("propagated")
+        qtensors = self.propagated(self.candidates, choice) if propagated else self.candidates.choose(choice)
+        if ingredient in ("fine", "propagated"):
             return qtensors
         as_it_is: dict[str, Any] = {"noise": 0.0, "splice": False}
-        options = {"scales": {"rounding": 0.0, **as_it_is}, "codes": as_it_is, "varied": {}}[ingredient]
+        trained = ingredient.removeprefix("propagated_")
+        options = {"scales": {"rounding": 0.0, **as_it_is}, "codes": as_it_is, "varied": {}}[trained]
         training = Distill(steps=self.options.steps, batch_size=self.options.batch_size, **options)
         return training(self.model, self.traced, qtensors, self.calibration, key=jax.random.key(0)).qtensors
 

@@ -22,7 +22,7 @@ def options(tmp_path_factory):
         budgets=(3.5, 4.4),
         uniform=("int2_g16", "int3_g16", "int4_g16"),
         fine=("int3_g8",),
-        ingredients=("uniform", "allocated", "fine", "scales"),
+        ingredients=("uniform", "allocated", "fine", "propagated", "scales"),
         steps=5,
         windows=8,
         window=16,
@@ -43,13 +43,14 @@ def result(options):
 
 def test_there_is_a_row_for_each_budget_and_ingredient_and_none_is_too_large(options, result):
     rows = {(row["budget"], row["ingredient"]): row for row in result["rows"]}
-    assert len(rows) == len(result["rows"]) == 8
+    assert len(rows) == len(result["rows"]) == 10
     assert all(row["bits_per_weight"] <= budget for (budget, _), row in rows.items())
     assert rows[3.5, "uniform"]["schemes"] == {"int2_g16": 14}
     assert rows[4.4, "uniform"]["schemes"] == {"int3_g16": 14}
     assert all("int3_g8" not in rows[budget, "allocated"]["schemes"] for budget in options.budgets)
-    assert rows[3.5, "scales"]["schemes"] == rows[3.5, "fine"]["schemes"]
-    assert rows[3.5, "scales"]["kl"] != rows[3.5, "fine"]["kl"]
+    for same in ("scales", "propagated"):
+        assert rows[3.5, same]["schemes"] == rows[3.5, "fine"]["schemes"]
+        assert rows[3.5, same]["kl"] != rows[3.5, "fine"]["kl"]
 
 
 def test_the_page_has_every_number(result):
@@ -58,9 +59,9 @@ def test_the_page_has_every_number(result):
         if row["ingredient"] == "scales":
             schemes = ", ".join(f"{count} {scheme}" for scheme, count in row["schemes"].items())
             assert f"| {row['budget']:g} | {row['bits_per_weight']:.3f} | {schemes} |" in text
-    for name in ("uniform", "allocated", "fine", "scales"):
+    for name in ("uniform", "allocated", "fine", "propagated", "scales"):
         assert text.count(f"| {INGREDIENTS[name]} |") == 2
-    assert INGREDIENTS["varied"] not in text
+    assert f"| {INGREDIENTS['varied']} |" not in text
     assert f"{result['perplexity']:.4f}" in text
 
 
