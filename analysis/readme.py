@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from analysis.load import PlanResult, Result, load_result
+from analysis.load import MADE_BETTER, PlanResult, Result, load_result
 from analysis.measures import QUALITIES
 from analysis.text import significant
 from mpq.files import write_text
@@ -18,12 +18,15 @@ TASKS = ("resnet20_cifar10", "minilm_stsb", "terrain")
 
 
 def results_table(result: Result) -> str:
-    """A Markdown table of the plans of a causal language model under the main method, smallest first."""
+    """A Markdown table of the plans of a causal language model by the main method or better made, smallest first."""
     rows = ["| plan | bits per weight | MB | KL to the original, nats per token | perplexity | same top-1 |"]
     rows += ["|---|---:|---:|---:|---:|---:|"]
-    plans = [plan for plan in result.plans if plan.method == result.main_method and plan.kl > 0]
-    for plan in sorted(plans, key=lambda plan: (plan.bits_per_weight, plan.kind == "mixed")):
-        name = f"**{plan.name}**" if plan.kind == "mixed" else plan.name
+    order = ["uniform", "heuristic", "mixed", *MADE_BETTER]
+    ours = lambda plan: plan.method == result.main_method or plan.kind in MADE_BETTER
+    plans = [plan for plan in result.plans if ours(plan) and plan.kl > 0]
+    for plan in sorted(plans, key=lambda plan: (plan.bits_per_weight, order.index(plan.kind))):
+        name = f"**{plan.name}**" if order.index(plan.kind) > 1 else plan.name
+        name += f", {plan.kind}" if plan.kind in MADE_BETTER else ""
         error = "" if plan.kl_stderr is None else f" ± {plan.kl_stderr:.5f}"
         perplexity = "" if plan.quality is None else f"{plan.quality:.2f}"
         rows.append(
