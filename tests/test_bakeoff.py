@@ -113,6 +113,10 @@ def test_the_page_has_a_row_for_every_metric(result):
     text = page([result])
     assert text.count("\n| `") == 6 * (1 + len(BANDS))  # the overview, and every band
     assert "imatrix` (2 rows)" in text
+    of = lambda **other: page([{**result, **other}])
+    assert "Rounding saw no text." in of(method="rtn")
+    assert "Moments for rounding: of 16 others." in of(method="gptq", statistics_rows=16)
+    assert "Moments for rounding: of the same rows." in of(method="gptq", statistics_rows=None)
     best = max(result["cost"], key=lambda name: result["bands"][0]["metrics"][name]["tau"])
     assert text.split("### 2 to 4 bits")[1].split("\n| `")[1].startswith(best)
 
