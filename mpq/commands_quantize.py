@@ -15,12 +15,13 @@ from mpq.activations.smooth import smooth_model
 from mpq.commands import Data, collect, make_candidates, read_plan, read_ranges
 from mpq.config import known
 from mpq.distill import Distill
-from mpq.equalize import awq, find_folds
+from mpq.equalize import awq, find_folds, find_shifts
 from mpq.export import orbax
 from mpq.export.arguments import export_arguments
 from mpq.inputs import Dataset
 from mpq.models import Model, load
-from mpq.quantize import QUANTIZERS, Candidates
+from mpq.quantize import QUANTIZERS, Candidates, apply_plan
+from mpq.quantize.correction import correct_biases
 from mpq.quantize.propagate import Propagation
 from mpq.trace import Trace
 from mpq.types import MpqError, QTensor
@@ -35,12 +36,21 @@ class Rounding:
       smooth: first, move outliers of activations into weights.
       awq: first, move scales of weights into the layers before.
       propagate: round in order, each weight making up for those before.
+      correct_bias: at last, take what layers give too much on average out of what is added to it.
+      correct_norms: and what they spread too much, out of the scales of norms.
     """
 
     method: str = "gptq"
     smooth: bool = False
     awq: bool = False
     propagate: bool = False
+    correct_bias: bool = False
+    correct_norms: bool = False
+
+    @property
+    def corrects(self) -> bool:
+        """Whether anything is corrected."""
+        return self.correct_bias or self.correct_norms
 
     def check(self, plan: artifacts.Plan, *, data: bool, ranges: bool, distill: bool) -> None:
         """Refuse what does not go together.
@@ -60,6 +70,8 @@ class Rounding:
             raise MpqError("--awq needs --data TEXT and a plan of weights alone; for activations give --smooth")
         if self.propagate and (not data or self.smooth):
             raise MpqError("--propagate needs --data TEXT, and the inputs that --smooth changes: leave that out")
+        if self.corrects and not data:
+            raise MpqError("--correct-bias and --correct-norms need --data TEXT, on which errors are averaged")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,7 +113,8 @@ def quantize(
     found = None if ranges is None else read_ranges(ranges, model)
     chosen, warnings = calibrated(plan.activations, model, traced, data, found, batch_size)
     rounded = _round(how, model, traced, plan, chosen, data, stats, batch_size)
-    model, plan, chosen, qtensors = rounded.model, rounded.plan, rounded.activations, rounded.qtensors
+    loaded, model, plan = model, rounded.model, rounded.plan
+    chosen, qtensors = rounded.activations, rounded.qtensors
     told = dict(rounded.told)
     state = out.with_name(f"{out.name}.distill")  # an interrupted distillation goes on from here
     if distill and text is not None and data is not None:
@@ -110,6 +123,9 @@ def quantize(
         train = functools.partial(options, model, traced, qtensors, data, activations=chosen)
         qtensors, losses, chosen = train(key=jax.random.key(0), state=state)
         told |= {"distill": distill, "first_loss": float(losses[0]), "last_loss": float(losses[-1])}
+    if how.corrects and data is not None:
+        original = loaded if how.smooth else model  # with --smooth weights are those of inputs that are divided
+        model, told["corrected"] = _corrected(how, original, model, traced, qtensors, chosen, data, batch_size)
     written = orbax.save(out, **export_arguments(model, traced.weights, qtensors, plan, chosen))
     if distill:
         state.unlink()
@@ -152,3 +168,27 @@ def _round(
         in_order = Propagation(traced, candidates, data, batch_size=batch_size)
         return _Rounded(model, plan, chosen, in_order.choose(plan.choices), {**told, "propagated": True})
     return _Rounded(model, plan, chosen, candidates.choose(plan.choices), told)
+
+
+def _corrected(
+    how: Rounding,
+    original: Model,
+    model: Model,
+    traced: Trace,
+    qtensors: dict[str, QTensor],
+    chosen: tuple[RoundedActivation, ...],
+    data: Dataset,
+    batch_size: int,
+) -> tuple[Model, int]:
+    """The model with its biases and norms corrected, and of how many layers."""
+    shifts = find_shifts(original, traced, data)
+    if not shifts:
+        raise MpqError(
+            f"{model.name} has no bias and no norm that what a layer gives is added to alone: leave out --correct-bias "
+            "and --correct-norms"
+        )
+    rounded = apply_plan(model.params, traced.weights, qtensors)
+    options: dict[str, Any] = {"activations": chosen, "norms": how.correct_norms, "batch_size": batch_size}
+    params = correct_biases(original, traced, rounded, shifts, data, **options)
+    vectors = {path for shift in shifts for path in (*shift.vectors, shift.gain) if path is not None}
+    return dataclasses.replace(model, params={**model.params, **{p: params[p] for p in vectors}}), len(shifts)

@@ -3,3 +3,5 @@
 from mpq.equalize.awq import awq as awq
 from mpq.equalize.folds import Fold as Fold
 from mpq.equalize.folds import find_folds as find_folds
+from mpq.equalize.shifts import Shift as Shift
+from mpq.equalize.shifts import find_shifts as find_shifts

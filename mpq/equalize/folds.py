@@ -81,9 +81,7 @@ def find_folds(model: Model, traced: Trace, data: Dataset) -> tuple[Fold, ...]:
       In the order of the model's weights; no weight is read by two.
     """
     weights = {spec.path: spec for spec in traced.weights}
-    inputs = jnp.asarray(data.inputs[:1])
-    if isinstance(model.inputs, Tokens):
-        inputs = inputs[:, :POSITIONS]
+    inputs = sample_of(model, data)
     shaped = traced.on(inputs.shape)
     readers = _readers(shaped)  # values have other names at other shapes
     run = functools.partial(_run, shaped, tuple(readers))
@@ -101,6 +99,12 @@ def find_folds(model: Model, traced: Trace, data: Dataset) -> tuple[Fold, ...]:
             found.append(fold)
     order = {path: place for place, path in enumerate(weights)}
     return tuple(sorted(found, key=lambda fold: order[fold.rows[0]]))
+
+
+def sample_of(model: Model, data: Dataset) -> jax.Array:
+    """One window, or its first tokens."""
+    inputs = jnp.asarray(data.inputs[:1])
+    return inputs[:, :POSITIONS] if isinstance(model.inputs, Tokens) else inputs
 
 
 def _readers(traced: Trace) -> dict[str, tuple[str, ...]]:
