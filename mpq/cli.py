@@ -233,6 +233,7 @@ def quantize(
     ranges: Path | None = None,
     smooth: tyro.conf.FlagCreatePairsOff[bool] = False,
     awq: tyro.conf.FlagCreatePairsOff[bool] = False,
+    equalize: tyro.conf.FlagCreatePairsOff[bool] = False,
     propagate: tyro.conf.FlagCreatePairsOff[bool] = False,
     correct_bias: tyro.conf.FlagCreatePairsOff[bool] = False,
     correct_norms: tyro.conf.FlagCreatePairsOff[bool] = False,
@@ -257,6 +258,7 @@ def quantize(
       ranges: what `mpq calibrate --of activations` wrote, for static schemes of activations; else `data` gives them.
       smooth: move outliers of activations into weights where that lowers the error on the data (SmoothQuant).
       awq: let the layers before take over what makes weights of large inputs finer (AWQ), where that lowers the error.
+      equalize: give channels and what reads them ranges alike (cross-layer equalization); for one scale a tensor.
       propagate: round in the order of execution, each weight making up for what those before it did (QEP).
       correct_bias: take what rounding adds to a layer's output on average out of the bias or the norm's mean behind it.
       correct_norms: and what it does to the spread out of the norm's scale: statistics of norms, estimated again.
@@ -267,7 +269,7 @@ def quantize(
       json: print one JSON object.
     """
     text = None if data is None else commands.Data(data, window, max_windows, batch_size)
-    how = Rounding(method, *map(bool, (smooth, awq, propagate, correct_bias, correct_norms)))
+    how = Rounding(method, *map(bool, (smooth, awq, equalize, propagate, correct_bias, correct_norms)))
     quantize = lambda: commands_quantize.quantize(model, plan, out, text, stats, how, distill, ranges, keys_values)
     answer(quantize, json, commands.show_written)
 

@@ -12,10 +12,11 @@ from mpq.activations import KEYS_AND_VALUES
 from mpq.activations.apply import RoundedActivation
 from mpq.activations.plans import calibrated
 from mpq.activations.smooth import smooth_model
+from mpq.calibrate import calibrate
 from mpq.commands import Data, collect, make_candidates, read_plan, read_ranges
 from mpq.config import known
 from mpq.distill import Distill
-from mpq.equalize import awq, find_folds, find_shifts
+from mpq.equalize import awq, equalize, find_folds, find_shifts
 from mpq.export import orbax
 from mpq.export.arguments import export_arguments
 from mpq.inputs import Dataset
@@ -35,6 +36,7 @@ class Rounding:
       method: name in `QUANTIZERS`.
       smooth: first, move outliers of activations into weights.
       awq: first, move scales of weights into the layers before.
+      equalize: first, give channels and the weights that read them ranges alike, through convolutions too.
       propagate: round in order, each weight making up for those before.
       correct_bias: at last, take what layers give too much on average out of what is added to it.
       correct_norms: and what they spread too much, out of the scales of norms.
@@ -43,6 +45,7 @@ class Rounding:
     method: str = "gptq"
     smooth: bool = False
     awq: bool = False
+    equalize: bool = False
     propagate: bool = False
     correct_bias: bool = False
     correct_norms: bool = False
@@ -52,7 +55,7 @@ class Rounding:
         """Whether anything is corrected."""
         return self.correct_bias or self.correct_norms
 
-    def check(self, plan: artifacts.Plan, *, data: bool, ranges: bool, distill: bool) -> None:
+    def check(self, plan: artifacts.Plan, *, data: bool, ranges: bool, distill: bool, stats: bool) -> None:
         """Refuse what does not go together.
 
         Args:
@@ -60,6 +63,7 @@ class Rounding:
           data: whether there is calibration data.
           ranges: whether ranges come from a file.
           distill: whether the result is trained.
+          stats: whether statistics come from a file.
 
         Raises:
           MpqError: says what to leave out or to give.
@@ -68,6 +72,11 @@ class Rounding:
             raise MpqError("--smooth needs --data TEXT, from which ranges come too: leave out --ranges and --distill")
         if self.awq and (not data or plan.activations):
             raise MpqError("--awq needs --data TEXT and a plan of weights alone; for activations give --smooth")
+        if self.equalize and (not data or ranges or stats or self.smooth or self.awq):
+            raise MpqError(
+                "--equalize needs --data TEXT, from which ranges and statistics come too, and moves the scales that "
+                "--smooth and --awq move: leave out those, --ranges and --stats"
+            )
         if self.propagate and (not data or self.smooth):
             raise MpqError("--propagate needs --data TEXT, and the inputs that --smooth changes: leave that out")
         if self.corrects and not data:
@@ -106,16 +115,19 @@ def quantize(
     model = load(model_source)
     traced = text.trace(model) if text else model.trace()
     plan = read_plan(plan_source, model, traced, keys_values)
-    how.check(plan, data=text is not None, ranges=ranges is not None, distill=distill > 0)
+    how.check(plan, data=text is not None, ranges=ranges is not None, distill=distill > 0, stats=stats is not None)
     if out.exists():
         raise MpqError(f"{out} exists already: choose another folder or remove it")
     data, batch_size = (text.dataset(model, "calibration"), text.batch_size) if text else (None, 1)
     found = None if ranges is None else read_ranges(ranges, model)
+    loaded = model
+    if how.equalize and data is not None:
+        model = _equalized(model, traced, plan, data, batch_size)
     chosen, warnings = calibrated(plan.activations, model, traced, data, found, batch_size)
     rounded = _round(how, model, traced, plan, chosen, data, stats, batch_size)
-    loaded, model, plan = model, rounded.model, rounded.plan
+    model, plan = rounded.model, rounded.plan
     chosen, qtensors = rounded.activations, rounded.qtensors
-    told = dict(rounded.told)
+    told = {**rounded.told, **({"equalized": True} if how.equalize else {})}
     state = out.with_name(f"{out.name}.distill")  # an interrupted distillation goes on from here
     if distill and text is not None and data is not None:
         options = dataclasses.replace(training or Distill(), steps=distill)
@@ -168,6 +180,12 @@ def _round(
         in_order = Propagation(traced, candidates, data, batch_size=batch_size)
         return _Rounded(model, plan, chosen, in_order.choose(plan.choices), {**told, "propagated": True})
     return _Rounded(model, plan, chosen, candidates.choose(plan.choices), told)
+
+
+def _equalized(model: Model, traced: Trace, plan: artifacts.Plan, data: Dataset, batch_size: int) -> Model:
+    """The same function with ranges alike."""
+    folds, shifts = find_folds(model, traced, data, convs=True), find_shifts(model, traced, data)
+    return equalize(model, traced, folds, shifts, plan.choices, calibrate(traced, model.params, data, batch_size))
 
 
 def _corrected(
