@@ -1,4 +1,4 @@
-"""`python -m analysis.activations`: the table of `experiments/activations.py`, from its committed results."""
+"""`python -m analysis.activations [FOLDER]`: the table of `experiments/activations.py`, from its committed results."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,12 +70,13 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
     yield summary(results)
 
 
-def main() -> int:
-    """Write the page."""
-    results = [read_json(path, "results of a comparison") for path in sorted(FOLDER.glob("*.json"))]
-    write_text(FOLDER / "README.md", page(results))
+def main(arguments: Sequence[str] = ()) -> int:
+    """Write the page of the folder that is named, or of `FOLDER`."""
+    folder = Path(arguments[0]) if arguments else FOLDER
+    results = [read_json(path, "results of a comparison") for path in sorted(folder.glob("*.json"))]
+    write_text(folder / "README.md", page(results))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

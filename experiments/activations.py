@@ -40,6 +40,8 @@ SETTINGS: Mapping[str, tuple[str, str, bool]] = {
     "W8A8 dynamic": ("int8_channel+int8_token", "rtn", False),
     "W8A8 dynamic, zero point": ("int8_channel+int8_token_asym", "rtn", False),
     "W8A8 dynamic, smoothed": ("int8_channel+int8_token", "rtn", True),
+    "W8A8 dynamic, outliers apart": ("int8_channel+int8_token_outlier6", "rtn", False),
+    "W8A8 dynamic, outliers of calibration apart": ("int8_channel+int8_token_outlier6_static", "rtn", False),
     "W8A8 static, absmax": ("int8_channel+int8_tensor_static_absmax", "rtn", False),
     "W8A8 static, moving average": ("int8_channel+int8_tensor_static_moving_average", "rtn", False),
     "W8A8 static, percentile": ("int8_channel+int8_tensor_static_percentile", "rtn", False),
@@ -54,6 +56,8 @@ SETTINGS: Mapping[str, tuple[str, str, bool]] = {
     "W4g32A8 dynamic": ("int4_g32+int8_token", "gptq", False),
     "W4g32A8 static, zero point, smoothed": ("int4_g32+int8_tensor_static_absmax_asym", "gptq", True),
     "W4g32A4 dynamic": ("int4_g32+int4_token", "gptq", False),
+    "W4g32A4 dynamic, outliers apart": ("int4_g32+int4_token_outlier6", "gptq", False),
+    "W4g32A4 dynamic, outliers of calibration apart": ("int4_g32+int4_token_outlier6_static", "gptq", False),
     "W4g32A4 dynamic, zero point": ("int4_g32+int4_token_asym", "gptq", False),
     "W4g32A4 dynamic, zero point, smoothed": ("int4_g32+int4_token_asym", "gptq", True),
 }
@@ -118,7 +122,7 @@ class Comparison:
         if smooth:
             everything = (choice, stats, self.calibration, options.batch_size)
             model, chosen, stats = smooth_model(model, self.traced, chosen, *everything)
-        elif static := [one.spec for one in chosen if one.scheme.static is not None]:
+        elif static := [one.spec for one in chosen if one.scheme.is_calibrated]:
             found = calibrate_activations(model, self.traced, static, self.calibration, batch_size=options.batch_size)
             chosen = choose_activations({one.spec: one.scheme for one in chosen}, found)
         candidates = Candidates(model.params, self.traced.weights, QUANTIZERS[method], stats)

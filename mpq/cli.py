@@ -233,7 +233,10 @@ def quantize(
     ranges: Path | None = None,
     smooth: tyro.conf.FlagCreatePairsOff[bool] = False,
     awq: tyro.conf.FlagCreatePairsOff[bool] = False,
+    equalize: tyro.conf.FlagCreatePairsOff[bool] = False,
     propagate: tyro.conf.FlagCreatePairsOff[bool] = False,
+    correct_bias: tyro.conf.FlagCreatePairsOff[bool] = False,
+    correct_norms: tyro.conf.FlagCreatePairsOff[bool] = False,
     keys_values: str = KEYS_AND_VALUES,
     window: int | None = None,
     max_windows: int = 64,
@@ -245,7 +248,7 @@ def quantize(
     Args:
       model: checkpoint folder, hub id, or `reference`.
       plan: plan file, or the name of a uniform scheme such as int4_g64; with schemes of activations and the KV cache
-        beside it int4_g32+int8_token+int8_head; or w8a8, w8a8_static, w4a8, w4a8_static, w4a4.
+        beside it int4_g32+int8_token+int8_head; or w8a8, w8a8_static, w4a8, w4a8_static, w4a4, llm_int8.
       out: folder to write.
       data: calibration text, or `reference`; all methods but rtn and hqq need it or `stats`.
       stats: what `mpq calibrate` wrote, or an importance matrix of llama.cpp.
@@ -255,7 +258,10 @@ def quantize(
       ranges: what `mpq calibrate --of activations` wrote, for static schemes of activations; else `data` gives them.
       smooth: move outliers of activations into weights where that lowers the error on the data (SmoothQuant).
       awq: let the layers before take over what makes weights of large inputs finer (AWQ), where that lowers the error.
+      equalize: give channels and what reads them ranges alike (cross-layer equalization); for one scale a tensor.
       propagate: round in the order of execution, each weight making up for what those before it did (QEP).
+      correct_bias: take what rounding adds to a layer's output on average out of the bias or the norm's mean behind it.
+      correct_norms: and what it does to the spread out of the norm's scale: statistics of norms, estimated again.
       keys_values: regular expression for the weights that make keys and values.
       window: tokens a window; default 256, or the model's context if that is shorter.
       max_windows: use the first so many.
@@ -263,7 +269,7 @@ def quantize(
       json: print one JSON object.
     """
     text = None if data is None else commands.Data(data, window, max_windows, batch_size)
-    how = Rounding(method, bool(smooth), bool(awq), bool(propagate))
+    how = Rounding(method, *map(bool, (smooth, awq, equalize, propagate, correct_bias, correct_norms)))
     quantize = lambda: commands_quantize.quantize(model, plan, out, text, stats, how, distill, ranges, keys_values)
     answer(quantize, json, commands.show_written)
 

@@ -12,15 +12,17 @@ from mpq.activations import KEYS_AND_VALUES
 from mpq.activations.apply import RoundedActivation
 from mpq.activations.plans import calibrated
 from mpq.activations.smooth import smooth_model
+from mpq.calibrate import calibrate
 from mpq.commands import Data, collect, make_candidates, read_plan, read_ranges
 from mpq.config import known
 from mpq.distill import Distill
-from mpq.equalize import awq, find_folds
+from mpq.equalize import awq, equalize, find_folds, find_shifts
 from mpq.export import orbax
 from mpq.export.arguments import export_arguments
 from mpq.inputs import Dataset
 from mpq.models import Model, load
-from mpq.quantize import QUANTIZERS, Candidates
+from mpq.quantize import QUANTIZERS, Candidates, apply_plan
+from mpq.quantize.correction import correct_biases
 from mpq.quantize.propagate import Propagation
 from mpq.trace import Trace
 from mpq.types import MpqError, QTensor
@@ -34,15 +36,26 @@ class Rounding:
       method: name in `QUANTIZERS`.
       smooth: first, move outliers of activations into weights.
       awq: first, move scales of weights into the layers before.
+      equalize: first, give channels and the weights that read them ranges alike, through convolutions too.
       propagate: round in order, each weight making up for those before.
+      correct_bias: at last, take what layers give too much on average out of what is added to it.
+      correct_norms: and what they spread too much, out of the scales of norms.
     """
 
     method: str = "gptq"
     smooth: bool = False
     awq: bool = False
+    equalize: bool = False
     propagate: bool = False
+    correct_bias: bool = False
+    correct_norms: bool = False
 
-    def check(self, plan: artifacts.Plan, *, data: bool, ranges: bool, distill: bool) -> None:
+    @property
+    def corrects(self) -> bool:
+        """Whether anything is corrected."""
+        return self.correct_bias or self.correct_norms
+
+    def check(self, plan: artifacts.Plan, *, data: bool, ranges: bool, distill: bool, stats: bool) -> None:
         """Refuse what does not go together.
 
         Args:
@@ -50,6 +63,7 @@ class Rounding:
           data: whether there is calibration data.
           ranges: whether ranges come from a file.
           distill: whether the result is trained.
+          stats: whether statistics come from a file.
 
         Raises:
           MpqError: says what to leave out or to give.
@@ -58,8 +72,15 @@ class Rounding:
             raise MpqError("--smooth needs --data TEXT, from which ranges come too: leave out --ranges and --distill")
         if self.awq and (not data or plan.activations):
             raise MpqError("--awq needs --data TEXT and a plan of weights alone; for activations give --smooth")
+        if self.equalize and (not data or ranges or stats or self.smooth or self.awq):
+            raise MpqError(
+                "--equalize needs --data TEXT, from which ranges and statistics come too, and moves the scales that "
+                "--smooth and --awq move: leave out those, --ranges and --stats"
+            )
         if self.propagate and (not data or self.smooth):
             raise MpqError("--propagate needs --data TEXT, and the inputs that --smooth changes: leave that out")
+        if self.corrects and not data:
+            raise MpqError("--correct-bias and --correct-norms need --data TEXT, on which errors are averaged")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,15 +115,19 @@ def quantize(
     model = load(model_source)
     traced = text.trace(model) if text else model.trace()
     plan = read_plan(plan_source, model, traced, keys_values)
-    how.check(plan, data=text is not None, ranges=ranges is not None, distill=distill > 0)
+    how.check(plan, data=text is not None, ranges=ranges is not None, distill=distill > 0, stats=stats is not None)
     if out.exists():
         raise MpqError(f"{out} exists already: choose another folder or remove it")
     data, batch_size = (text.dataset(model, "calibration"), text.batch_size) if text else (None, 1)
     found = None if ranges is None else read_ranges(ranges, model)
+    loaded = model
+    if how.equalize and data is not None:
+        model = _equalized(model, traced, plan, data, batch_size)
     chosen, warnings = calibrated(plan.activations, model, traced, data, found, batch_size)
     rounded = _round(how, model, traced, plan, chosen, data, stats, batch_size)
-    model, plan, chosen, qtensors = rounded.model, rounded.plan, rounded.activations, rounded.qtensors
-    told = dict(rounded.told)
+    model, plan = rounded.model, rounded.plan
+    chosen, qtensors = rounded.activations, rounded.qtensors
+    told = {**rounded.told, **({"equalized": True} if how.equalize else {})}
     state = out.with_name(f"{out.name}.distill")  # an interrupted distillation goes on from here
     if distill and text is not None and data is not None:
         options = dataclasses.replace(training or Distill(), steps=distill)
@@ -110,6 +135,9 @@ def quantize(
         train = functools.partial(options, model, traced, qtensors, data, activations=chosen)
         qtensors, losses, chosen = train(key=jax.random.key(0), state=state)
         told |= {"distill": distill, "first_loss": float(losses[0]), "last_loss": float(losses[-1])}
+    if how.corrects and data is not None:
+        original = loaded if how.smooth else model  # with --smooth weights are those of inputs that are divided
+        model, told["corrected"] = _corrected(how, original, model, traced, qtensors, chosen, data, batch_size)
     written = orbax.save(out, **export_arguments(model, traced.weights, qtensors, plan, chosen))
     if distill:
         state.unlink()
@@ -152,3 +180,33 @@ def _round(
         in_order = Propagation(traced, candidates, data, batch_size=batch_size)
         return _Rounded(model, plan, chosen, in_order.choose(plan.choices), {**told, "propagated": True})
     return _Rounded(model, plan, chosen, candidates.choose(plan.choices), told)
+
+
+def _equalized(model: Model, traced: Trace, plan: artifacts.Plan, data: Dataset, batch_size: int) -> Model:
+    """The same function with ranges alike."""
+    folds, shifts = find_folds(model, traced, data, convs=True), find_shifts(model, traced, data)
+    return equalize(model, traced, folds, shifts, plan.choices, calibrate(traced, model.params, data, batch_size))
+
+
+def _corrected(
+    how: Rounding,
+    original: Model,
+    model: Model,
+    traced: Trace,
+    qtensors: dict[str, QTensor],
+    chosen: tuple[RoundedActivation, ...],
+    data: Dataset,
+    batch_size: int,
+) -> tuple[Model, int]:
+    """The model with its biases and norms corrected, and of how many layers."""
+    shifts = find_shifts(original, traced, data)
+    if not shifts:
+        raise MpqError(
+            f"{model.name} has no bias and no norm that what a layer gives is added to alone: leave out --correct-bias "
+            "and --correct-norms"
+        )
+    rounded = apply_plan(model.params, traced.weights, qtensors)
+    options: dict[str, Any] = {"activations": chosen, "norms": how.correct_norms, "batch_size": batch_size}
+    params = correct_biases(original, traced, rounded, shifts, data, **options)
+    vectors = {path for shift in shifts for path in (*shift.vectors, shift.gain) if path is not None}
+    return dataclasses.replace(model, params={**model.params, **{p: params[p] for p in vectors}}), len(shifts)

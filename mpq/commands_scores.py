@@ -138,7 +138,7 @@ def activations(
     traced = text.trace(model)
     rows = activation_rows(traced) if of == "activations" else kv_rows(traced, keys_values, head_dim)
     options = _options(text, out, seed)
-    static = any(scheme.static is not None for scheme in parsed)
+    static = any(scheme.is_calibrated for scheme in parsed)
     if static and ranges is None:
         found = calibrate_activations(model, traced, rows, data, batch_size=text.batch_size)
     else:

@@ -9,6 +9,8 @@ multiplies the windows that it sees, an embedding looks its rows up in the dequa
 With activations rounded as a plan says, the operands are the codes of both, int8, and sums are int32, where that is a
 product of integers: weights of integers and a symmetric scheme, of a whole tensor, or of tokens that a matmul reads (a
 convolution adds up positions, whose scales would differ). Elsewhere rounded values are multiplied in floating point.
+What a scheme with outliers leaves in floating point is multiplied by the dequantized weight and added, where there is
+any.
 """
 
 from collections.abc import Mapping, Sequence
@@ -108,14 +110,17 @@ def evaluate_packed(
             bits = activation_bits if weight.levels is None and row is None else None
             one = (lambda array: array) if weight.batch_shape else (lambda array: array[0])
             rows = one(site.inputs_matrix(x) if codes is None else codes)
+            beside = None if codes is None or row is None else _outliers(site, x, row, windows)
             y = quantized_matmul(
                 rows,
                 weight,
                 activation_bits=bits,
                 activation_scale=None if scale is None else one(scale),
                 backend=backend,
-                out_dtype=site.output.dtype,
+                out_dtype=site.output.dtype if beside is None else jnp.float32,
             )
+            if beside is not None:
+                y = _add_outliers(y, one(beside), weight, backend).astype(site.output.dtype)
             y = site.from_outputs_matrix(y if weight.batch_shape else y[None])
         if (part := cached.get(site.spec.path)) is not None:
             y = site.from_outputs_matrix(part(site.outputs_matrix(y), windows))
@@ -139,6 +144,20 @@ def _codes(site: Site, x: jax.Array, row: RoundedActivation, windows: int) -> tu
     scale = scale.reshape(*scale.shape[:2], 1)
     repeats = rows.shape[1] // scale.shape[1]
     return rows, scale if scale.shape[1] == 1 else jnp.repeat(scale, repeats, axis=1)
+
+
+def _outliers(site: Site, x: jax.Array, row: RoundedActivation, windows: int) -> jax.Array | None:
+    """`[batch, tokens, k]` of what has no codes, 0 elsewhere; None where there can be none."""
+    if not row.scheme.threshold or row.columns == ():
+        return None
+    view = site.value_view(x.shape)
+    return site.inputs_matrix(view.invert(row.outliers(view(x), windows)))
+
+
+def _add_outliers(y: jax.Array, outliers: jax.Array, weight: Packed, backend: str) -> jax.Array:
+    """`float32[..., n]`: `y` and the product of outliers with the dequantized weight, computed where there are any."""
+    product = lambda: quantized_matmul(outliers, weight, backend=backend, out_dtype=jnp.float32)
+    return jax.lax.cond(jnp.any(outliers != 0), lambda: y + product(), lambda: y)
 
 
 def _pack(path: str, qtensor: QTensor, layout: str) -> Packed:

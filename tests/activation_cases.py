@@ -17,7 +17,10 @@ SHAPES |= {"out": (WIDTH, WIDTH), "up": (WIDTH, 6), "down": (6, WIDTH), "head": 
 SHARED = "{query,key,value}"
 EVERY_KIND = {
     "activations": tuple(
-        map(parse_activation_scheme, ("int3_token_asym", "int4_tensor", "int8_token", "int2_tensor_asym"))
+        map(
+            parse_activation_scheme,
+            ("int3_token_asym", "int4_tensor", "int8_token", "int2_tensor_asym", "int3_token_outlier4"),
+        )
     ),
     "kv": tuple(map(parse_activation_scheme, ("int4_head", "int2_head_asym", "int3_token", "int4_tensor_asym"))),
 }
@@ -57,7 +60,7 @@ def log_softmax(logits):
 
 def round_group(values, seen, scheme):
     """`values` by the range of `seen`, number by number in Python floats."""
-    low, high = min(0.0, *seen), max(0.0, *seen)
+    low, high = min(0.0, 0.0, *seen), max(0.0, 0.0, *seen)
     if scheme.asymmetric:
         least, top = 0, 2**scheme.bits - 1
         scale = float(np.float16((high - low) / top)) or 2.0**-24
@@ -69,11 +72,15 @@ def round_group(values, seen, scheme):
     return [(min(max(round(v / scale) + zero, least), top) - zero) * scale for v in values]
 
 
-def rounded(x, scheme, mask):
-    """`x[batch, time, width]` at a scheme: a group at a time."""
+def rounded(x, scheme, mask, columns=None):
+    """`x[batch, time, width]` at a scheme, a group at a time; `bool[width]`: features that stay, if they are known."""
     y = np.empty_like(x)
     for b, t in np.ndindex(x.shape[:2]):
-        if scheme.granularity == "tensor":
+        if scheme.threshold:
+            large = (abs(x[b]) >= scheme.threshold).T @ mask[b] > 0 if columns is None else columns
+            y[b, t, large] = x[b, t, large]
+            y[b, t, ~large] = round_group(x[b, t, ~large], x[b, t, ~large], scheme)
+        elif scheme.granularity == "tensor":
             y[b, t] = round_group(x[b, t], x[b][mask[b]].ravel(), scheme)
         else:
             parts = np.split(x[b, t], HEADS if scheme.granularity == "head" else 1)

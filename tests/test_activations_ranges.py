@@ -29,7 +29,8 @@ def of_values(windows, spec=SPEC, parts=1):
     exponent = int(np.frexp(largest)[1])
     edges = np.linspace(-(2.0**exponent), 2.0**exponent, BINS + 1)
     counts = np.stack([np.histogram(windows[:, part], edges)[0] for part in range(parts)])
-    return ActivationRange(spec, counts, exponent, windows.min(axis=2), windows.max(axis=2))
+    width = np.abs(windows).reshape(-1, spec.width).max(axis=0)
+    return ActivationRange(spec, counts, exponent, windows.min(axis=2), windows.max(axis=2), width)
 
 
 @pytest.mark.parametrize("of", ["activations", "kv"])
@@ -45,6 +46,7 @@ def test_counts_and_ends_are_those_of_the_values(of):
         np.testing.assert_allclose(found.high, [w.max(axis=(0, 2)) for w in windows], rtol=1e-5, atol=1e-6)
         values = np.concatenate(windows)
         assert found.exponent == np.frexp(max(map(abs, found.extremes)))[1]
+        np.testing.assert_allclose(found.largest, np.abs(seen[path][data.mask]).max(axis=0), rtol=1e-5)
         for part in range(parts):
             bins = np.floor(values[:, part] * (BINS / 2) / 2.0**found.exponent).astype(int) + BINS // 2
             below, expected = (np.cumsum(n) for n in (found.counts[part], np.bincount(bins.ravel(), minlength=BINS)))
@@ -60,7 +62,7 @@ def test_batching_changes_no_bit_and_padding_does_not_count():
     for other in (calibrated(data=data, batch_size=3), calibrated(data=poisoned)):
         for path, found in whole.items():
             assert found.exponent == other[path].exponent
-            for name in ("counts", "low", "high"):
+            for name in ("counts", "low", "high", "largest"):
                 np.testing.assert_array_equal(getattr(found, name), getattr(other[path], name))
 
 
@@ -88,7 +90,7 @@ def test_files_are_read_back_and_merge_to_the_whole(tmp_path):
     for path, found in whole.items():
         assert found.exponent == merged.ranges[path].exponent
         assert found.spec == merged.ranges[path].spec
-        for name in ("counts", "low", "high"):
+        for name in ("counts", "low", "high", "largest"):
             np.testing.assert_array_equal(getattr(found, name), getattr(merged.ranges[path], name))
     save_ranges(tmp_path / "other", calibrated("kv", data), model.digest, ["d0"])
     both = merge_ranges({tmp_path / "other": load_ranges(tmp_path / "other")._replace(model_digest="m"), **files})
@@ -205,7 +207,9 @@ def test_what_has_no_range_is_refused():
         "be told from that; calibrate on other data, or take a dynamic scheme$",
     ):
         choose_range(of_values(np.full((2, 1, 4), 2.0)), static, "x")
-    empty = ActivationRange(SPEC, np.zeros((1, BINS), np.int64), 0, np.full((2, 1), np.inf), np.full((2, 1), -np.inf))
+    empty = ActivationRange(
+        SPEC, np.zeros((1, BINS), np.int64), 0, np.full((2, 1), np.inf), -np.full((2, 1), np.inf), np.zeros(4)
+    )
     with pytest.raises(
         MpqError,
         match=r"^x at int8_tensor_static: the row was never computed on the calibration data; calibrate on data "
@@ -254,7 +258,9 @@ WRONG = {
     "leave out _asym, or take mse",
     "int8_tensor_static_best": "unknown activation scheme 'int8_tensor_static_best': allowed is int2 to int8 with "
     "_token, _head, _tensor, and _asym for a zero point: int8_token, int4_head_asym; _static after tensor or head, and "
-    "a method of mse, absmax, moving_average, percentile, entropy: int8_tensor_static, int8_head_static_percentile",
+    "a method of mse, absmax, moving_average, percentile, entropy: int8_tensor_static, int8_head_static_percentile; "
+    "_outlier6 after token for features that reach 6 in floating point: int8_token_outlier6, and those of calibration: "
+    "int8_token_outlier6_static",
 }
 
 

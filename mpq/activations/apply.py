@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpq.activations.clip import choose_range
+from mpq.activations.clip import choose_columns, choose_range
 from mpq.activations.ranges import ActivationRange
 from mpq.activations.rows import ActivationSpec, replacing, require_schemes
-from mpq.activations.scheme import ActivationScheme, fake_quantize, parse_activation_scheme, quantize
+from mpq.activations.scheme import ActivationScheme, fake_quantize, outliers, parse_activation_scheme, quantize
 from mpq.inputs import Tokens
 from mpq.models.model import Model
 from mpq.trace import Trace
@@ -35,6 +35,8 @@ class RoundedActivation:
       low, high: ends of a static range, one a head or one for the tensor; None: dynamic, or not yet calibrated.
       smooth: `[width]`, what values are divided by before they are rounded, and weights were multiplied by
         (`mpq.activations.smooth`); None: nothing.
+      columns: features that stay in floating point, of a scheme with outliers known from calibration; None: the scheme
+        has none, or they are not yet calibrated.
     """
 
     spec: ActivationSpec
@@ -42,6 +44,7 @@ class RoundedActivation:
     low: tuple[float, ...] | None = None
     high: tuple[float, ...] | None = None
     smooth: tuple[float, ...] | None = None
+    columns: tuple[int, ...] | None = None
 
     @property
     def limits(self) -> tuple[jax.Array, jax.Array] | None:
@@ -50,9 +53,19 @@ class RoundedActivation:
             return None
         return jnp.asarray(self.low, jnp.float32), jnp.asarray(self.high, jnp.float32)
 
+    @property
+    def kept(self) -> np.ndarray | None:
+        """`bool[width]`: `columns` as `fake_quantize` takes them."""
+        return None if self.columns is None else np.isin(np.arange(self.spec.width), self.columns)
+
     def quantize(self, x: jax.Array, windows: int) -> tuple[jax.Array, jax.Array]:
         """Codes of `x[batch, positions, width]` and their scales, as `mpq.activations.scheme.quantize` says."""
         return quantize(self._smoothed(x), self.scheme.kind, self.scheme.top, **self._options(windows))
+
+    def outliers(self, x: jax.Array, windows: int) -> jax.Array:
+        """What `quantize` has no codes for: `x` where a feature stays in floating point, and 0 elsewhere."""
+        x, options = self._smoothed(x), self._options(windows)
+        return jnp.where(outliers(x, self.scheme.kind, real=options["real"], columns=options["columns"]), x, 0)
 
     def __call__(self, x: jax.Array, windows: int) -> jax.Array:
         """`x[batch, positions, width]` rounded; the positions of each of so many windows are neighbours."""
@@ -62,13 +75,19 @@ class RoundedActivation:
         return x if self.smooth is None else x / jnp.asarray(self.smooth, x.dtype)
 
     def _options(self, windows: int) -> dict[str, Any]:
-        return {"heads": self.spec.heads, "real": jnp.ones(windows, bool), "limits": self.limits}
+        return {"heads": self.spec.heads, "real": jnp.ones(windows, bool), **self.fixed}
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """What calibration found, for `fake_quantize`."""
+        return {"limits": self.limits, "columns": None if self.columns is None else jnp.asarray(self.kept)}
 
     @property
     def range_bits(self) -> int:
-        """Bits stored with the model, whatever the context: of a static range, and of float32 factors."""
+        """Bits stored with the model, whatever the context: a static range, float32 factors, a bit a feature."""
         parts = self.spec.heads if self.scheme.granularity == "head" else 1
-        return (0 if self.scheme.static is None else RANGE_BITS * parts) + 32 * len(self.smooth or ())
+        ends = 0 if self.scheme.static is None else RANGE_BITS * parts
+        return ends + 32 * len(self.smooth or ()) + (-(-self.spec.width // 8) * 8 if self.scheme.fixed else 0)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as plans hold it; the range of a static scheme lies with the model's arrays."""
@@ -76,7 +95,11 @@ class RoundedActivation:
 
     @classmethod
     def from_json(
-        cls, body: Mapping[str, Any], limits: np.ndarray | None = None, smooth: np.ndarray | None = None
+        cls,
+        body: Mapping[str, Any],
+        limits: np.ndarray | None = None,
+        smooth: np.ndarray | None = None,
+        columns: np.ndarray | None = None,
     ) -> Self:
         """Inverse of `to_json`.
 
@@ -84,12 +107,14 @@ class RoundedActivation:
           body: plain data.
           limits: `float32[2, parts]`, ends of a static range.
           smooth: `float32[width]`, factors.
+          columns: `uint8[ceil(width / 8)]`, a bit for every feature, set where it stays in floating point.
         """
         fields = {key: value for key, value in body.items() if key not in ("scheme", "range_bits")}
         scheme = parse_activation_scheme(body["scheme"])
         low, high = (None, None) if limits is None else (tuple(map(float, end)) for end in limits)
         factors = None if smooth is None else tuple(map(float, smooth))
-        return cls(ActivationSpec.from_json(fields), scheme, low, high, factors)
+        kept = None if columns is None else tuple(np.flatnonzero(np.unpackbits(columns)).tolist())
+        return cls(ActivationSpec.from_json(fields), scheme, low, high, factors, kept)
 
 
 def choose_activations(
@@ -101,11 +126,11 @@ def choose_activations(
 
     Args:
       choice: rows and their schemes.
-      ranges: by path of the row, from `calibrate_activations`; needed for static schemes alone.
+      ranges: by path of the row, from `calibrate_activations`; needed for what is static in a scheme alone.
       factors: by path of the row, from `search_smoothing`; ranges are of what was divided by them.
 
     Raises:
-      MpqError: a scheme for every head where there are none, or a static range that cannot be told.
+      MpqError: a scheme that does not suit a row, or a static range or outliers that cannot be told.
     """
     chosen = []
     for row, scheme in choice.items():
@@ -114,7 +139,8 @@ def choose_activations(
         if scheme.static is not None:
             low, high = (tuple(map(float, end)) for end in choose_range(ranges.get(row.path), scheme, row.path))
         smooth = tuple(map(float, factors[row.path])) if factors and row.path in factors else None
-        chosen.append(RoundedActivation(row, scheme, low, high, smooth))
+        columns = choose_columns(ranges.get(row.path), scheme, row.path) if scheme.fixed else None
+        chosen.append(RoundedActivation(row, scheme, low, high, smooth, columns))
     return tuple(chosen)
 
 
@@ -134,7 +160,7 @@ def with_activations(model: Model, traced: Trace, chosen: Sequence[RoundedActiva
         return model
     inputs = {site.use.input for site in traced.sites} | {spec.path for spec in traced.weights}
     for one in chosen:
-        if one.scheme.static is not None and one.limits is None:
+        if one.scheme.is_calibrated and one.limits is None and one.columns is None:
             raise MpqError(f"{one.spec.path} at {one.scheme} has no calibrated range: give ranges with mpq calibrate")
         if one.spec.at not in inputs:
             raise MpqError(f"{one.spec.path} is no activation of {model.name}: the plan was made for another model")

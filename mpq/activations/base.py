@@ -96,5 +96,5 @@ def make_activation_table(
         )
     stderr = np.where((windows == 0).all(axis=0), 0.0, stderr)  # what changes nothing costs nothing: that is certain
     digests = (model.digest, data.digest)
-    kinds = sorted({"dynamic" if scheme.static is None else "static" for scheme in schemes})
+    kinds = sorted({"static" if scheme.is_calibrated else "dynamic" for scheme in schemes})
     return ActivationTable(tuple(rows), tuple(schemes), mean, stderr, metric, " and ".join(kinds), *digests)

@@ -69,6 +69,25 @@ def choose_range(found: ActivationRange | None, scheme: ActivationScheme, path: 
     return tuple(np.array(end, np.float32) for end in zip(*ends, strict=True))  # type: ignore[return-value]
 
 
+def choose_columns(found: ActivationRange | None, scheme: ActivationScheme, path: str) -> tuple[int, ...]:
+    """The features of one row that reached the scheme's threshold on calibration data.
+
+    Args:
+      found: what calibration saw of it, None if nothing.
+      scheme: one with outliers known from calibration.
+      path: of the row.
+
+    Raises:
+      MpqError: the row was never calibrated.
+    """
+    if found is None:
+        raise MpqError(
+            f"{path} at {scheme} has no calibrated outliers: run mpq calibrate --of activations, or find them as they "
+            f"come, {str(scheme).removesuffix('_static')}"
+        )
+    return tuple(np.flatnonzero(found.largest >= scheme.threshold).tolist())
+
+
 def _of_part(
     scheme: ActivationScheme, counts: np.ndarray, exponent: int, low: np.ndarray, high: np.ndarray
 ) -> tuple[float, float]:

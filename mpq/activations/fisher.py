@@ -106,6 +106,8 @@ class ActivationFisher:
         inputs |= {"rows": digest_json(rows), "schemes": [*map(str, schemes)], "key": jax.random.key_data(key).tolist()}
         if static_ends := [[one.low, one.high] for row in chosen for one in row if one.low is not None]:
             inputs |= {"limits": static_ends}
+        if columns := [one.columns for row in chosen for one in row if one.columns is not None]:
+            inputs |= {"columns": columns}
 
         def halves(batch: Batch, counted: jax.Array, numbers: np.ndarray) -> np.ndarray:
             squares = _squares(*static, model.params, key, batch, counted, numbers)
@@ -182,7 +184,7 @@ def _tap_backward(
     values, gradient = x.astype(jnp.float32), g.astype(jnp.float32)
     products = []
     for one in chosen:
-        options: dict[str, Any] = {"heads": one.spec.heads, "real": real, "limits": one.limits}
+        options: dict[str, Any] = {"heads": one.spec.heads, "real": real, **one.fixed}
         error = fake_quantize(values, one.scheme.kind, one.scheme.top, **options) - values
         products.append((gradient * error).sum(axis=(0, 2)))
     s = in_spans(jnp.stack(products)[..., None], tap).sum(axis=(-2, -1))

@@ -101,6 +101,7 @@ class ActivationKL:
             item = functools.partial(measure.divergences, batch, row, one, stop - start)
             inputs: dict[str, Any] = {"row": rows[row].path, "scheme": str(scheme), "windows": [start, stop]}
             inputs |= {} if one.limits is None else {"limits": [one.low, one.high]}
+            inputs |= {} if one.columns is None else {"columns": one.columns}
             windows[start:stop, row, column] = kept(store, item, **on, **inputs)
         return make_activation_table(self.name, model, rows, schemes, data, counts, windows)
 
@@ -121,24 +122,35 @@ class _Measure:
         limits = self._limits(kind)
         if one.limits is not None:
             limits[row][:] = one.low, one.high
-        return self._sums(batch, p, self._outputs(batch, kind, top, limits)).tolist()[:windows]
+        columns = self._columns(kind)
+        if one.columns is not None:
+            columns[row][list(one.columns)] = True
+        return self._sums(batch, p, self._outputs(batch, kind, top, limits, columns)).tolist()[:windows]
 
     def _limits(self, kind: Kind) -> list[np.ndarray]:
         """Room for the ends of every row, `float32[2, parts]`."""
         return [np.zeros((2, row.heads if kind.granularity == "head" else 1), np.float32) for row in self._rows]
 
+    def _columns(self, kind: Kind) -> list[np.ndarray]:
+        """Room for the outliers of every row, `bool[width]`, if the kind has fixed ones."""
+        return [np.zeros(row.width if kind.fixed else 0, bool) for row in self._rows]
+
     def _original(self, batch: Batch, kind: Kind) -> jax.Array:
         if self._kept is None or self._kept[0] is not batch or self._kept[1] != kind:
             self._kept = None  # frees the old outputs before the new ones are made
-            p = self._outputs(batch, kind, np.zeros(len(self._rows), np.float32), self._limits(kind))
+            p = self._outputs(
+                batch, kind, np.zeros(len(self._rows), np.float32), self._limits(kind), self._columns(kind)
+            )
             failed = nan_if_any(p, jnp.asarray(self._model.task.counted(batch.mask)))
             require_finite(np.asarray(failed), self._model.params, self._source)
             self._kept = batch, kind, p
         return self._kept[2]
 
-    def _outputs(self, batch: Batch, kind: Kind, top: np.ndarray, limits: list[np.ndarray]) -> jax.Array:
-        model, inputs = self._model, (batch.inputs, batch.mask)
-        return rounded_outputs(self._traced, self._rows, kind, model.task, model.params, *inputs, top, limits)
+    def _outputs(
+        self, batch: Batch, kind: Kind, top: np.ndarray, limits: list[np.ndarray], columns: list[np.ndarray]
+    ) -> jax.Array:
+        model, given = self._model, (batch.inputs, batch.mask, top, limits, columns)
+        return rounded_outputs(self._traced, self._rows, kind, model.task, model.params, *given)
 
     def _sums(self, batch: Batch, p: jax.Array, q: jax.Array) -> np.ndarray:
         task = self._model.task
@@ -156,6 +168,7 @@ def rounded_outputs(
     mask: jax.Array,
     top: jax.Array,
     limits: Sequence[jax.Array],
+    columns: Sequence[jax.Array],
 ) -> jax.Array:
     """Distributions of the outputs with rows rounded. Compiles once for all rows and bits of a kind.
 
@@ -169,6 +182,7 @@ def rounded_outputs(
       mask: `bool[windows, ...]`, where they are real.
       top: `float32[rows]`, the largest code of every row, `ActivationScheme.top`; 0: the row is left as it is.
       limits: `float32[2, parts]` of every row, ends of its range; of a dynamic kind they are not read.
+      columns: `bool[width]` of every row, what stays in floating point; read of a kind with fixed outliers alone.
 
     Returns:
       `float32[windows, ..., d]`.
@@ -177,7 +191,8 @@ def rounded_outputs(
     def outputs(inputs: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
         def change(row: int, x: jax.Array) -> jax.Array:
             ends = (limits[row][0], limits[row][1])
-            rounded = lambda x: fake_quantize(x, kind, top[row], heads=rows[row].heads, real=mask, limits=ends)
+            fixed: dict[str, Any] = {"limits": ends, "columns": columns[row]}
+            rounded = lambda x: fake_quantize(x, kind, top[row], heads=rows[row].heads, real=mask, **fixed)
             return jax.lax.cond(top[row] > 0, rounded, lambda x: x, x)
 
         return {"q": task.distribution(traced.evaluate(params, inputs, replacing(rows, change)))}

@@ -6,7 +6,7 @@ from typing import Any
 
 from mpq.activations.apply import RoundedActivation, choose_activations
 from mpq.activations.ranges import ActivationRange, calibrate_activations, drifting
-from mpq.activations.rows import KEYS_AND_VALUES, ActivationSpec, activation_rows, kv_rows
+from mpq.activations.rows import KEYS_AND_VALUES, ActivationSpec, activation_rows, kv_rows, require_schemes
 from mpq.activations.scheme import parse_activation_scheme
 from mpq.inputs import Dataset
 from mpq.models.model import Model
@@ -20,6 +20,7 @@ PRESETS = MappingProxyType(
         "w4a8": "int4_g32+int8_token",
         "w4a8_static": "int4_g32+int8_tensor_static",
         "w4a4": "int4_g32+int4_token",
+        "llm_int8": "int8_channel+int8_token_outlier6",
     }
 )
 """Names of uniform plans of weights and activations."""
@@ -67,6 +68,7 @@ def uniform_rows(
         if text is not None:
             scheme = parse_activation_scheme(text)
             for row in rows_of(of, traced, keys_values, head_dim):
+                require_schemes([row], [scheme])
                 rows[row.path] = RoundedActivation(row, scheme).to_json()
     return rows
 
@@ -93,7 +95,7 @@ def calibrated(
       MpqError: static ranges, and neither ranges nor data; or a range that cannot be told.
     """
     chosen = [RoundedActivation.from_json(entry) for entry in activations.values()]
-    static = [one.spec for one in chosen if one.scheme.static is not None]
+    static = [one.spec for one in chosen if one.scheme.is_calibrated]
     if static and ranges is None:
         if data is None:
             raise MpqError("static ranges of activations need calibration: give --data TEXT or --ranges FILE")

@@ -11,7 +11,7 @@ from mpq.array_file import read_arrays, write_arrays
 from mpq.types import MpqError
 
 KIND = "activation ranges"
-_ARRAYS = ("counts", "low", "high")
+_ARRAYS = ("counts", "low", "high", "largest")
 
 
 class RangeFile(NamedTuple):
@@ -46,14 +46,16 @@ def load_ranges(path: Path) -> RangeFile:
     """Read ranges.
 
     Raises:
-      MpqError: missing, damaged, or of another kind.
+      MpqError: missing, damaged, of another kind, or of a version that did not tell features apart.
     """
     header, arrays = read_arrays(path, KIND, "mpq calibrate --of activations")
     ranges = {}
     for row in header["rows"]:
         spec = ActivationSpec.from_json(row["spec"])
-        counts, low, high = (arrays[f"{name}/{spec.path}"] for name in _ARRAYS)
-        ranges[spec.path] = ActivationRange(spec, counts, row["exponent"], low, high)
+        if f"largest/{spec.path}" not in arrays:
+            raise MpqError(f"{path} is of an earlier version: run `mpq calibrate --of activations` again")
+        counts, *ends = (arrays[f"{name}/{spec.path}"] for name in _ARRAYS)
+        ranges[spec.path] = ActivationRange(spec, counts, row["exponent"], *ends)
     return RangeFile(ranges, header["model_digest"], tuple(header["data_digests"]))
 
 

@@ -43,6 +43,7 @@ class ActivationRange:
       exponent: of the ends; the least for which all values lie between them.
       low, high: `float32[windows, parts]`, least and largest value of every window, in the order of the data;
         `inf` and `-inf` of a window in which the row was never computed.
+      largest: `float32[width]`, the largest magnitude of every feature.
     """
 
     spec: ActivationSpec
@@ -50,6 +51,7 @@ class ActivationRange:
     exponent: int
     low: np.ndarray
     high: np.ndarray
+    largest: np.ndarray
 
     @property
     def values(self) -> int:
@@ -94,7 +96,8 @@ class ActivationRange:
         exponent = max(self.exponent, other.exponent)
         counts = rebinned(self.counts, exponent - self.exponent) + rebinned(other.counts, exponent - other.exponent)
         join = lambda a, b: np.concatenate([a, b])
-        return ActivationRange(self.spec, counts, exponent, join(self.low, other.low), join(self.high, other.high))
+        ends = join(self.low, other.low), join(self.high, other.high)
+        return ActivationRange(self.spec, counts, exponent, *ends, np.maximum(self.largest, other.largest))
 
 
 class _State(NamedTuple):
@@ -104,6 +107,7 @@ class _State(NamedTuple):
     exponent: jax.Array
     low: jax.Array
     high: jax.Array
+    largest: jax.Array
     finite: jax.Array
 
 
@@ -161,7 +165,11 @@ def calibrate_activations(
     join = lambda arrays: np.concatenate(arrays)[:windows]
     return {
         row.path: ActivationRange(
-            row, *totals[row.path], join([s.low for s in parts[row.path]]), join([s.high for s in parts[row.path]])
+            row,
+            *totals[row.path],
+            join([s.low for s in parts[row.path]]),
+            join([s.high for s in parts[row.path]]),
+            np.max([s.largest for s in parts[row.path]], axis=0),
         )
         for row in rows
     }
@@ -211,7 +219,8 @@ def _states(
         parts = max(row.heads, 1)
         ends = jnp.full((windows, parts), jnp.inf, jnp.float32)
         counts = jnp.zeros((parts, BINS), jnp.int32)
-        return _State(counts, jnp.int32(LEAST_EXPONENT), ends, -ends, jnp.bool_(True))
+        largest = jnp.zeros(row.width, jnp.float32)
+        return _State(counts, jnp.int32(LEAST_EXPONENT), ends, -ends, largest, jnp.bool_(True))
 
     def before(site: Site, x: jax.Array, state: dict[str, _State]) -> dict[str, _State]:
         row = by_input.get(site.use.input)
@@ -258,6 +267,7 @@ def _add(state: _State, x: jax.Array, mask: jax.Array) -> _State:
         exponent,
         jnp.minimum(state.low, widest(low)),
         jnp.maximum(state.high, widest(high)),
+        jnp.maximum(state.largest, jnp.abs(inside).max(axis=(0, 1, 2)).reshape(width)),
         state.finite & finite,
     )
 

@@ -176,7 +176,7 @@ def replacing(rows: Sequence[ActivationSpec], change: Callable[[int, jax.Array],
 
 
 def require_schemes(rows: Sequence[ActivationSpec], schemes: Sequence[ActivationScheme]) -> None:
-    """Refuse a scale for every head where there are none.
+    """Refuse a scale for every head where there are none, and features in floating point among those of a cache.
 
     Raises:
       MpqError: names the row and the scheme.
@@ -185,6 +185,11 @@ def require_schemes(rows: Sequence[ActivationSpec], schemes: Sequence[Activation
         if bare := [row.path for row in rows if scheme.granularity == "head" and not row.heads]:
             raise MpqError(
                 f"{scheme} has a scale for every head, and {bare[0]} has no heads: use int{scheme.bits}_token"
+            )
+        if cached := [row.path for row in rows if scheme.threshold and row.kind == "kv"]:
+            raise MpqError(
+                f"{scheme} leaves outliers in floating point, and the cache of {cached[0]} is of codes alone: use "
+                f"int{scheme.bits}_token"
             )
 
 

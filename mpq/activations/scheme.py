@@ -10,8 +10,15 @@ chosen from calibration data by a method of `mpq.activations.clip`; values beyon
 dynamic per-token quantization of ZeroQuant (Yao et al. 2022, arXiv:2206.01861) and the integer affine mapping of
 Jacob et al. 2018 (arXiv:1712.05877, eq. 1), simulated in float32; `mpq.packed` executes it in integers.
 
-Cost: a few operations for every value; of a dynamic range a reduction beside them.
+With *outliers* (LLM.int8, Dettmers et al. 2022, arXiv:2208.07339, section 3.2) a feature with a value of magnitude
+`threshold` or more stays in floating point at all positions, where dequantized weights multiply it, and only the others
+are rounded, by ranges of their own. Which features, is found in the positions of every window as it comes, or was in
+calibration (`_static`). Differences from the paper, and from bitsandbytes: a window is what a call is there, so that
+others beside it change nothing; bitsandbytes has the small values of such a feature in the range of their token still.
+
+Cost: a few operations for every value; of a dynamic range a reduction beside them; of outliers a second product.
 Fails on: single values far above the rest of their group, which leave it few levels; that is what the scores measure.
+Outliers that are found as they come depend on all positions of a window: later ones, and padding where it is not told.
 """
 
 import dataclasses
@@ -35,6 +42,7 @@ _SCALE_BITS = 16
 _TEXT = re.compile(
     r"int(?P<bits>[2-8])_(?P<granularity>token|head|tensor)"
     rf"(?P<static>_static(_(?P<method>{'|'.join(METHODS)}))?)?(?P<asymmetric>_asym)?"
+    r"(_outlier(?P<threshold>[1-9]\d*(\.\d*[1-9])?|0\.\d*[1-9])(?P<fixed>_static)?)?"
 )
 
 
@@ -44,6 +52,8 @@ class Kind(NamedTuple):
     granularity: str
     asymmetric: bool
     static: bool = False
+    threshold: float = 0.0
+    fixed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,22 +66,32 @@ class ActivationScheme:
         keys and values. `tensor`: all real positions of a window, the input of one request; if static, all values.
       asymmetric: with a zero point.
       static: one of `METHODS`, by which the range is chosen from calibration data; None: dynamic.
+      threshold: magnitude from which on a value is an outlier, whose feature stays in floating point; 0: none is.
+      fixed: the features of outliers are those of calibration data; else those of the window that is rounded.
     """
 
     bits: int
     granularity: str
     asymmetric: bool = False
     static: str | None = None
+    threshold: float = 0.0
+    fixed: bool = False
 
     def __str__(self) -> str:
         method = "" if self.static in (None, METHODS[0]) else f"_{self.static}"
         static = "" if self.static is None else f"_static{method}"
-        return f"int{self.bits}_{self.granularity}{static}{'_asym' if self.asymmetric else ''}"
+        outlier = f"_outlier{self.threshold:g}{'_static' if self.fixed else ''}" if self.threshold else ""
+        return f"int{self.bits}_{self.granularity}{static}{'_asym' if self.asymmetric else ''}{outlier}"
 
     @property
     def kind(self) -> Kind:
         """The scheme without its bits."""
-        return Kind(self.granularity, self.asymmetric, self.static is not None)
+        return Kind(self.granularity, self.asymmetric, self.static is not None, self.threshold, self.fixed)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether it takes something from calibration data: a range, or the features of outliers."""
+        return self.static is not None or self.fixed
 
     @property
     def top(self) -> int:
@@ -87,21 +107,27 @@ def parse_activation_scheme(text: str) -> ActivationScheme:
     """The scheme that `text` names; `str()` of the result gives `text` back.
 
     Raises:
-      MpqError: the text is not of the form intB_GRANULARITY[_static[_METHOD]][_asym], or its parts do not go together.
+      MpqError: the text is not of the form intB_GRANULARITY[_static[_METHOD]][_asym][_outlierX[_static]], or its parts
+        do not go together.
     """
     match = _TEXT.fullmatch(text)
     if match is None:
         raise MpqError(
             f"unknown activation scheme {text!r}: allowed is int2 to int8 with _{', _'.join(GRANULARITIES)}, and _asym "
             "for a zero point: int8_token, int4_head_asym; _static after tensor or head, and a method of "
-            f"{', '.join(METHODS)}: int8_tensor_static, int8_head_static_percentile"
+            f"{', '.join(METHODS)}: int8_tensor_static, int8_head_static_percentile; _outlier6 after token for "
+            "features that reach 6 in floating point: int8_token_outlier6, and those of calibration: "
+            "int8_token_outlier6_static"
         )
     static = None if match["static"] is None else match["method"] or METHODS[0]
     if static is not None and match["granularity"] == "token":
         raise MpqError(f"{text!r}: tokens to come are not known in advance; a static range is of a tensor or a head")
     if static == "entropy" and match["asymmetric"]:
         raise MpqError(f"{text!r}: entropy chooses a range symmetric about 0; leave out _asym, or take mse")
-    return ActivationScheme(int(match["bits"]), match["granularity"], match["asymmetric"] is not None, static)
+    if match["threshold"] and match["granularity"] != "token":
+        raise MpqError(f"{text!r}: outliers are features, apart from scales of tokens; write int8_token_outlier6")
+    ends = (match["asymmetric"] is not None, static, float(match["threshold"] or 0), match["fixed"] is not None)
+    return ActivationScheme(int(match["bits"]), match["granularity"], *ends)
 
 
 def scale_and_zero(low: jax.Array, high: jax.Array, asymmetric: bool, top: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -119,6 +145,7 @@ def fake_quantize(
     heads: int,
     real: jax.Array,
     limits: tuple[jax.Array, jax.Array] | None = None,
+    columns: jax.Array | None = None,
 ) -> jax.Array:
     """`x` rounded and scaled back, by the formulas of the module's docstring.
 
@@ -130,15 +157,17 @@ def fake_quantize(
       real: `bool[windows, time]`, or `bool[windows]`; padding is not part of a tensor. Where the positions of a window
         are not its `time`, all positions of a window with anything real are.
       limits: of a static kind, lowest and highest value, `float32[parts]` each, a part a head or 1 for the tensor.
+      columns: of a fixed kind, `bool[width]`, the features that stay.
 
     Returns:
       Of the shape and dtype of `x`.
 
     Raises:
-      MpqError: the positions cannot be divided among the windows, whose tensors are wanted.
+      MpqError: the positions cannot be divided among the windows, whose tensors or outliers are wanted.
     """
-    codes, scale = quantize(x, kind, top, heads=heads, real=real, limits=limits)
-    return (codes * scale).reshape(x.shape).astype(x.dtype)
+    codes, scale = quantize(x, kind, top, heads=heads, real=real, limits=limits, columns=columns)
+    rounded = (codes * scale).reshape(x.shape).astype(x.dtype)
+    return jnp.where(outliers(x, kind, real=real, columns=columns), x, rounded) if kind.threshold else rounded
 
 
 def quantize(
@@ -149,24 +178,25 @@ def quantize(
     heads: int,
     real: jax.Array,
     limits: tuple[jax.Array, jax.Array] | None = None,
+    columns: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Codes less their zero point, whole numbers in float32, and scales: arguments are those of `fake_quantize`.
 
     Returns:
       `float32[batch, rows, parts, values]` and scales that broadcast to it: the values of `x` in their order, divided
-      into what shares a scale.
+      into what shares a scale. Codes of outliers are 0.
     """
     batch, positions, width = x.shape
     windows = len(real)
     values = x.astype(jnp.float32)
+    if kind.threshold:
+        values = jnp.where(outliers(x, kind, real=real, columns=columns), 0.0, values)
     inside = values
     dynamic_tensor = kind.granularity == "tensor" and not kind.static
     if dynamic_tensor:
         if positions % windows:
             raise MpqError(f"{positions} positions are not those of {windows} windows: use a scale for every token")
-        rows = real if real.ndim == 2 and real.size == positions else real.reshape(windows, -1).any(axis=1)[:, None]
-        counted = jnp.broadcast_to(rows, (windows, positions // windows)).reshape(-1, 1)
-        inside = jnp.where(counted, values, 0.0)
+        inside = jnp.where(_counted(real, positions), values, 0.0)
     groups = {
         "token": (batch, positions, 1, width),
         "head": (batch, positions, heads, width // max(heads, 1)),
@@ -183,3 +213,33 @@ def quantize(
     scale, zero = scale_and_zero(low, high, kind.asymmetric, top)
     least = 0.0 if kind.asymmetric else -top
     return jnp.clip(jnp.round(values.reshape(groups) / scale) + zero, least, top) - zero, scale
+
+
+def outliers(x: jax.Array, kind: Kind, *, real: jax.Array, columns: jax.Array | None = None) -> jax.Array:
+    """Which values belong to features with outliers, of a kind with a threshold; arguments as of `fake_quantize`.
+
+    Returns:
+      `bool` of the shape of `x`.
+
+    Raises:
+      MpqError: the positions cannot be divided among the windows.
+    """
+    if kind.fixed:
+        assert columns is not None  # whoever makes a fixed kind has them
+        return jnp.broadcast_to(columns, x.shape)
+    batch, positions, width = x.shape
+    if positions % len(real):
+        raise MpqError(
+            f"{positions} positions are not those of {len(real)} windows, whose outliers are wanted: use a scheme "
+            "without them, or with those of calibration, int8_token_outlier6_static"
+        )
+    large = (jnp.abs(x) >= kind.threshold) & _counted(real, positions)
+    found = large.reshape(batch, len(real), -1, width).any(axis=2, keepdims=True)
+    return jnp.broadcast_to(found, (batch, len(real), positions // len(real), width)).reshape(x.shape)
+
+
+def _counted(real: jax.Array, positions: int) -> jax.Array:
+    """`bool[positions, 1]`: which positions are no padding, as far as `real` tells."""
+    windows = len(real)
+    rows = real if real.ndim == 2 and real.size == positions else real.reshape(windows, -1).any(axis=1)[:, None]
+    return jnp.broadcast_to(rows, (windows, positions // windows)).reshape(-1, 1)

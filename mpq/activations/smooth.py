@@ -100,7 +100,7 @@ def smooth_model(
       of its inputs.
     """
     factors = search_smoothing(model, traced, chosen, choice, stats, data)
-    static = [one.spec for one in chosen if one.scheme.static is not None]
+    static = [one.spec for one in chosen if one.scheme.is_calibrated]
     ranges = {}
     if static:
         ranges = calibrate_activations(model, traced, static, data, batch_size=batch_size, factors=factors)
@@ -183,8 +183,8 @@ def _inputs(model: Model, traced: Trace, rows: Sequence[RoundedActivation], data
 def _error(
     scheme: ActivationScheme, schemes: tuple[Scheme, ...], x: jax.Array, weights: list[jax.Array], s: jax.Array
 ) -> jax.Array:
-    """Relative squared error of all readers' outputs, a mean over tokens; a static range is that of these values."""
-    kind = scheme.kind._replace(static=False)
+    """Relative squared error of all readers' outputs, a mean over tokens; what is static is that of these values."""
+    kind = scheme.kind._replace(static=False, fixed=False)
     rounded = fake_quantize((x / s)[None], kind, scheme.top, heads=1, real=jnp.ones(1, bool))[0]
     total = jnp.zeros(())
     for weight, weight_scheme in zip(weights, schemes, strict=True):

@@ -8,6 +8,7 @@ scale of its own for every number, makes the paper's scale of gradients unnecess
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,10 +44,10 @@ def train_rounded(one: RoundedActivation, x: jax.Array, windows: int, factor: ja
       factor: `float32[parts]` of a static row; None: dynamic.
     """
     real = jnp.ones(windows, bool)
-    options = {"heads": one.spec.heads, "real": real}
+    options: dict[str, Any] = {"heads": one.spec.heads, "real": real}
     stop = jax.lax.stop_gradient
     if factor is None:
-        return _straight_through(fake_quantize(stop(x), one.scheme.kind, one.scheme.top, **options), x)
+        return _straight_through(fake_quantize(stop(x), one.scheme.kind, one.scheme.top, **options | one.fixed), x)
     limits = _limits(one, stop(factor))
     exact = fake_quantize(stop(x), one.scheme.kind, one.scheme.top, **options, limits=limits)
     return _straight_through(exact, _smooth(one, x, factor))

@@ -28,5 +28,6 @@ def export_arguments(
         "config": dict(model.config),
         "tokenizer_json": None if model.tokenizer is None else model.tokenizer.to_str(),
         "ranges": {a.spec.path: np.array([a.low, a.high], np.float32) for a in chosen if a.low is not None},
+        "columns": {a.spec.path: np.packbits(a.kept) for a in chosen if a.kept is not None},
         "smooth": {a.spec.path: np.array(a.smooth, np.float32) for a in chosen if a.smooth is not None},
     }

@@ -73,7 +73,7 @@ def rounded_rows(
     """
     rows: list[RoundedActivation] = []
     for path, body in exported.plan.get("activations", {}).items():
-        row = RoundedActivation.from_json(body, exported.ranges.get(path), exported.smooth.get(path))
+        row = RoundedActivation.from_json(body, *exported.of_row(path))
         reason = refusal(row.spec, row.scheme)
         if row.scheme.granularity == "tensor" and row.limits is None and isinstance(model.inputs, Tokens):
             reason = "a range would be that of a whole batch of texts, padding too"

@@ -4,7 +4,9 @@
     FOLDER/tokenizer.json   if the model has a tokenizer
     FOLDER/arrays/          an Orbax checkpoint, `{"quantized": {path: {...}}, "params": {path: array}}`; of a plan
                             that rounds activations also `{"ranges": {path: float32[2, parts]}}` of static ones and
-                            `{"smooth": {path: float32[width]}}` of those that are divided first
+                            `{"smooth": {path: float32[width]}}` of those that are divided first and
+                            `{"columns": {path: uint8[ceil(width / 8)]}}`, a bit a feature, of outliers known from
+                            calibration
 
 A quantized weight is a sub-tree: `qvalue` (`uint8[batch, bytes]`, a bit stream per batch entry, see `packing`; for a
 float format the values), `scale` (`[batch, groups, n]` in its dtype; scales of 8 bits as their bytes, `uint8`),
@@ -57,6 +59,7 @@ class Exported:
       shapes: shape and dtype name of every parameter of the model.
       ranges: static ranges of activations by path of the row, `float32[2, parts]`.
       smooth: what activations are divided by, by path of the row, `float32[width]`.
+      columns: features that stay in floating point, by path of the row, a bit each, `uint8[ceil(width / 8)]`.
     """
 
     plan: dict[str, Any]
@@ -68,6 +71,11 @@ class Exported:
     shapes: dict[str, tuple[tuple[int, ...], str]]
     ranges: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     smooth: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    columns: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def of_row(self, path: str) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+        """Range, factors and kept features of an activation, as `RoundedActivation.from_json` takes them."""
+        return self.ranges.get(path), self.smooth.get(path), self.columns.get(path)
 
     @property
     def structs(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -95,6 +103,7 @@ def save(
     tokenizer_json: str | None,
     ranges: Mapping[str, np.ndarray] | None = None,
     smooth: Mapping[str, np.ndarray] | None = None,
+    columns: Mapping[str, np.ndarray] | None = None,
 ) -> int:
     """Write a quantized model; the folder appears whole or not at all.
 
@@ -109,6 +118,7 @@ def save(
       tokenizer_json: text of its `tokenizer.json`, or None.
       ranges: static ranges of the plan's activations by path of the row, `float32[2, parts]`: ends below and above.
       smooth: what activations are divided by, by path of the row, `float32[width]`.
+      columns: features that stay in floating point, by path of the row, a bit each, `uint8[ceil(width / 8)]`.
 
     Returns:
       Bytes of the payload, as `payload_bytes` counts them.
@@ -117,9 +127,9 @@ def save(
       MpqError: a weight has no `QTensor` or one of another shape, or the disk is full or refuses.
     """
     tree: dict[str, Any] = {"quantized": {}, "params": {}}
-    for part, by_row in (("ranges", ranges), ("smooth", smooth)):
+    for part, by_row, dtype in (("ranges", ranges, "f4"), ("smooth", smooth, "f4"), ("columns", columns, "u1")):
         if by_row:
-            tree[part] = {_key(name): np.asarray(array, np.float32) for name, array in by_row.items()}
+            tree[part] = {_key(name): np.asarray(array, dtype) for name, array in by_row.items()}
     for spec in weights:
         tree["quantized"][_key(spec.path)] = _pack_weight(spec, qtensors)
     covered = {spec.param: 0 for spec in weights}
@@ -172,12 +182,12 @@ def load(path: str | os.PathLike[str]) -> Exported:
         plan, config = manifest["plan"], manifest["config"]
         rows = plan.get("activations", {})
         of = lambda part: {n: arrays[f"{part}.{_key(n)}"] for n in rows if f"{part}.{_key(n)}" in arrays}
-        ranges, smooth = of("ranges"), of("smooth")
+        beside = of("ranges"), of("smooth"), of("columns")
     except (KeyError, TypeError, AttributeError) as error:
         raise MpqError(f"{path / MANIFEST} is not {_WHAT}: it lacks or misplaces {error}") from error
     tokenizer = path / _TOKENIZER
     text = tokenizer.read_bytes().decode() if tokenizer.exists() else None
-    return Exported(plan, config, text, weights, qtensors, params, shapes, ranges, smooth)
+    return Exported(plan, config, text, weights, qtensors, params, shapes, *beside)
 
 
 def payload_bytes(path: str | os.PathLike[str]) -> int:

@@ -98,7 +98,7 @@ class Rounded:
         """
         specs, hybrid, static = {spec.path: spec for spec in exported.weights}, {}, {}
         for path, body in exported.plan.get("activations", {}).items():
-            row = RoundedActivation.from_json(body, exported.ranges.get(path), exported.smooth.get(path))
+            row = RoundedActivation.from_json(body, *exported.of_row(path))
             for weight in row.spec.weights:
                 if reason := _why_not(row, specs[weight], exported.qtensors[weight].scheme):
                     raise MpqError(
@@ -117,6 +117,8 @@ def _why_not(row: RoundedActivation, spec: WeightSpec, scheme: Scheme) -> str | 
         return "it keeps no KV cache"
     if row.smooth is not None:
         return "it divides inputs by no factors"
+    if row.scheme.threshold:
+        return "it keeps no features in floating point; int8_token_asym rounds them all"
     if row.scheme.static is not None:
         whole = row.scheme.bits == 8 and row.scheme.granularity == "tensor"
         return None if whole else "static ranges are of whole tensors in 8 bits"

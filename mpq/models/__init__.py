@@ -140,8 +140,7 @@ def _load_quantized(folder: Path, name: str) -> Model:
         return model
     from mpq.activations.apply import RoundedActivation, with_activations  # what rounds models imports this package
 
-    parts = lambda path: (exported.ranges.get(path), exported.smooth.get(path))
-    chosen = [RoundedActivation.from_json(row, *parts(path)) for path, row in rows.items()]
+    chosen = [RoundedActivation.from_json(row, *exported.of_row(path)) for path, row in rows.items()]
     return with_activations(model, model.trace(), chosen)
 
 

@@ -44,6 +44,8 @@ class Codes(NamedTuple):
 
 def refusal(row: ActivationSpec, scheme: ActivationScheme) -> str | None:
     """Why ONNX Runtime cannot round a row so; None where it can."""
+    if scheme.threshold:
+        return f"the graph keeps no features in floating point; int{scheme.bits}_token rounds them all"
     return "the graph keeps no KV cache" if row.kind == "kv" else None
 
 

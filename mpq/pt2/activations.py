@@ -26,6 +26,8 @@ MIDDLE = 128
 
 def refusal(row: ActivationSpec, scheme: ActivationScheme) -> str | None:
     """Why a program cannot round a row so; None where it can."""
+    if scheme.threshold:
+        return f"the program keeps no features in floating point; int{scheme.bits}_token rounds them all"
     return "the program keeps no KV cache" if row.kind == "kv" else None
 
 

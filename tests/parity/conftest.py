@@ -16,6 +16,7 @@ needed = {
     "test_litert_experiment.py": ("ai_edge_litert", "ai_edge_quantizer"),
     "test_runtimes_w8a8_experiment.py": ("onnx", "onnxruntime"),
     "test_hf_checkpoints.py": ("torch", "transformers", "compressed_tensors"),
+    "test_bitsandbytes.py": ("torch",),
 }
 collect_ignore_glob = [
     pattern for pattern, names in needed.items() if not all(importlib.util.find_spec(name) for name in names)

@@ -1,0 +1,138 @@
+r"""What bias correction and norms estimated again buy on images: plans of weights, and of activations beside them.
+
+Run:     python -m experiments.conv_correction --model DIR --data FILE.npz --out FILE.json
+Expect:  the lower the bits, the more; rounding to nearest gains most, for GPTQ's errors have a mean nearer to 0
+Resume:  type the same command again: rows that the file holds are not computed again
+Writes:  one JSON object: by plan, rounding algorithm and correction, top-1 and KL to the original in nats per image on
+         the test set, with standard errors over images; `python -m analysis.corrections` draws up the table
+
+Static ranges, statistics and corrections come from the calibration images alone.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+
+from mpq.activations.apply import RoundedActivation, with_activations
+from mpq.activations.plans import all_rows, split_plan
+from mpq.calibrate import calibrate
+from mpq.data.sources import read_sets
+from mpq.equalize import find_shifts
+from mpq.evaluate import Reference, score
+from mpq.files import canonical_json, read_json, write_json
+from mpq.formats import parse_scheme
+from mpq.models import Model, load
+from mpq.quantize import QUANTIZERS, Candidates, apply_plan
+from mpq.quantize.correction import correct_biases
+from mpq.record import RunRecord
+from mpq.types import MpqError
+
+PLANS: Mapping[str, str] = {
+    "W4": "int4_channel",
+    "W3": "int3_channel",
+    "W8A8 static": "int8_channel+int8_tensor_static",
+    "W4A8 static": "int4_channel+int8_tensor_static",
+    "W4A4 static": "int4_channel+int4_tensor_static",
+}
+METHODS = ("rtn", "gptq")
+CORRECTIONS: Mapping[str, bool | None] = {"none": None, "biases": False, "biases and norms": True}
+"""Name -> whether norms are estimated again; None: nothing is corrected."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    Attributes:
+      model: a folder of an image classifier.
+      data: images and labels, `train_x`, `train_y`, `test_x`, `test_y`.
+      out: JSON file.
+      plans: of `PLANS`.
+      calibration, test: images of each.
+      batch_size: images a pass.
+    """
+
+    model: str
+    data: Path
+    out: Path
+    plans: tuple[str, ...] = tuple(PLANS)
+    calibration: int = 512
+    test: int = 932
+    batch_size: int = 64
+
+
+class Comparison:
+    """The model, its images, and what plans share."""
+
+    def __init__(self, options: Options) -> None:
+        self.options, self.model = options, load(options.model)
+        limits = {"calibration": options.calibration, "selection": 1, "test": options.test}
+        self.sets = read_sets(self.model, str(options.data), window=None, limits=limits, windows_per_document=None)
+        self.traced = self.model.trace(options.batch_size)
+        self.stats = calibrate(self.traced, self.model.params, self.sets["calibration"], options.batch_size)
+        self.shifts = find_shifts(self.model, self.traced, self.sets["calibration"])
+        self.reference = Reference(self.model, self.sets["test"], options.batch_size)
+
+    def quality(self, model: Model, params: Mapping[str, jax.Array]) -> dict[str, Any]:
+        """On the test set, against the original."""
+        data = self.sets["test"]
+        result = score(model, dict(params), data, reference=self.reference, batch_size=0).summary()
+        return {"top1": result.quality, "kl": result.kl, "kl_stderr": result.kl_stderr}
+
+    def rows(self, done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """One a plan, rounding algorithm and correction, those in `done` left out."""
+        known = {(row["plan"], row["method"], row["correction"]) for row in done}
+        for name in self.options.plans:
+            weights, activations, _ = split_plan(PLANS[name])
+            chosen = all_rows(activations or "", self.model, self.traced, self.sets["calibration"])
+            model = with_activations(self.model, self.traced, chosen)
+            choice = {spec.path: parse_scheme(weights) for spec in self.traced.weights}
+            for method in METHODS:
+                candidates = Candidates(self.model.params, self.traced.weights, QUANTIZERS[method], self.stats)
+                rounded = apply_plan(self.model.params, self.traced.weights, candidates.choose(choice))
+                for correction, norms in CORRECTIONS.items():
+                    if (name, method, correction) in known:
+                        continue
+                    start = time.perf_counter()
+                    params = rounded if norms is None else self.corrected(rounded, chosen, norms)
+                    jax.block_until_ready(params)
+                    seconds = round(time.perf_counter() - start, 1)
+                    row = {"plan": name, "schemes": PLANS[name], "method": method, "correction": correction}
+                    yield row | {"seconds": seconds} | self.quality(model, params)
+
+    def corrected(
+        self, params: dict[str, jax.Array], chosen: tuple[RoundedActivation, ...], norms: bool
+    ) -> dict[str, jax.Array]:
+        """The rounded parameters with vectors that make up for the rest."""
+        options: dict[str, Any] = {"activations": chosen, "norms": norms, "batch_size": self.options.batch_size}
+        return correct_biases(self.model, self.traced, params, self.shifts, self.sets["calibration"], **options)
+
+
+def main(options: Options) -> None:
+    """Measure, print, write after every row.
+
+    Raises:
+      MpqError: a plan is not among those there are, or the model or the images are wrong.
+    """
+    if unknown := [name for name in options.plans if name not in PLANS]:
+        raise MpqError(f"unknown plan {unknown[0]!r}: the valid ones are {', '.join(PLANS)}")
+    done = read_json(options.out, "results of a comparison")["rows"] if options.out.exists() else []
+    comparison = Comparison(options)
+    config = dataclasses.asdict(options) | {"data": options.data.name, "out": options.out.name}
+    inputs = {"model": comparison.model.digest, **{name: data.digest for name, data in comparison.sets.items()}}
+    record = RunRecord.collect(config | {"model": comparison.model.name}, seeds={}, inputs=inputs)
+    before = comparison.quality(comparison.model, comparison.model.params)
+    head = {"top1": before["top1"], "corrected": len(comparison.shifts), "record": record.to_json()}
+    for row in comparison.rows(done):
+        print(canonical_json(row), end="", flush=True)
+        done.append(row)
+        write_json(options.out, head | {"rows": done})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
