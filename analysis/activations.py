@@ -19,7 +19,8 @@ def table(result: Result) -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in result["rows"]:
-        cells = [f"`{row['plan']}`" if not row["smooth"] else f"`{row['plan']}` smoothed"]
+        changed = [word for key, word in (("rotate", "rotated"), ("smooth", "smoothed")) if row.get(key)]
+        cells = [" ".join([f"`{row['plan']}`", *changed])]
         for text in ("test", "shifted"):
             of = row[text]
             kl = with_error(of["kl"], of["kl_stderr"])
@@ -49,8 +50,8 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
     yield "# What rounded activations cost"
     yield (
         "Written by `python -m analysis.activations` from the files beside it; `experiments/activations.py` says how "
-        "they are made. Ranges and smoothing come from the calibration text alone; neither of the two others was seen "
-        "by any stage. Standard errors over windows."
+        "they are made. Ranges, smoothing and rotation come from the calibration text alone; neither of the two others "
+        "was seen by any stage. Standard errors over windows."
     )
     for result in results:
         config, before = result["record"]["config"], result["perplexity"]

@@ -17,6 +17,7 @@ from mpq.activations import KEYS_AND_VALUES
 from mpq.cli_answer import Json, Out, Source, answer
 from mpq.cli_bench import bench
 from mpq.cli_gguf import gguf
+from mpq.cli_rotate import rotate
 from mpq.cli_rows import qat, ranges
 from mpq.commands_quantize import Rounding
 from mpq.request import Request
@@ -234,6 +235,8 @@ def quantize(
     smooth: tyro.conf.FlagCreatePairsOff[bool] = False,
     awq: tyro.conf.FlagCreatePairsOff[bool] = False,
     propagate: tyro.conf.FlagCreatePairsOff[bool] = False,
+    rotate: tyro.conf.FlagCreatePairsOff[bool] = False,
+    seed: int = 0,
     keys_values: str = KEYS_AND_VALUES,
     window: int | None = None,
     max_windows: int = 64,
@@ -256,6 +259,8 @@ def quantize(
       smooth: move outliers of activations into weights where that lowers the error on the data (SmoothQuant).
       awq: let the layers before take over what makes weights of large inputs finer (AWQ), where that lowers the error.
       propagate: round in the order of execution, each weight making up for what those before it did (QEP).
+      rotate: first mix features by orthogonal matrices, as `mpq rotate` does (QuaRot, SpinQuant).
+      seed: of the rotations.
       keys_values: regular expression for the weights that make keys and values.
       window: tokens a window; default 256, or the model's context if that is shorter.
       max_windows: use the first so many.
@@ -263,7 +268,7 @@ def quantize(
       json: print one JSON object.
     """
     text = None if data is None else commands.Data(data, window, max_windows, batch_size)
-    how = Rounding(method, bool(smooth), bool(awq), bool(propagate))
+    how = Rounding(method, bool(smooth), bool(awq), bool(propagate), bool(rotate), seed)
     quantize = lambda: commands_quantize.quantize(model, plan, out, text, stats, how, distill, ranges, keys_values)
     answer(quantize, json, commands.show_written)
 
@@ -351,6 +356,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sensitivity": sensitivity,
     "interactions": interactions,
     "allocate": allocate,
+    "rotate": rotate,
     "quantize": quantize,
     "qat": qat,
     "export": export,

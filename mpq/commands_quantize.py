@@ -13,9 +13,10 @@ from mpq.activations.apply import RoundedActivation
 from mpq.activations.plans import calibrated
 from mpq.activations.smooth import smooth_model
 from mpq.commands import Data, collect, make_candidates, read_plan, read_ranges
+from mpq.commands_rotate import plan_after, told_of, warnings_of
 from mpq.config import known
 from mpq.distill import Distill
-from mpq.equalize import awq, find_folds
+from mpq.equalize import awq, find_folds, rotate
 from mpq.export import orbax
 from mpq.export.arguments import export_arguments
 from mpq.inputs import Dataset
@@ -35,19 +36,24 @@ class Rounding:
       smooth: first, move outliers of activations into weights.
       awq: first, move scales of weights into the layers before.
       propagate: round in order, each weight making up for those before.
+      rotate: before all that, mix features by orthogonal matrices.
+      seed: of the rotations.
     """
 
     method: str = "gptq"
     smooth: bool = False
     awq: bool = False
     propagate: bool = False
+    rotate: bool = False
+    seed: int = 0
 
-    def check(self, plan: artifacts.Plan, *, data: bool, ranges: bool, distill: bool) -> None:
+    def check(self, plan: artifacts.Plan, *, data: bool, stats: bool, ranges: bool, distill: bool) -> None:
         """Refuse what does not go together.
 
         Args:
           plan: what is rounded to.
           data: whether there is calibration data.
+          stats: whether statistics come from a file.
           ranges: whether ranges come from a file.
           distill: whether the result is trained.
 
@@ -58,6 +64,11 @@ class Rounding:
             raise MpqError("--smooth needs --data TEXT, from which ranges come too: leave out --ranges and --distill")
         if self.awq and (not data or plan.activations):
             raise MpqError("--awq needs --data TEXT and a plan of weights alone; for activations give --smooth")
+        if self.rotate and (not data or stats or ranges):
+            raise MpqError(
+                "--rotate needs --data TEXT, from which statistics and ranges of the rotated model come: leave out "
+                "--stats and --ranges"
+            )
         if self.propagate and (not data or self.smooth):
             raise MpqError("--propagate needs --data TEXT, and the inputs that --smooth changes: leave that out")
 
@@ -94,15 +105,21 @@ def quantize(
     model = load(model_source)
     traced = text.trace(model) if text else model.trace()
     plan = read_plan(plan_source, model, traced, keys_values)
-    how.check(plan, data=text is not None, ranges=ranges is not None, distill=distill > 0)
+    given = {"data": text is not None, "stats": stats is not None, "ranges": ranges is not None}
+    how.check(plan, **given, distill=distill > 0)
     if out.exists():
         raise MpqError(f"{out} exists already: choose another folder or remove it")
     data, batch_size = (text.dataset(model, "calibration"), text.batch_size) if text else (None, 1)
-    found = None if ranges is None else read_ranges(ranges, model)
+    found, turned = None if ranges is None else read_ranges(ranges, model), None
+    if how.rotate and data is not None:
+        turned = rotate(model, traced, data, jax.random.key(how.seed))
+        model, traced, plan = turned.model, turned.traced, plan_after(turned, plan)
     chosen, warnings = calibrated(plan.activations, model, traced, data, found, batch_size)
     rounded = _round(how, model, traced, plan, chosen, data, stats, batch_size)
     model, plan, chosen, qtensors = rounded.model, rounded.plan, rounded.activations, rounded.qtensors
     told = dict(rounded.told)
+    if turned is not None:
+        told, warnings = {**told_of(turned), **told}, [*warnings, *warnings_of(turned)]
     state = out.with_name(f"{out.name}.distill")  # an interrupted distillation goes on from here
     if distill and text is not None and data is not None:
         options = dataclasses.replace(training or Distill(), steps=distill)
