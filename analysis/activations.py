@@ -41,6 +41,23 @@ def summary(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def rotations(results: Sequence[Result]) -> str:
+    """A row a setting that a model has rotated and not: the KL without and with, on the text and on the shifted one."""
+    lines = ["| model | setting | KL | rotated | shifted: KL | rotated |", "|---|---|---:|---:|---:|---:|"]
+    for result in results:
+        rows = {row["setting"]: row for row in result["rows"]}
+        for name, row in rows.items():
+            plain = rows.get(name.replace(", rotated", ""))
+            if row.get("rotate") and plain is not None:
+                cells = [
+                    with_error(of[t]["kl"], of[t]["kl_stderr"]) for t in ("test", "shifted") for of in (plain, row)
+                ]
+                lines.append(
+                    f"| {result['record']['config']['model']} | {plain['setting']} | " + " | ".join(cells) + " |"
+                )
+    return "\n".join(lines)
+
+
 def page(results: Sequence[Result]) -> str:
     """Every model."""
     return "\n\n".join(_parts(results)) + "\n"
@@ -69,6 +86,12 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
         "and costs no such pass."
     )
     yield summary(results)
+    yield "## Rotated or not"
+    yield (
+        "The same plan of the original and of the rotated model (`mpq/equalize/rotate.py`: the residual stream and the "
+        "values of heads; the input of down_proj is not rotated)."
+    )
+    yield rotations(results)
 
 
 def main() -> int:
