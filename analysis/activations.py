@@ -19,7 +19,9 @@ def table(result: Result) -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in result["rows"]:
-        changed = [word for key, word in (("rotate", "rotated"), ("smooth", "smoothed")) if row.get(key)]
+        changed = [
+            word for key, word in (("rotate", "rotated"), ("smooth", "smoothed"), ("turn", "online")) if row.get(key)
+        ]
         cells = [" ".join([f"`{row['plan']}`", *changed])]
         for text in ("test", "shifted"):
             of = row[text]
@@ -42,19 +44,17 @@ def summary(results: Sequence[Result]) -> str:
 
 
 def rotations(results: Sequence[Result]) -> str:
-    """A row a setting that a model has rotated and not: the KL without and with, on the text and on the shifted one."""
-    lines = ["| model | setting | KL | rotated | shifted: KL | rotated |", "|---|---|---:|---:|---:|---:|"]
+    """A row a setting that a model has rotated, offline or online, and not: the KL without and with."""
+    lines = ["| model | setting | KL without | with | shifted: without | with |", "|---|---|---:|---:|---:|---:|"]
     for result in results:
         rows = {row["setting"]: row for row in result["rows"]}
         for name, row in rows.items():
-            plain = rows.get(name.replace(", rotated", ""))
-            if row.get("rotate") and plain is not None:
+            plain = rows.get(name.replace(", rotated", "").replace(", online", ""))
+            if (row.get("rotate") or row.get("turn")) and plain is not None:
                 cells = [
                     with_error(of[t]["kl"], of[t]["kl_stderr"]) for t in ("test", "shifted") for of in (plain, row)
                 ]
-                lines.append(
-                    f"| {result['record']['config']['model']} | {plain['setting']} | " + " | ".join(cells) + " |"
-                )
+                lines.append(f"| {result['record']['config']['model']} | {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -88,8 +88,9 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
     yield summary(results)
     yield "## Rotated or not"
     yield (
-        "The same plan of the original and of the rotated model (`mpq/equalize/rotate.py`: the residual stream and the "
-        "values of heads; the input of down_proj is not rotated)."
+        "The same plan without and with rotation. `rotated` is the model, folded into its weights "
+        "(`mpq/equalize/rotate.py`: the residual stream and the values of heads); `online` are inputs where they are "
+        "rounded, those for which it helps (`mpq/activations/turn.py`)."
     )
     yield rotations(results)
 

@@ -28,6 +28,7 @@ from mpq.activations import activation_rows, calibrate_activations
 from mpq.activations.apply import RoundedActivation, choose_activations, with_activations
 from mpq.activations.plans import split_plan, uniform_rows
 from mpq.activations.smooth import smooth_model
+from mpq.activations.turn import turn_model
 from mpq.calibrate import calibrate
 from mpq.equalize import rotate
 from mpq.evaluate import DocumentScores, Reference, score
@@ -41,12 +42,13 @@ from mpq.types import LayerStats, MpqError, Scheme
 
 
 class Setting(NamedTuple):
-    """A plan, the rounding algorithm of its weights, and whether the model is rotated and smoothed before."""
+    """A plan, the rounding algorithm of its weights, and whether the model is rotated, smoothed and rotated online."""
 
     plan: str
     method: str
     smooth: bool = False
     rotate: bool = False
+    turn: bool = False
 
 
 SETTINGS: Mapping[str, Setting] = {
@@ -84,6 +86,22 @@ SETTINGS: Mapping[str, Setting] = {
     "W4g32A4 dynamic, zero point, rotated": Setting("int4_g32+int4_token_asym", "gptq", rotate=True),
     "W4g32A4 dynamic, zero point, rotated, smoothed": Setting(
         "int4_g32+int4_token_asym", "gptq", smooth=True, rotate=True
+    ),
+    "W8A8 dynamic, online": Setting("int8_channel+int8_token", "rtn", turn=True),
+    "W8A8 static, absmax, online": Setting("int8_channel+int8_tensor_static_absmax", "rtn", turn=True),
+    "W8A8 static, MSE, online": Setting("int8_channel+int8_tensor_static", "rtn", turn=True),
+    "W8A8 static, zero point, smoothed, online": Setting(
+        "int8_channel+int8_tensor_static_absmax_asym", "rtn", smooth=True, turn=True
+    ),
+    "W4g32A8 static, zero point, smoothed, online": Setting(
+        "int4_g32+int8_tensor_static_absmax_asym", "gptq", smooth=True, turn=True
+    ),
+    "W4g32A4 dynamic, online": Setting("int4_g32+int4_token", "gptq", turn=True),
+    "W4g32A4 dynamic, zero point, online": Setting("int4_g32+int4_token_asym", "gptq", turn=True),
+    "W4g32A4 dynamic, rotated, online": Setting("int4_g32+int4_token", "gptq", rotate=True, turn=True),
+    "W4g32A4 dynamic, zero point, rotated, online": Setting("int4_g32+int4_token_asym", "gptq", rotate=True, turn=True),
+    "W4g32A4 dynamic, zero point, smoothed, online": Setting(
+        "int4_g32+int4_token_asym", "gptq", smooth=True, turn=True
     ),
 }
 """By name."""
@@ -146,8 +164,8 @@ class Comparison:
 
     def made(self, setting: Setting) -> tuple[Model, dict[str, jax.Array]]:
         """The rounded model and its parameters."""
-        options, (plan, method, smooth, turn) = self.options, setting
-        model, traced, stats = self.rotated if turn else (self.model, self.traced, self.stats)
+        options, (plan, method, smooth, whole, turn) = self.options, setting
+        model, traced, stats = self.rotated if whole else (self.model, self.traced, self.stats)
         source, activations, kv = split_plan(plan)
         entries = uniform_rows(traced, activations, kv)
         chosen = tuple(
@@ -160,6 +178,9 @@ class Comparison:
         elif static := [one.spec for one in chosen if one.scheme.static is not None]:
             found = calibrate_activations(model, traced, static, self.calibration, batch_size=options.batch_size)
             chosen = choose_activations({one.spec: one.scheme for one in chosen}, found)
+        if turn:
+            everything = (choice, stats, self.calibration, options.batch_size, options.seed)
+            model, chosen, stats = turn_model(model, traced, chosen, *everything)
         candidates = Candidates(model.params, traced.weights, QUANTIZERS[method], stats)
         params = apply_plan(model.params, traced.weights, candidates.choose(choice))
         return with_activations(model, traced, chosen), params

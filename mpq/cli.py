@@ -236,6 +236,7 @@ def quantize(
     awq: tyro.conf.FlagCreatePairsOff[bool] = False,
     propagate: tyro.conf.FlagCreatePairsOff[bool] = False,
     rotate: tyro.conf.FlagCreatePairsOff[bool] = False,
+    rotate_inputs: tyro.conf.FlagCreatePairsOff[bool] = False,
     seed: int = 0,
     keys_values: str = KEYS_AND_VALUES,
     window: int | None = None,
@@ -260,6 +261,7 @@ def quantize(
       awq: let the layers before take over what makes weights of large inputs finer (AWQ), where that lowers the error.
       propagate: round in the order of execution, each weight making up for what those before it did (QEP).
       rotate: first mix features by orthogonal matrices, as `mpq rotate` does (QuaRot, SpinQuant).
+      rotate_inputs: rotate activations where they are rounded, if that lowers the error on the data (QuaRot, online).
       seed: of the rotations.
       keys_values: regular expression for the weights that make keys and values.
       window: tokens a window; default 256, or the model's context if that is shorter.
@@ -268,7 +270,7 @@ def quantize(
       json: print one JSON object.
     """
     text = None if data is None else commands.Data(data, window, max_windows, batch_size)
-    how = Rounding(method, bool(smooth), bool(awq), bool(propagate), bool(rotate), seed)
+    how = Rounding(method, bool(smooth), bool(awq), bool(propagate), bool(rotate), seed, bool(rotate_inputs))
     quantize = lambda: commands_quantize.quantize(model, plan, out, text, stats, how, distill, ranges, keys_values)
     answer(quantize, json, commands.show_written)
 

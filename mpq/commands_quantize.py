@@ -12,6 +12,7 @@ from mpq.activations import KEYS_AND_VALUES
 from mpq.activations.apply import RoundedActivation
 from mpq.activations.plans import calibrated
 from mpq.activations.smooth import smooth_model
+from mpq.activations.turn import turn_model
 from mpq.commands import Data, collect, make_candidates, read_plan, read_ranges
 from mpq.commands_rotate import plan_after, told_of, warnings_of
 from mpq.config import known
@@ -38,6 +39,7 @@ class Rounding:
       propagate: round in order, each weight making up for those before.
       rotate: before all that, mix features by orthogonal matrices.
       seed: of the rotations.
+      turn: rotate inputs where they are rounded.
     """
 
     method: str = "gptq"
@@ -46,6 +48,7 @@ class Rounding:
     propagate: bool = False
     rotate: bool = False
     seed: int = 0
+    turn: bool = False
 
     def check(self, plan: artifacts.Plan, *, data: bool, stats: bool, ranges: bool, distill: bool) -> None:
         """Refuse what does not go together.
@@ -69,8 +72,16 @@ class Rounding:
                 "--rotate needs --data TEXT, from which statistics and ranges of the rotated model come: leave out "
                 "--stats and --ranges"
             )
-        if self.propagate and (not data or self.smooth):
-            raise MpqError("--propagate needs --data TEXT, and the inputs that --smooth changes: leave that out")
+        if self.turn and (not data or not plan.activations or ranges or distill):
+            raise MpqError(
+                "--rotate-inputs needs --data TEXT, from which ranges come too, and a plan that rounds activations: "
+                "leave out --ranges and --distill"
+            )
+        if self.propagate and (not data or self.smooth or self.turn):
+            raise MpqError(
+                "--propagate needs --data TEXT, and the inputs that --smooth and --rotate-inputs change: leave those "
+                "out"
+            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -153,7 +164,7 @@ def _round(
     batch_size: int,
 ) -> _Rounded:
     """What `how` asks for, in the order: scales, then weights."""
-    if data is None or not (how.smooth or how.awq or how.propagate):
+    if data is None or not (how.smooth or how.turn or how.awq or how.propagate):
         candidates = make_candidates(model, traced, how.method, data, stats, batch_size)
         return _Rounded(model, plan, chosen, candidates.choose(plan.choices), {})
     collected, told = collect(model, traced, data, stats, batch_size), {}
@@ -161,6 +172,11 @@ def _round(
         model, chosen, collected = smooth_model(model, traced, chosen, plan.choices, collected, data, batch_size)
         plan = plan.with_activations({one.spec.path: one.to_json() for one in chosen})
         told["smoothed"] = sum(one.smooth is not None for one in chosen)
+    if how.turn:
+        everything = (plan.choices, collected, data, batch_size, how.seed)
+        model, chosen, collected = turn_model(model, traced, chosen, *everything)
+        plan = plan.with_activations({one.spec.path: one.to_json() for one in chosen})
+        told["rotated_inputs"] = sum(one.turn is not None for one in chosen)
     if how.awq:
         model, collected, strengths = awq(model, traced, find_folds(model, traced, data), plan.choices, collected)
         told["equalized"] = sum(alpha > 0 for alpha in strengths.values())

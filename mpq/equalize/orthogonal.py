@@ -15,6 +15,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 LARGEST_FACTOR = 64
@@ -39,6 +40,12 @@ class Rotation:
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """X Q along the last axis, `float64[..., n]`."""
         return functools.reduce(lambda value, step: _step(step, value), self.steps, np.asarray(x, np.float64))
+
+    def on_device(self, x: jax.Array) -> jax.Array:
+        """X Q in the dtype of `x[..., n]`, as part of a program."""
+        for step in self.steps:
+            x = x * jnp.asarray(step, x.dtype) if isinstance(step, np.ndarray) else _product(step, x)
+        return x
 
     @property
     def matrix(self) -> np.ndarray:
@@ -101,6 +108,15 @@ def _orthogonal(noise: np.ndarray) -> np.ndarray:
     """The orthogonal factor of `noise`, of the signs that make it unique: uniformly distributed if noise is normal."""
     q, r = np.linalg.qr(noise)
     return q * np.sign(np.diagonal(r))
+
+
+def _product(factors: tuple[np.ndarray, ...], x: jax.Array) -> jax.Array:
+    """X times the Kronecker product, a matmul with every factor."""
+    value = x.reshape(-1, *(len(factor) for factor in factors))
+    for factor in factors:  # the axis that is contracted goes to the end: after all of them the order is what it was
+        small = jnp.asarray(factor, x.dtype)
+        value = jax.lax.dot_general(value, small, (((1,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
+    return value.reshape(x.shape)
 
 
 def _step(step: Step, x: np.ndarray) -> np.ndarray:
