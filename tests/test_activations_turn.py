@@ -20,6 +20,7 @@ from mpq.export.graphs import ROTATED, rounded_rows
 from mpq.formats import parse_scheme
 from mpq.litert.activations import _why_not as why_not
 from mpq.models import load
+from mpq.packed import evaluate_packed, pack_weights
 from mpq.quantize import RTN, Candidates, apply_plan
 from mpq.types import MpqError
 from tests import tiny
@@ -124,6 +125,19 @@ def test_smoothing_comes_first_and_static_ranges_are_of_both(case):
     np.testing.assert_allclose(one.high, np.abs(values).max(), rtol=1e-5)
     w = q.T @ (s[:, None] * params["down"])
     np.testing.assert_allclose(new.params["down"], w, rtol=0, atol=2**-22 * np.abs(w).max())
+
+
+def test_integer_products_give_what_is_simulated(case):
+    _, seen, data, _, choice, _, (new, rows, _) = case
+    whole = [dataclasses.replace(one, scheme=parse_activation_scheme("int8_token")) for one in rows]
+    qtensors = Candidates(new.params, seen.weights, RTN()).choose(choice)
+    packed = pack_weights(seen.weights, {w.path: qtensors[w.path] for w in seen.weights})
+    inputs = data.inputs[:4]
+    got = jax.jit(lambda x: evaluate_packed(seen, {}, packed, x, activations=whole))(inputs)
+    want = jax.jit(with_activations(new, seen, whole).apply)(apply_plan(new.params, seen.weights, qtensors), inputs)
+    # sums of another order, after which a value on the edge of two codes may take the other: 1/127 of the largest
+    assert np.median(np.abs(got - want)) < 1e-5 * float(np.abs(want).max())
+    np.testing.assert_allclose(got, want, rtol=0, atol=float(np.abs(want).max()) / 127)
 
 
 def test_a_plan_keeps_the_seed(case):

@@ -6,8 +6,8 @@ head's values (`mpq.equalize.heads`), both folded into the weights. The rotated 
 original (a tied table of embeddings becomes two where the scale of the last norm would have to go into one of its
 uses), so every later stage takes it as it is: statistics, scores, rounding, training, exports.
 
-Differences from the papers: rotations are randomized Hadamard matrices, not learned; those before o_proj and down_proj
-and on the KV cache that need work at run time (QuaRot's online Hadamards, R3 and R4) are not made.
+Differences from the papers: rotations are randomized Hadamard matrices, not learned. Those that need work at run time
+belong to the rounding of activations: R4 is `mpq.activations.turn`; R3, on the KV cache, is not made.
 
 The claim that nothing changed is proved by running. In exact arithmetic the rotated model is the original; in float32
 it differs by rounding its weights once and by rounding other partial sums. How much errors of that size are worth in
