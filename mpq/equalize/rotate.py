@@ -18,7 +18,7 @@ Helps where a few features are far larger than the rest and share a scale with t
 weights with one scale a channel. The small models measured (experiments/results/rounding, .../activations) hardly have
 such: weights in groups of 32 come out as they were, rounded to nearest somewhat worse on one model; activations of 4
 bits gain a few per cent; static ranges of whole tensors nothing, for the values that widen them are at the input of
-down_proj, which no rotation here reaches.
+down_proj, which no rotation here reaches (`mpq.activations.turn` does).
 """
 
 import dataclasses
