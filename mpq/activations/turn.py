@@ -11,9 +11,9 @@ value, in the pass that rounds (`mpq.equalize.orthogonal`).
 Differences from the paper: every input may be rotated, not that of down_proj alone; one is, if that lowers the error of
 the outputs of all its readers under the plan's own schemes, rounded to nearest, on a few windows, by the measure of
 `mpq.activations.smooth`. What smoothing divided is rotated after the division.
-Measured on a small model whose inputs of down_proj have such values (experiments/results/activations): of the loss of
-static ranges of whole tensors it takes nearly all, as smoothing does, and the two together take more. At 4 bits and a
-scale for every token half to two thirds of the loss remain, where smoothing hardly helps.
+On the two small models measured, whose inputs of down_proj have such values (experiments/results/activations), it takes
+nearly all of the loss of static ranges of whole tensors; with smoothing as well, which takes as much, still more. At 4
+bits and a scale for every token about half of the loss remains, where smoothing hardly helps.
 Fails on: weights that are looked up too (a tied embedding), which are left alone; runtimes, none of whose forms of
 rounded activations has such a step.
 """
