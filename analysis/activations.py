@@ -19,7 +19,10 @@ def table(result: Result) -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in result["rows"]:
-        cells = [f"`{row['plan']}`" if not row["smooth"] else f"`{row['plan']}` smoothed"]
+        changed = [
+            word for key, word in (("rotate", "rotated"), ("smooth", "smoothed"), ("turn", "online")) if row.get(key)
+        ]
+        cells = [" ".join([f"`{row['plan']}`", *changed])]
         for text in ("test", "shifted"):
             of = row[text]
             kl = with_error(of["kl"], of["kl_stderr"])
@@ -40,6 +43,21 @@ def summary(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def rotations(results: Sequence[Result]) -> str:
+    """A row a setting that a model has rotated, offline or online, and not: the KL without and with."""
+    lines = ["| model | setting | KL without | with | shifted: without | with |", "|---|---|---:|---:|---:|---:|"]
+    for result in results:
+        rows = {row["setting"]: row for row in result["rows"]}
+        for name, row in rows.items():
+            plain = rows.get(name.replace(", rotated", "").replace(", online", ""))
+            if (row.get("rotate") or row.get("turn")) and plain is not None:
+                cells = [
+                    with_error(of[t]["kl"], of[t]["kl_stderr"]) for t in ("test", "shifted") for of in (plain, row)
+                ]
+                lines.append(f"| {result['record']['config']['model']} | {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def page(results: Sequence[Result]) -> str:
     """Every model."""
     return "\n\n".join(_parts(results)) + "\n"
@@ -49,8 +67,8 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
     yield "# What rounded activations cost"
     yield (
         "Written by `python -m analysis.activations` from the files beside it; `experiments/activations.py` says how "
-        "they are made. Ranges and smoothing come from the calibration text alone; neither of the two others was seen "
-        "by any stage. Standard errors over windows."
+        "they are made. Ranges, smoothing and rotation come from the calibration text alone; neither of the two others "
+        "was seen by any stage. Standard errors over windows."
     )
     for result in results:
         config, before = result["record"]["config"], result["perplexity"]
@@ -68,6 +86,13 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
         "and costs no such pass."
     )
     yield summary(results)
+    yield "## Rotated or not"
+    yield (
+        "The same plan without and with rotation. `rotated` is the model, folded into its weights "
+        "(`mpq/equalize/rotate.py`: the residual stream and the values of heads); `online` are inputs where they are "
+        "rounded, those for which it helps (`mpq/activations/turn.py`)."
+    )
+    yield rotations(results)
 
 
 def main(arguments: Sequence[str] = ()) -> int:

@@ -2,21 +2,23 @@ r"""What rounded activations cost: W8A8 dynamic and static, W4A8, W4A4 and the K
 
 Run:     python -m experiments.activations --model DIR --data TEXT --test TEXT --shifted TEXT --out FILE
 Expect:  W8A8 with a scale for every token costs nearly nothing on both texts; a static range for a whole tensor needs
-         smoothing wherever one token has huge values, and suffers more under a shift
+         smoothing or rotation wherever one token has huge values, and suffers more under a shift
 Resume:  type the same command again: rows that the file holds are not computed again
 Writes:  one JSON object: by setting and text, perplexity, its change in per cent, KL to the original and excess loss,
          nats per token, with standard errors over windows; and the seconds that the setting took
 
 Weights and activations whose path does not match `--only` stay as they are. Text, windows and sizes are those of
-`experiments.distillation`; static ranges and smoothing are calibrated on `--data` alone.
+`experiments.distillation`; static ranges, smoothing and what rotation is proved on
+are of `--data` alone.
 """
 
 import dataclasses
+import functools
 import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import tyro
@@ -26,42 +28,87 @@ from mpq.activations import activation_rows, calibrate_activations
 from mpq.activations.apply import RoundedActivation, choose_activations, with_activations
 from mpq.activations.plans import split_plan, uniform_rows
 from mpq.activations.smooth import smooth_model
+from mpq.activations.turn import turn_model
 from mpq.calibrate import calibrate
+from mpq.equalize import rotate
 from mpq.evaluate import DocumentScores, Reference, score
 from mpq.files import canonical_json, read_json, write_json
 from mpq.formats import parse_scheme
 from mpq.models import Model, load
 from mpq.quantize import QUANTIZERS, Candidates, apply_plan
 from mpq.record import RunRecord
-from mpq.types import MpqError, Scheme
+from mpq.trace import Trace
+from mpq.types import LayerStats, MpqError, Scheme
 
-SETTINGS: Mapping[str, tuple[str, str, bool]] = {
-    "W8": ("int8_channel", "rtn", False),
-    "W8A8 dynamic": ("int8_channel+int8_token", "rtn", False),
-    "W8A8 dynamic, zero point": ("int8_channel+int8_token_asym", "rtn", False),
-    "W8A8 dynamic, smoothed": ("int8_channel+int8_token", "rtn", True),
-    "W8A8 dynamic, outliers apart": ("int8_channel+int8_token_outlier6", "rtn", False),
-    "W8A8 dynamic, outliers of calibration apart": ("int8_channel+int8_token_outlier6_static", "rtn", False),
-    "W8A8 static, absmax": ("int8_channel+int8_tensor_static_absmax", "rtn", False),
-    "W8A8 static, moving average": ("int8_channel+int8_tensor_static_moving_average", "rtn", False),
-    "W8A8 static, percentile": ("int8_channel+int8_tensor_static_percentile", "rtn", False),
-    "W8A8 static, MSE": ("int8_channel+int8_tensor_static", "rtn", False),
-    "W8A8 static, entropy": ("int8_channel+int8_tensor_static_entropy", "rtn", False),
-    "W8A8 static, absmax, smoothed": ("int8_channel+int8_tensor_static_absmax", "rtn", True),
-    "W8A8 static, zero point, smoothed": ("int8_channel+int8_tensor_static_absmax_asym", "rtn", True),
-    "W8g32A8 static, zero point, smoothed": ("int8_g32+int8_tensor_static_absmax_asym", "rtn", True),
-    "W8A8KV8 dynamic": ("int8_channel+int8_token+int8_head", "rtn", False),
-    "W8A8KV4 dynamic": ("int8_channel+int8_token+int4_head_asym", "rtn", False),
-    "W4g32": ("int4_g32", "gptq", False),
-    "W4g32A8 dynamic": ("int4_g32+int8_token", "gptq", False),
-    "W4g32A8 static, zero point, smoothed": ("int4_g32+int8_tensor_static_absmax_asym", "gptq", True),
-    "W4g32A4 dynamic": ("int4_g32+int4_token", "gptq", False),
-    "W4g32A4 dynamic, outliers apart": ("int4_g32+int4_token_outlier6", "gptq", False),
-    "W4g32A4 dynamic, outliers of calibration apart": ("int4_g32+int4_token_outlier6_static", "gptq", False),
-    "W4g32A4 dynamic, zero point": ("int4_g32+int4_token_asym", "gptq", False),
-    "W4g32A4 dynamic, zero point, smoothed": ("int4_g32+int4_token_asym", "gptq", True),
+
+class Setting(NamedTuple):
+    """A plan, the rounding algorithm of its weights, and whether the model is rotated, smoothed and rotated online."""
+
+    plan: str
+    method: str
+    smooth: bool = False
+    rotate: bool = False
+    turn: bool = False
+
+
+SETTINGS: Mapping[str, Setting] = {
+    "W8": Setting("int8_channel", "rtn"),
+    "W8A8 dynamic": Setting("int8_channel+int8_token", "rtn"),
+    "W8A8 dynamic, zero point": Setting("int8_channel+int8_token_asym", "rtn"),
+    "W8A8 dynamic, smoothed": Setting("int8_channel+int8_token", "rtn", smooth=True),
+    "W8A8 dynamic, outliers apart": Setting("int8_channel+int8_token_outlier6", "rtn"),
+    "W8A8 dynamic, outliers of calibration apart": Setting("int8_channel+int8_token_outlier6_static", "rtn"),
+    "W8A8 static, absmax": Setting("int8_channel+int8_tensor_static_absmax", "rtn"),
+    "W8A8 static, moving average": Setting("int8_channel+int8_tensor_static_moving_average", "rtn"),
+    "W8A8 static, percentile": Setting("int8_channel+int8_tensor_static_percentile", "rtn"),
+    "W8A8 static, MSE": Setting("int8_channel+int8_tensor_static", "rtn"),
+    "W8A8 static, entropy": Setting("int8_channel+int8_tensor_static_entropy", "rtn"),
+    "W8A8 static, absmax, smoothed": Setting("int8_channel+int8_tensor_static_absmax", "rtn", smooth=True),
+    "W8A8 static, zero point, smoothed": Setting("int8_channel+int8_tensor_static_absmax_asym", "rtn", smooth=True),
+    "W8g32A8 static, zero point, smoothed": Setting("int8_g32+int8_tensor_static_absmax_asym", "rtn", smooth=True),
+    "W8A8KV8 dynamic": Setting("int8_channel+int8_token+int8_head", "rtn"),
+    "W8A8KV4 dynamic": Setting("int8_channel+int8_token+int4_head_asym", "rtn"),
+    "W4g32": Setting("int4_g32", "gptq"),
+    "W4g32A8 dynamic": Setting("int4_g32+int8_token", "gptq"),
+    "W4g32A8 static, zero point, smoothed": Setting("int4_g32+int8_tensor_static_absmax_asym", "gptq", smooth=True),
+    "W4g32A4 dynamic": Setting("int4_g32+int4_token", "gptq"),
+    "W4g32A4 dynamic, outliers apart": Setting("int4_g32+int4_token_outlier6", "gptq"),
+    "W4g32A4 dynamic, outliers of calibration apart": Setting("int4_g32+int4_token_outlier6_static", "gptq"),
+    "W4g32A4 dynamic, zero point": Setting("int4_g32+int4_token_asym", "gptq"),
+    "W4g32A4 dynamic, zero point, smoothed": Setting("int4_g32+int4_token_asym", "gptq", smooth=True),
+    "W8A8 dynamic, rotated": Setting("int8_channel+int8_token", "rtn", rotate=True),
+    "W8A8 static, absmax, rotated": Setting("int8_channel+int8_tensor_static_absmax", "rtn", rotate=True),
+    "W8A8 static, MSE, rotated": Setting("int8_channel+int8_tensor_static", "rtn", rotate=True),
+    "W8A8 static, zero point, rotated, smoothed": Setting(
+        "int8_channel+int8_tensor_static_absmax_asym", "rtn", smooth=True, rotate=True
+    ),
+    "W4": Setting("int4_channel", "gptq"),
+    "W4, rotated": Setting("int4_channel", "gptq", rotate=True),
+    "W4g32, rotated": Setting("int4_g32", "gptq", rotate=True),
+    "W4g32A8 dynamic, rotated": Setting("int4_g32+int8_token", "gptq", rotate=True),
+    "W4g32A4 dynamic, rotated": Setting("int4_g32+int4_token", "gptq", rotate=True),
+    "W4g32A4 dynamic, zero point, rotated": Setting("int4_g32+int4_token_asym", "gptq", rotate=True),
+    "W4g32A4 dynamic, zero point, rotated, smoothed": Setting(
+        "int4_g32+int4_token_asym", "gptq", smooth=True, rotate=True
+    ),
+    "W8A8 dynamic, online": Setting("int8_channel+int8_token", "rtn", turn=True),
+    "W8A8 static, absmax, online": Setting("int8_channel+int8_tensor_static_absmax", "rtn", turn=True),
+    "W8A8 static, MSE, online": Setting("int8_channel+int8_tensor_static", "rtn", turn=True),
+    "W8A8 static, zero point, smoothed, online": Setting(
+        "int8_channel+int8_tensor_static_absmax_asym", "rtn", smooth=True, turn=True
+    ),
+    "W4g32A8 static, zero point, smoothed, online": Setting(
+        "int4_g32+int8_tensor_static_absmax_asym", "gptq", smooth=True, turn=True
+    ),
+    "W4g32A4 dynamic, online": Setting("int4_g32+int4_token", "gptq", turn=True),
+    "W4g32A4 dynamic, zero point, online": Setting("int4_g32+int4_token_asym", "gptq", turn=True),
+    "W4g32A4 dynamic, rotated, online": Setting("int4_g32+int4_token", "gptq", rotate=True, turn=True),
+    "W4g32A4 dynamic, zero point, rotated, online": Setting("int4_g32+int4_token_asym", "gptq", rotate=True, turn=True),
+    "W4g32A4 dynamic, zero point, smoothed, online": Setting(
+        "int4_g32+int4_token_asym", "gptq", smooth=True, turn=True
+    ),
 }
-"""Name -> plan, rounding algorithm of the weights, whether it is smoothed."""
+"""By name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +122,7 @@ class Options:
       only: regular expression of the weights that are quantized, and of those whose inputs are rounded.
       settings: of `SETTINGS`.
       windows: of every text, `window` tokens each, `batch_size` a pass.
+      seed: of the rotations.
     """
 
     model: str
@@ -87,6 +135,7 @@ class Options:
     windows: int = 64
     window: int = 256
     batch_size: int = 8
+    seed: int = 0
 
 
 class Comparison:
@@ -110,24 +159,35 @@ class Comparison:
         reference = self.references[text]
         return score(model, dict(params), reference.data, reference=reference, batch_size=0)
 
-    def made(self, plan: str, method: str, smooth: bool) -> tuple[Model, dict[str, jax.Array]]:
+    @functools.cached_property
+    def rotated(self) -> tuple[Model, Trace, Mapping[str, LayerStats]]:
+        """The model rotated, with its trace and statistics."""
+        made = rotate(self.model, self.traced, self.calibration, jax.random.key(self.options.seed))
+        stats = calibrate(made.traced, made.model.params, self.calibration, self.options.batch_size)
+        return made.model, made.traced, stats
+
+    def made(self, setting: Setting) -> tuple[Model, dict[str, jax.Array]]:
         """The rounded model and its parameters."""
-        model, options = self.model, self.options
+        options, (plan, method, smooth, whole, turn) = self.options, setting
+        model, traced, stats = self.rotated if whole else (self.model, self.traced, self.stats)
         source, activations, kv = split_plan(plan)
-        entries = uniform_rows(self.traced, activations, kv)
+        entries = uniform_rows(traced, activations, kv)
         chosen = tuple(
             RoundedActivation.from_json(row) for path, row in entries.items() if re.search(options.only, path)
         )
-        stats, choice = self.stats, self.choice(source)
+        choice = self.choice(source)
         if smooth:
             everything = (choice, stats, self.calibration, options.batch_size)
-            model, chosen, stats = smooth_model(model, self.traced, chosen, *everything)
+            model, chosen, stats = smooth_model(model, traced, chosen, *everything)
         elif static := [one.spec for one in chosen if one.scheme.is_calibrated]:
-            found = calibrate_activations(model, self.traced, static, self.calibration, batch_size=options.batch_size)
+            found = calibrate_activations(model, traced, static, self.calibration, batch_size=options.batch_size)
             chosen = choose_activations({one.spec: one.scheme for one in chosen}, found)
-        candidates = Candidates(model.params, self.traced.weights, QUANTIZERS[method], stats)
-        params = apply_plan(model.params, self.traced.weights, candidates.choose(choice))
-        return with_activations(model, self.traced, chosen), params
+        if turn:
+            everything = (choice, stats, self.calibration, options.batch_size, options.seed)
+            model, chosen, stats = turn_model(model, traced, chosen, *everything)
+        candidates = Candidates(model.params, traced.weights, QUANTIZERS[method], stats)
+        params = apply_plan(model.params, traced.weights, candidates.choose(choice))
+        return with_activations(model, traced, chosen), params
 
     def choice(self, text: str) -> dict[str, Scheme]:
         """One scheme for the weights that are quantized."""
@@ -139,10 +199,9 @@ class Comparison:
         for name in self.options.settings:
             if name not in known:
                 start = time.perf_counter()
-                plan, method, smooth = SETTINGS[name]
-                model, params = self.made(plan, method, smooth)
+                model, params = self.made(SETTINGS[name])
                 jax.block_until_ready(params)
-                row = {"setting": name, "plan": plan, "method": method, "smooth": smooth}
+                row = {"setting": name, **SETTINGS[name]._asdict()}
                 row["seconds"] = round(time.perf_counter() - start, 1)
                 yield row | {text: self.quality(text, model, params) for text in self.references}
 
@@ -177,7 +236,7 @@ def main(options: Options) -> None:
     config = dataclasses.asdict(options) | {key: getattr(options, key).name for key in files}
     inputs = {"data": comparison.calibration.digest, "model": comparison.model.digest}
     inputs |= {name: reference.data.digest for name, reference in comparison.references.items()}
-    record = RunRecord.collect(config | {"model": comparison.model.name}, seeds={}, inputs=inputs)
+    record = RunRecord.collect(config | {"model": comparison.model.name}, seeds={"rotate": options.seed}, inputs=inputs)
     head = {
         "perplexity": {name: scores.summary().quality for name, scores in comparison.original.items()},
         "values": sum(row.values for row in activation_rows(comparison.traced)),

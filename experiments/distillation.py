@@ -29,7 +29,7 @@ from mpq.calibrate import calibrate
 from mpq.data import new_dataset, take
 from mpq.data.text import plain_tokenizer
 from mpq.distill import Distill
-from mpq.equalize import Fold, awq, find_folds
+from mpq.equalize import Fold, awq, find_folds, rotate
 from mpq.evaluate import DocumentScores, Reference, score
 from mpq.files import canonical_json, read_json, write_json
 from mpq.formats import parse_scheme
@@ -124,6 +124,17 @@ class Comparison:
         moved.model, moved.stats, _ = awq(self.model, self.traced, self.folds, choice, self.stats)
         moved.candidates = Candidates(moved.model.params, self.traced.weights, GPTQ(), moved.stats)
         return moved
+
+    def rotated(self, seed: int) -> "Comparison":
+        """The same of the model rotated; of its head too, where that got a table of its own."""
+        made = rotate(self.model, self.traced, self.calibration, jax.random.key(seed))
+        turned = copy.copy(self)
+        turned.__dict__.pop("folds", None)
+        turned.model, turned.traced = made.model, made.traced
+        turned.stats = calibrate(made.traced, made.model.params, self.calibration, self.options.batch_size)
+        turned.weights = tuple(w for w in made.traced.weights if re.search(self.options.only, w.path))
+        turned.candidates = Candidates(made.model.params, made.traced.weights, GPTQ(), turned.stats)
+        return turned
 
     def propagated(self, candidates: Candidates, choice: dict[str, Scheme]) -> dict[str, QTensor]:
         """Weights rounded in the order of execution, each making up for those before it."""

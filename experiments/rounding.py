@@ -9,11 +9,13 @@ Writes:  one JSON object: by algorithm, scheme and part of the model, bits per w
 
 `blocks` are the weights whose path matches `--only`, `all` every one. `awq` moves scales between layers before weights
 are rounded to nearest, `awq_absmax` too, with scales that need no data, and `awq_gptq` before GPTQ. `qep` is GPTQ in
-the order of execution, each weight making up for those before it, `qep_awq` after AWQ. Text, windows and sizes are
+the order of execution, each weight making up for those before it, `qep_awq` after AWQ. What ends in `_rotated` rounds
+the rotated model; a tied one, whose head then has a table of its own, in its blocks alone. Text, windows and sizes are
 those of `experiments.distillation`.
 """
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Iterator, Mapping
@@ -43,12 +45,18 @@ ALGORITHMS: Mapping[str, Quantizer] = {
     "awq_gptq": GPTQ(),
     "qep": GPTQ(),
     "qep_awq": GPTQ(),
+    "rtn_rotated": RTN(),
+    "rtn_mse_rotated": RTN("mse"),
+    "gptq_rotated": GPTQ(),
 }
 EQUALIZED = ("awq", "awq_absmax", "awq_gptq", "qep_awq")
 """Of `ALGORITHMS`, those that are given weights whose scales were moved by AWQ."""
 
 PROPAGATED = ("qep", "qep_awq")
 """Of `ALGORITHMS`, those that round in order, each weight making up for those before."""
+
+ROTATED = ("rtn_rotated", "rtn_mse_rotated", "gptq_rotated")
+"""Of `ALGORITHMS`, those that are given the weights of the rotated model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +71,7 @@ class Options:
       schemes: for all weights alike.
       algorithms: of `ALGORITHMS`.
       windows: of either text, `window` tokens each, `batch_size` a pass.
+      seed: of the rotations.
     """
 
     model: str
@@ -75,6 +84,7 @@ class Options:
     windows: int = 64
     window: int = 256
     batch_size: int = 8
+    seed: int = 0
 
 
 def comparisons(options: Options) -> dict[str, Comparison]:
@@ -82,6 +92,13 @@ def comparisons(options: Options) -> dict[str, Comparison]:
     shared = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name in Text.__annotations__}
     blocks = Comparison(Text(**shared))
     return {"blocks": blocks, "all": blocks.of_all_weights()}
+
+
+def rotated(parts: Mapping[str, Comparison], seed: int) -> dict[str, Comparison]:
+    """The same of the rotated model; without `all` if that has more weights."""
+    blocks = parts["blocks"].rotated(seed)
+    more = len(blocks.traced.weights) > len(parts["blocks"].traced.weights)
+    return {"blocks": blocks} | ({} if more else {"all": blocks.of_all_weights()})
 
 
 def layer_loss(comparison: Comparison, qtensors: Mapping[str, QTensor]) -> float:
@@ -98,14 +115,15 @@ def layer_loss(comparison: Comparison, qtensors: Mapping[str, QTensor]) -> float
 def rows(options: Options, parts: Mapping[str, Comparison], done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """One an algorithm, scheme and part, those in `done` left out."""
     known = {(row["algorithm"], row["scheme"], row["part"]) for row in done}
-    first = parts["blocks"]
+    turned = functools.cache(lambda: rotated(parts, options.seed))
     for algorithm in options.algorithms:
         rounded = lambda c, name=algorithm: Candidates(c.model.params, c.traced.weights, ALGORITHMS[name], c.stats)
-        candidates = rounded(first)
-        for scheme, part in itertools.product(options.schemes, parts):
+        of = turned() if algorithm in ROTATED else parts
+        candidates = rounded(of["blocks"])
+        for scheme, part in itertools.product(options.schemes, of):
             if (algorithm, scheme, part) in known:
                 continue
-            measured, start = parts[part], time.perf_counter()
+            measured, start = of[part], time.perf_counter()
             choice = {w.path: parse_scheme(scheme) for w in measured.weights}
             if algorithm in EQUALIZED:
                 measured = measured.equalized(choice)
@@ -133,7 +151,7 @@ def main(options: Options) -> None:
     first = parts["blocks"]
     inputs = {"data": first.calibration.digest, "model": first.model.digest, "test": first.reference.data.digest}
     config = dataclasses.asdict(options) | {key: getattr(options, key).name for key in ("data", "test", "out")}
-    record = RunRecord.collect(config | {"model": first.model.name}, seeds={}, inputs=inputs)
+    record = RunRecord.collect(config | {"model": first.model.name}, seeds={"rotate": options.seed}, inputs=inputs)
     head = {
         "algorithms": {name: repr(ALGORITHMS[name]) for name in options.algorithms},
         "perplexity": first.original.summary().quality,

@@ -17,6 +17,7 @@ from mpq.activations import KEYS_AND_VALUES
 from mpq.cli_answer import Json, Out, Source, answer
 from mpq.cli_bench import bench
 from mpq.cli_gguf import gguf
+from mpq.cli_rotate import rotate
 from mpq.cli_rows import qat, ranges
 from mpq.commands_quantize import Rounding
 from mpq.request import Request
@@ -237,6 +238,9 @@ def quantize(
     propagate: tyro.conf.FlagCreatePairsOff[bool] = False,
     correct_bias: tyro.conf.FlagCreatePairsOff[bool] = False,
     correct_norms: tyro.conf.FlagCreatePairsOff[bool] = False,
+    rotate: tyro.conf.FlagCreatePairsOff[bool] = False,
+    rotate_inputs: tyro.conf.FlagCreatePairsOff[bool] = False,
+    seed: int = 0,
     keys_values: str = KEYS_AND_VALUES,
     window: int | None = None,
     max_windows: int = 64,
@@ -262,6 +266,9 @@ def quantize(
       propagate: round in the order of execution, each weight making up for what those before it did (QEP).
       correct_bias: take what rounding adds to a layer's output on average out of the bias or the norm's mean behind it.
       correct_norms: and what it does to the spread out of the norm's scale: statistics of norms, estimated again.
+      rotate: first mix features by orthogonal matrices, as `mpq rotate` does (QuaRot, SpinQuant).
+      rotate_inputs: rotate activations where they are rounded, if that lowers the error on the data (QuaRot, online).
+      seed: of the rotations.
       keys_values: regular expression for the weights that make keys and values.
       window: tokens a window; default 256, or the model's context if that is shorter.
       max_windows: use the first so many.
@@ -269,7 +276,12 @@ def quantize(
       json: print one JSON object.
     """
     text = None if data is None else commands.Data(data, window, max_windows, batch_size)
-    how = Rounding(method, *map(bool, (smooth, awq, equalize, propagate, correct_bias, correct_norms)))
+    how = Rounding(
+        method,
+        *map(bool, (smooth, awq, equalize, propagate, correct_bias, correct_norms, rotate)),
+        seed=seed,
+        turn=bool(rotate_inputs),
+    )
     quantize = lambda: commands_quantize.quantize(model, plan, out, text, stats, how, distill, ranges, keys_values)
     answer(quantize, json, commands.show_written)
 
@@ -357,6 +369,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sensitivity": sensitivity,
     "interactions": interactions,
     "allocate": allocate,
+    "rotate": rotate,
     "quantize": quantize,
     "qat": qat,
     "export": export,

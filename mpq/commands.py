@@ -25,6 +25,7 @@ from mpq.inputs import Dataset, Tokens
 from mpq.inspect import inspect as inspect_model
 from mpq.inspect import parse_bpw, stored_bits
 from mpq.models import FAMILIES, Model, load, resolve
+from mpq.models.untied import TIED
 from mpq.quantize import QUANTIZERS, Candidates
 from mpq.request import Request
 from mpq.trace import Trace
@@ -182,8 +183,8 @@ def make_candidates(
 
 
 def _computed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without the dtype of its tensors, which an export changes to that of its scales."""
-    return {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    """A config without the dtype of its tensors, which an export changes to its scales', and the head's place."""
+    return {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype", TIED)}
 
 
 def read_stats(path: Path, model: Model, traced: Trace) -> tuple[dict[str, LayerStats], frozenset[str]]:

@@ -12,11 +12,13 @@ from mpq.activations import KEYS_AND_VALUES
 from mpq.activations.apply import RoundedActivation
 from mpq.activations.plans import calibrated
 from mpq.activations.smooth import smooth_model
+from mpq.activations.turn import turn_model
 from mpq.calibrate import calibrate
 from mpq.commands import Data, collect, make_candidates, read_plan, read_ranges
+from mpq.commands_rotate import plan_after, told_of, warnings_of
 from mpq.config import known
 from mpq.distill import Distill
-from mpq.equalize import awq, equalize, find_folds, find_shifts
+from mpq.equalize import awq, equalize, find_folds, find_shifts, rotate
 from mpq.export import orbax
 from mpq.export.arguments import export_arguments
 from mpq.inputs import Dataset
@@ -40,6 +42,9 @@ class Rounding:
       propagate: round in order, each weight making up for those before.
       correct_bias: at last, take what layers give too much on average out of what is added to it.
       correct_norms: and what they spread too much, out of the scales of norms.
+      rotate: before all that, mix features by orthogonal matrices.
+      seed: of the rotations.
+      turn: rotate inputs where they are rounded.
     """
 
     method: str = "gptq"
@@ -49,21 +54,24 @@ class Rounding:
     propagate: bool = False
     correct_bias: bool = False
     correct_norms: bool = False
+    rotate: bool = False
+    seed: int = 0
+    turn: bool = False
 
     @property
     def corrects(self) -> bool:
         """Whether anything is corrected."""
         return self.correct_bias or self.correct_norms
 
-    def check(self, plan: artifacts.Plan, *, data: bool, ranges: bool, distill: bool, stats: bool) -> None:
+    def check(self, plan: artifacts.Plan, *, data: bool, stats: bool, ranges: bool, distill: bool) -> None:
         """Refuse what does not go together.
 
         Args:
           plan: what is rounded to.
           data: whether there is calibration data.
+          stats: whether statistics come from a file.
           ranges: whether ranges come from a file.
           distill: whether the result is trained.
-          stats: whether statistics come from a file.
 
         Raises:
           MpqError: says what to leave out or to give.
@@ -72,13 +80,26 @@ class Rounding:
             raise MpqError("--smooth needs --data TEXT, from which ranges come too: leave out --ranges and --distill")
         if self.awq and (not data or plan.activations):
             raise MpqError("--awq needs --data TEXT and a plan of weights alone; for activations give --smooth")
+        if self.rotate and (not data or stats or ranges):
+            raise MpqError(
+                "--rotate needs --data TEXT, from which statistics and ranges of the rotated model come: leave out "
+                "--stats and --ranges"
+            )
+        if self.turn and (not data or not plan.activations or ranges or distill):
+            raise MpqError(
+                "--rotate-inputs needs --data TEXT, from which ranges come too, and a plan that rounds activations: "
+                "leave out --ranges and --distill"
+            )
         if self.equalize and (not data or ranges or stats or self.smooth or self.awq):
             raise MpqError(
                 "--equalize needs --data TEXT, from which ranges and statistics come too, and moves the scales that "
                 "--smooth and --awq move: leave out those, --ranges and --stats"
             )
-        if self.propagate and (not data or self.smooth):
-            raise MpqError("--propagate needs --data TEXT, and the inputs that --smooth changes: leave that out")
+        if self.propagate and (not data or self.smooth or self.turn):
+            raise MpqError(
+                "--propagate needs --data TEXT, and the inputs that --smooth and --rotate-inputs change: leave those "
+                "out"
+            )
         if self.corrects and not data:
             raise MpqError("--correct-bias and --correct-norms need --data TEXT, on which errors are averaged")
 
@@ -115,19 +136,24 @@ def quantize(
     model = load(model_source)
     traced = text.trace(model) if text else model.trace()
     plan = read_plan(plan_source, model, traced, keys_values)
-    how.check(plan, data=text is not None, ranges=ranges is not None, distill=distill > 0, stats=stats is not None)
+    given = {"data": text is not None, "stats": stats is not None, "ranges": ranges is not None}
+    how.check(plan, **given, distill=distill > 0)
     if out.exists():
         raise MpqError(f"{out} exists already: choose another folder or remove it")
     data, batch_size = (text.dataset(model, "calibration"), text.batch_size) if text else (None, 1)
-    found = None if ranges is None else read_ranges(ranges, model)
+    found, turned = None if ranges is None else read_ranges(ranges, model), None
+    if how.rotate and data is not None:
+        turned = rotate(model, traced, data, jax.random.key(how.seed))
+        model, traced, plan = turned.model, turned.traced, plan_after(turned, plan)
     loaded = model
     if how.equalize and data is not None:
         model = _equalized(model, traced, plan, data, batch_size)
     chosen, warnings = calibrated(plan.activations, model, traced, data, found, batch_size)
     rounded = _round(how, model, traced, plan, chosen, data, stats, batch_size)
-    model, plan = rounded.model, rounded.plan
-    chosen, qtensors = rounded.activations, rounded.qtensors
+    model, plan, chosen, qtensors = rounded.model, rounded.plan, rounded.activations, rounded.qtensors
     told = {**rounded.told, **({"equalized": True} if how.equalize else {})}
+    if turned is not None:
+        told, warnings = {**told_of(turned), **told}, [*warnings, *warnings_of(turned)]
     state = out.with_name(f"{out.name}.distill")  # an interrupted distillation goes on from here
     if distill and text is not None and data is not None:
         options = dataclasses.replace(training or Distill(), steps=distill)
@@ -136,7 +162,7 @@ def quantize(
         qtensors, losses, chosen = train(key=jax.random.key(0), state=state)
         told |= {"distill": distill, "first_loss": float(losses[0]), "last_loss": float(losses[-1])}
     if how.corrects and data is not None:
-        original = loaded if how.smooth else model  # with --smooth weights are those of inputs that are divided
+        original = loaded if how.smooth or how.turn else model  # then weights are those of other inputs
         model, told["corrected"] = _corrected(how, original, model, traced, qtensors, chosen, data, batch_size)
     written = orbax.save(out, **export_arguments(model, traced.weights, qtensors, plan, chosen))
     if distill:
@@ -164,7 +190,7 @@ def _round(
     batch_size: int,
 ) -> _Rounded:
     """What `how` asks for, in the order: scales, then weights."""
-    if data is None or not (how.smooth or how.awq or how.propagate):
+    if data is None or not (how.smooth or how.turn or how.awq or how.propagate):
         candidates = make_candidates(model, traced, how.method, data, stats, batch_size)
         return _Rounded(model, plan, chosen, candidates.choose(plan.choices), {})
     collected, told = collect(model, traced, data, stats, batch_size), {}
@@ -172,6 +198,11 @@ def _round(
         model, chosen, collected = smooth_model(model, traced, chosen, plan.choices, collected, data, batch_size)
         plan = plan.with_activations({one.spec.path: one.to_json() for one in chosen})
         told["smoothed"] = sum(one.smooth is not None for one in chosen)
+    if how.turn:
+        everything = (plan.choices, collected, data, batch_size, how.seed)
+        model, chosen, collected = turn_model(model, traced, chosen, *everything)
+        plan = plan.with_activations({one.spec.path: one.to_json() for one in chosen})
+        told["rotated_inputs"] = sum(one.turn is not None for one in chosen)
     if how.awq:
         model, collected, strengths = awq(model, traced, find_folds(model, traced, data), plan.choices, collected)
         told["equalized"] = sum(alpha > 0 for alpha in strengths.values())

@@ -167,7 +167,13 @@ class Trace:
         return self._run(params, inputs, visit, ())[0]
 
     def accumulate(
-        self, params: Params, inputs: Any, state: Any, update: Update, after: Update | None = None
+        self,
+        params: Params,
+        inputs: Any,
+        state: Any,
+        update: Update,
+        after: Update | None = None,
+        replace: Replace | None = None,
     ) -> tuple[Any, Any]:
         """The function's output, and `state` after every read of a weight has updated it.
 
@@ -178,16 +184,17 @@ class Trace:
           update: `(site, x, state) -> state` of the same structure, shapes and dtypes; called in the order of
             execution, in every step of a loop, and only in the branches that run.
           after: the same with the operation's output in place of its input, called next.
+          replace: as for `evaluate`.
 
         Returns:
           `(output, state)`.
 
         Raises:
-          MpqError: if parameters or inputs differ from what was traced.
+          MpqError: if parameters, inputs or a replaced result differ from what was traced.
         """
 
         def visit(site: Site, x: jax.Array, w: jax.Array, default: Default, state: Any) -> tuple[jax.Array, Any]:
-            y, state = default(x, w), update(site, x, state)
+            y, state = default(x, w) if replace is None else replace(site, x, w, default), update(site, x, state)
             return y, state if after is None else after(site, y, state)
 
         return self._run(params, inputs, visit, state)

@@ -46,7 +46,7 @@ def test_there_is_a_row_for_each_setting(options: Options) -> None:
 
 
 def test_every_setting_names_schemes_and_an_algorithm() -> None:
-    for plan, method, _ in SETTINGS.values():
+    for plan, method, *_ in SETTINGS.values():
         weights, *rows = split_plan(plan)
         parse_scheme(weights)
         for text in filter(None, rows):

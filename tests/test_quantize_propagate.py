@@ -160,7 +160,9 @@ def test_the_command_rounds_in_order_and_refuses_what_it_cannot_do(tmp_path, mon
     assert exit_code("quantize", "model", "int3_g16", *text, "--awq", "--propagate", "-o", "out", "--json") == 0
     assert '"propagated": true' in capsys.readouterr().out
     assert load("out").params.keys() == load("model").params.keys()
-    message = "mpq: --propagate needs --data TEXT, and the inputs that --smooth changes: leave that out"
+    message = (
+        "mpq: --propagate needs --data TEXT, and the inputs that --smooth and --rotate-inputs change: leave those out"
+    )
     for wrong in (["--method", "rtn"], [*text, "--smooth"]):
         assert exit_code("quantize", "model", "int3_g16", *wrong, "--propagate", "-o", "x") == 2
         assert capsys.readouterr().err.strip() == message

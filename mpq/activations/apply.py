@@ -5,6 +5,7 @@ rounded = with_activations(model, traced, chosen)          # its `apply` rounds;
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -16,10 +17,18 @@ from mpq.activations.clip import choose_columns, choose_range
 from mpq.activations.ranges import ActivationRange
 from mpq.activations.rows import ActivationSpec, replacing, require_schemes
 from mpq.activations.scheme import ActivationScheme, fake_quantize, outliers, parse_activation_scheme, quantize
+from mpq.equalize.orthogonal import Rotation, random_rotation
 from mpq.inputs import Tokens
 from mpq.models.model import Model
 from mpq.trace import Trace
 from mpq.types import MpqError, Params
+
+
+@functools.cache
+def turn_of(width: int, seed: int) -> Rotation:
+    """The rotation of a row, which its width and seed give."""
+    return random_rotation(width, jax.random.key(seed))
+
 
 RANGE_BITS = 64
 """Stored for a part of a static row: the float32 ends of its range."""
@@ -37,6 +46,8 @@ class RoundedActivation:
         (`mpq.activations.smooth`); None: nothing.
       columns: features that stay in floating point, of a scheme with outliers known from calibration; None: the scheme
         has none, or they are not yet calibrated.
+      turn: seed of the rotation that values go through after that, as rows of the weights did (`mpq.activations.turn`);
+        None: none.
     """
 
     spec: ActivationSpec
@@ -45,6 +56,7 @@ class RoundedActivation:
     high: tuple[float, ...] | None = None
     smooth: tuple[float, ...] | None = None
     columns: tuple[int, ...] | None = None
+    turn: int | None = None
 
     @property
     def limits(self) -> tuple[jax.Array, jax.Array] | None:
@@ -60,19 +72,21 @@ class RoundedActivation:
 
     def quantize(self, x: jax.Array, windows: int) -> tuple[jax.Array, jax.Array]:
         """Codes of `x[batch, positions, width]` and their scales, as `mpq.activations.scheme.quantize` says."""
-        return quantize(self._smoothed(x), self.scheme.kind, self.scheme.top, **self._options(windows))
+        return quantize(self.prepared(x), self.scheme.kind, self.scheme.top, **self._options(windows))
 
     def outliers(self, x: jax.Array, windows: int) -> jax.Array:
         """What `quantize` has no codes for: `x` where a feature stays in floating point, and 0 elsewhere."""
-        x, options = self._smoothed(x), self._options(windows)
+        x, options = self.prepared(x), self._options(windows)
         return jnp.where(outliers(x, self.scheme.kind, real=options["real"], columns=options["columns"]), x, 0)
 
     def __call__(self, x: jax.Array, windows: int) -> jax.Array:
         """`x[batch, positions, width]` rounded; the positions of each of so many windows are neighbours."""
-        return fake_quantize(self._smoothed(x), self.scheme.kind, self.scheme.top, **self._options(windows))
+        return fake_quantize(self.prepared(x), self.scheme.kind, self.scheme.top, **self._options(windows))
 
-    def _smoothed(self, x: jax.Array) -> jax.Array:
-        return x if self.smooth is None else x / jnp.asarray(self.smooth, x.dtype)
+    def prepared(self, x: jax.Array) -> jax.Array:
+        """What is rounded of `x[..., width]`: divided and rotated, where it is."""
+        x = x if self.smooth is None else x / jnp.asarray(self.smooth, x.dtype)
+        return x if self.turn is None else turn_of(self.spec.width, self.turn).on_device(x)
 
     def _options(self, windows: int) -> dict[str, Any]:
         return {"heads": self.spec.heads, "real": jnp.ones(windows, bool), **self.fixed}
@@ -91,7 +105,8 @@ class RoundedActivation:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as plans hold it; the range of a static scheme lies with the model's arrays."""
-        return {**dataclasses.asdict(self.spec), "scheme": str(self.scheme), "range_bits": self.range_bits}
+        body = {**dataclasses.asdict(self.spec), "scheme": str(self.scheme), "range_bits": self.range_bits}
+        return body if self.turn is None else body | {"turn": self.turn}
 
     @classmethod
     def from_json(
@@ -109,18 +124,19 @@ class RoundedActivation:
           smooth: `float32[width]`, factors.
           columns: `uint8[ceil(width / 8)]`, a bit for every feature, set where it stays in floating point.
         """
-        fields = {key: value for key, value in body.items() if key not in ("scheme", "range_bits")}
+        fields = {key: value for key, value in body.items() if key not in ("scheme", "range_bits", "turn")}
         scheme = parse_activation_scheme(body["scheme"])
         low, high = (None, None) if limits is None else (tuple(map(float, end)) for end in limits)
         factors = None if smooth is None else tuple(map(float, smooth))
         kept = None if columns is None else tuple(np.flatnonzero(np.unpackbits(columns)).tolist())
-        return cls(ActivationSpec.from_json(fields), scheme, low, high, factors, kept)
+        return cls(ActivationSpec.from_json(fields), scheme, low, high, factors, kept, body.get("turn"))
 
 
 def choose_activations(
     choice: Mapping[ActivationSpec, ActivationScheme],
     ranges: Mapping[str, ActivationRange],
     factors: Mapping[str, np.ndarray] | None = None,
+    turns: Mapping[str, int] | None = None,
 ) -> tuple[RoundedActivation, ...]:
     """A scheme for every row, with the static ranges that calibration gives.
 
@@ -128,6 +144,7 @@ def choose_activations(
       choice: rows and their schemes.
       ranges: by path of the row, from `calibrate_activations`; needed for what is static in a scheme alone.
       factors: by path of the row, from `search_smoothing`; ranges are of what was divided by them.
+      turns: by path of the row, seeds of rotations; ranges are of what was rotated.
 
     Raises:
       MpqError: a scheme that does not suit a row, or a static range or outliers that cannot be told.
@@ -140,7 +157,7 @@ def choose_activations(
             low, high = (tuple(map(float, end)) for end in choose_range(ranges.get(row.path), scheme, row.path))
         smooth = tuple(map(float, factors[row.path])) if factors and row.path in factors else None
         columns = choose_columns(ranges.get(row.path), scheme, row.path) if scheme.fixed else None
-        chosen.append(RoundedActivation(row, scheme, low, high, smooth, columns))
+        chosen.append(RoundedActivation(row, scheme, low, high, smooth, columns, (turns or {}).get(row.path)))
     return tuple(chosen)
 
 

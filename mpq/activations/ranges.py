@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq.activations.rows import ActivationSpec
+from mpq.equalize.orthogonal import Rotation
 from mpq.inputs import Dataset
 from mpq.models.model import Model
 from mpq.progress import track
@@ -119,6 +120,7 @@ def calibrate_activations(
     *,
     batch_size: int,
     factors: Mapping[str, np.ndarray] | None = None,
+    turns: Mapping[str, Rotation] | None = None,
 ) -> dict[str, ActivationRange]:
     """Histograms and ranges of activations and cached keys and values.
 
@@ -129,6 +131,7 @@ def calibrate_activations(
       data: the calibration set; padding never counts.
       batch_size: windows a pass. It changes nothing.
       factors: by path of the row, `float32[width]` that its values are divided by first (`mpq.activations.smooth`).
+      turns: by path of the row, what its values go through then (`mpq.activations.turn`).
 
     Returns:
       Path of the row -> its values.
@@ -138,14 +141,14 @@ def calibrate_activations(
     """
     check_inputs(model, traced.weights, data)
     shaped = telling_windows(traced.on((batch_size, *data.inputs.shape[1:])))
-    size = shaped.inputs.shape[0]
+    size, turned = shaped.inputs.shape[0], tuple((turns or {}).items())
     parts: dict[str, list[_State]] = {row.path: [] for row in rows}
     totals: dict[str, tuple[np.ndarray, int]] = {
         row.path: (np.zeros((max(row.heads, 1), BINS), np.int64), LEAST_EXPONENT) for row in rows
     }
     for number, batch in enumerate(track(data.batches(size), "calibrate activations", -(-len(data.inputs) // size))):
         found = jax.device_get(
-            _states(shaped, tuple(rows), model.params, batch.inputs, batch.mask, dict(factors or {}))
+            _states(shaped, tuple(rows), turned, model.params, batch.inputs, batch.mask, dict(factors or {}))
         )
         for row in rows:
             state = found[row.path]
@@ -197,10 +200,11 @@ def drifting(ranges: Mapping[str, ActivationRange]) -> list[str]:
     return told
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _states(
     traced: Trace,
     rows: tuple[ActivationSpec, ...],
+    turns: tuple[tuple[str, Rotation], ...],
     params: Params,
     inputs: jax.Array,
     mask: jax.Array,
@@ -229,6 +233,8 @@ def _states(
         values = site.value_view(x.shape)(x)
         if row.path in factors:
             values = values / factors[row.path].astype(values.dtype)
+        if row.path in dict(turns):
+            values = dict(turns)[row.path].on_device(values)
         return state | {row.path: _add(state[row.path], values, mask)}
 
     def after(site: Site, y: jax.Array, state: dict[str, _State]) -> dict[str, _State]:

@@ -60,8 +60,8 @@ def search_smoothing(
       Path of the row -> `float32[width]`, what `x` is divided by. Rows without an entry stay as they are.
     """
     specs = {spec.path: spec for spec in traced.weights}
-    rows = [one for one in chosen if _is_smoothable(one, specs)]
-    inputs = _inputs(model, traced, rows, data)
+    rows = [one for one in chosen if is_smoothable(one, specs)]
+    inputs = first_inputs(model, traced, rows, data)
     found = {}
     for one in rows:
         weights = [specs[path].read(model.params)[0] for path in one.spec.weights]
@@ -69,7 +69,9 @@ def search_smoothing(
         heaviest = np.max([np.abs(np.asarray(w, np.float64)).max(axis=1) for w in weights], axis=0)
         tried = [np.ones_like(largest), *(_factors(largest, heaviest, alpha) for alpha in STRENGTHS)]
         schemes = tuple(choice[path] for path in one.spec.weights)
-        errors = [float(_error(one.scheme, schemes, inputs[one.spec.path], weights, jnp.asarray(s))) for s in tried]
+        errors = [
+            float(output_error(one.scheme, schemes, inputs[one.spec.path], weights, jnp.asarray(s))) for s in tried
+        ]
         if best := int(np.argmin(errors)):
             found[one.spec.path] = tried[best]
     return found
@@ -136,7 +138,7 @@ def smooth_stats(
     return out
 
 
-def _is_smoothable(one: RoundedActivation, specs: Mapping[str, WeightSpec]) -> bool:
+def is_smoothable(one: RoundedActivation, specs: Mapping[str, WeightSpec]) -> bool:
     """Whether all reads of its weights are matmuls of this one value."""
     readers = [specs[path] for path in one.spec.weights]
     alone = all(sole_input(spec) == one.spec.at for spec in readers)
@@ -152,7 +154,7 @@ def _factors(largest: np.ndarray, heaviest: np.ndarray, alpha: float) -> np.ndar
     return np.where(used, np.clip(s, 1 / LARGEST, LARGEST), 1.0).astype(np.float32)
 
 
-def _inputs(model: Model, traced: Trace, rows: Sequence[RoundedActivation], data: Dataset) -> dict[str, jax.Array]:
+def first_inputs(model: Model, traced: Trace, rows: Sequence[RoundedActivation], data: Dataset) -> dict[str, jax.Array]:
     """Real positions of every row on the first windows, `float32[positions, width]`."""
     count = min(WINDOWS, len(data.inputs))
     shaped = traced.on((count, *data.inputs.shape[1:]))
@@ -180,7 +182,7 @@ def _inputs(model: Model, traced: Trace, rows: Sequence[RoundedActivation], data
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _error(
+def output_error(
     scheme: ActivationScheme, schemes: tuple[Scheme, ...], x: jax.Array, weights: list[jax.Array], s: jax.Array
 ) -> jax.Array:
     """Relative squared error of all readers' outputs, a mean over tokens; what is static is that of these values."""

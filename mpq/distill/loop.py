@@ -144,6 +144,8 @@ class Distill:
         rows = tuple(activations)
         if any(one.smooth is not None for one in rows):
             raise MpqError("smoothed activations cannot be trained: quantize without --smooth")
+        if any(one.turn is not None for one in rows):
+            raise MpqError("activations that are rotated online cannot be trained: quantize without --rotate-inputs")
         start_of = start_rows(rows) if self.ranges else {}
         loss = functools.partial(_loss, model, traced, rows, {path: specs[path] for path in scaled})
         begin, fixed = (latents, start_of), (model.params, params, scaled)

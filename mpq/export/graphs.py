@@ -60,6 +60,10 @@ def described(exported: Exported) -> str:
     return json.dumps(weights, sort_keys=True)
 
 
+ROTATED = "inputs that are rotated where they are rounded need a step that it lacks"
+"""Why no runtime takes rows of `mpq.activations.turn`."""
+
+
 def rounded_rows(
     exported: Exported,
     model: Model,
@@ -77,6 +81,7 @@ def rounded_rows(
         reason = refusal(row.spec, row.scheme)
         if row.scheme.granularity == "tensor" and row.limits is None and isinstance(model.inputs, Tokens):
             reason = "a range would be that of a whole batch of texts, padding too"
+        reason = ROTATED if row.turn is not None else reason
         if reason:
             raise MpqError(f"{path} at {row.scheme} has no form in {runtime}: {reason}; choose another plan")
         rows.append(row)

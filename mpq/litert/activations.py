@@ -19,6 +19,7 @@ import numpy as np
 
 from mpq.activations.apply import RoundedActivation
 from mpq.activations.scheme import scale_and_zero
+from mpq.export.graphs import ROTATED
 from mpq.export.orbax import Exported
 from mpq.litert.graph import Quantization
 from mpq.litert.weights import has_hybrid
@@ -115,6 +116,8 @@ class Rounded:
 def _why_not(row: RoundedActivation, spec: WeightSpec, scheme: Scheme) -> str | None:
     if row.spec.kind != "activation":
         return "it keeps no KV cache"
+    if row.turn is not None:
+        return ROTATED
     if row.smooth is not None:
         return "it divides inputs by no factors"
     if row.scheme.threshold:
