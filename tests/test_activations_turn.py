@@ -127,9 +127,11 @@ def test_smoothing_comes_first_and_static_ranges_are_of_both(case):
     np.testing.assert_allclose(new.params["down"], w, rtol=0, atol=2**-22 * np.abs(w).max())
 
 
-def test_integer_products_give_what_is_simulated(case):
+@pytest.mark.parametrize("scheme", ["int8_token", "int8_token_outlier6"])
+def test_integer_products_give_what_is_simulated(case, scheme):
+    """Outliers are those of rotated values: both parts of a product multiply the rows that were rotated."""
     _, seen, data, _, choice, _, (new, rows, _) = case
-    whole = [dataclasses.replace(one, scheme=parse_activation_scheme("int8_token")) for one in rows]
+    whole = [dataclasses.replace(one, scheme=parse_activation_scheme(scheme)) for one in rows]
     qtensors = Candidates(new.params, seen.weights, RTN()).choose(choice)
     packed = pack_weights(seen.weights, {w.path: qtensors[w.path] for w in seen.weights})
     inputs = data.inputs[:4]
