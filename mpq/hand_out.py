@@ -37,7 +37,6 @@ class HandOut:
 
     def __init__(self, run: Run):
         self.run = run
-        self._made: tuple[str, str, dict[str, QTensor]] = ("", "", {})
 
     @functools.cached_property
     def winners(self) -> dict[str, tuple[Plan, dict[str, float]]]:
@@ -48,20 +47,26 @@ class HandOut:
         """
         return {budget: self._winner(budget) for budget in self.run.config.budgets}
 
-    def ways(self, budget: str) -> dict[str, float]:
-        """KL on the selection set of a budget's winner by how its weights are made, plain rounding first."""
+    @functools.cached_property
+    def ways(self) -> dict[str, dict[str, float]]:
+        """By budget, KL on the selection set of the winner by how its weights are made, plain rounding first."""
+        return {budget: self._ways(budget) for budget in self.winners}
+
+    def _ways(self, budget: str) -> dict[str, float]:
         plan, config = self.winners[budget][0], self.run.config
-        ways = [config.method, *([config.method + PROPAGATE] if config.propagate else [])]
-        kl = {way: self._kl(plan, way) for way in ways}
+        kl = self._untrained(plan)
         if config.distill_steps and budget == config.hand_out:
-            way = min(kl, key=kl.__getitem__) + DISTILL
+            way = _least(kl) + DISTILL
             kl[way] = self._kl(plan, way)
         return kl
 
+    def _untrained(self, plan: Plan) -> dict[str, float]:
+        method, propagate = self.run.config.method, self.run.config.propagate
+        return {way: self._kl(plan, way) for way in (method, *([method + PROPAGATE] if propagate else []))}
+
     def way(self, budget: str) -> str:
         """The best of them."""
-        kl = self.ways(budget)
-        return min(kl, key=kl.__getitem__)
+        return _least(self.ways[budget])
 
     @property
     def plan(self) -> Plan:
@@ -75,17 +80,16 @@ class HandOut:
 
     def scores(self, plan: Plan, way: str, which: str) -> DocumentScores:
         """Quality on the selection or test set: of any plan by a rounding algorithm, of a winner by one of its ways."""
-        return self.run.measured(f"{way}-{plan.name}", lambda: self.qtensors(plan, way), which)
+        measured = lambda which: self.run.measured(f"{way}-{plan.name}", lambda: self.qtensors(plan, way), which)
+        if way in self.run.methods:
+            return measured(which)
+        return {one: measured(one) for one in ("selection", "test")}[which]  # both while the weights are at hand
 
     def qtensors(self, plan: Plan, way: str) -> dict[str, QTensor]:
-        """Path -> quantized weight, likewise. What took long is kept until it is asked for otherwise."""
+        """Path -> quantized weight, likewise."""
         if way in self.run.methods:
             return self.run.qtensors(plan, way)
-        if self._made[:2] != (plan.name, way):
-            trained = way.endswith(DISTILL)
-            made = self._distilled(plan, way) if trained else self._propagation.choose(plan.choices)
-            self._made = plan.name, way, made
-        return self._made[2]
+        return self._distilled if way.endswith(DISTILL) else self._propagation.choose(plan.choices)
 
     def stored(self) -> Plan:
         """The plan that is handed out, with the activations."""
@@ -121,14 +125,15 @@ class HandOut:
         size = min(run.config.batch_size, len(data.inputs))
         return Propagation(run.traced, run.candidates[run.config.method], data, batch_size=size)
 
-    def _distilled(self, plan: Plan, way: str) -> dict[str, QTensor]:
-        """Trained on the calibration set, from the weights that `way` starts with."""
-        run, state = self.run, self.run.folder / "distill.state"
+    @functools.cached_property
+    def _distilled(self) -> dict[str, QTensor]:
+        """The plan that is handed out, trained on the calibration set from the best way without training."""
+        run, plan, state = self.run, self.plan, self.run.folder / "distill.state"
         data = run.sets["calibration"]
         options = Distill(steps=run.config.distill_steps, batch_size=min(Distill.batch_size, len(data.inputs)))
 
         def make() -> dict[str, QTensor]:
-            start, key = self.qtensors(plan, way.removesuffix(DISTILL)), jax.random.key(run.config.seed)
+            start, key = self.qtensors(plan, _least(self._untrained(plan))), jax.random.key(run.config.seed)
             return options(run.model, run.traced, start, data, key=key, state=state).qtensors
 
         def save(path: Path, qtensors: dict[str, QTensor]) -> None:
@@ -137,3 +142,8 @@ class HandOut:
         found = run.stage("distilled", lambda path: orbax.load(path).qtensors, make, save)
         state.unlink(missing_ok=True)
         return found
+
+
+def _least(kl: dict[str, float]) -> str:
+    """The name of the smallest; of equals the first."""
+    return min(kl, key=kl.__getitem__)

@@ -79,7 +79,7 @@ def collect(hand_out: HandOut) -> dict[str, Any]:
     weights, task, main = run.traced.weights, run.model.task, run.config.method
     tables, _ = run.tables, run.frontiers  # in this order, so that costs are booked to the stage that causes them
     winners = hand_out.winners
-    ways = {budget: hand_out.ways(budget) for budget in winners}
+    ways = hand_out.ways
     predicted = predictors(run, winners)
     pairs = [(plan, m) for m in run.methods for plan in (*run.mixed[m].values(), *run.uniform.values())]
     beside = {p.name: p for p in (*run.heuristics.values(), *(winner for winner, _ in winners.values()))}

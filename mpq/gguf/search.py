@@ -297,7 +297,8 @@ def best_file(search: Search, target: Target, out: Path) -> dict[str, Any]:
     plans = search.plans(budget)
     selection = {name: search.scores(search.rounded(choice), "selection").summary() for name, choice in plans.items()}
     winner = min(plans, key=lambda name: selection[name].kl or 0.0)
-    ways = {way: search.scores(search.rounded(plans[winner], way), "selection").summary().kl or 0.0 for way in WAYS}
+    propagated = search.scores(search.rounded(plans[winner], WAYS[1]), "selection").summary()
+    ways = dict(zip(WAYS, (selection[winner].kl or 0.0, propagated.kl or 0.0), strict=True))
     way = min(ways, key=ways.__getitem__)
     size = search.write(out, plans[winner], way)
     measured = search.scores(load_gguf(str(out), FAMILIES).params, "test")

@@ -48,7 +48,10 @@ _Moments = tuple[jax.Array, ...]
 
 
 class Propagation:
-    """Plans of one model, rounded in the order of execution; in the place of `Candidates` where a plan is made."""
+    """Plans of one model, rounded in the order of execution; in the place of `Candidates` where a plan is made.
+
+    The last plan is kept: whoever measures and then writes it does not have it rounded twice.
+    """
 
     def __init__(
         self, traced: Trace, candidates: Candidates, data: Dataset, *, batch_size: int, strength: float = STRENGTH
@@ -70,9 +73,15 @@ class Propagation:
         self._candidates, self._data, self._batch_size, self._strength = candidates, data, batch_size, strength
         self._traced = traced.on((batch_size, *data.inputs.shape[1:]))
         self._stages = Stages(self._traced, _first_sites(self._traced))
+        self._last: tuple[dict[str, Scheme], dict[str, QTensor]] = ({}, {})
 
     def choose(self, choice: Mapping[str, Scheme]) -> dict[str, QTensor]:
         """The quantized weights of a plan: path -> scheme. Raises as `Candidates.choose` does."""
+        if self._last[0] != choice:
+            self._last = dict(choice), self._rounded(choice)
+        return {path: self._last[1][path] for path in choice}
+
+    def _rounded(self, choice: Mapping[str, Scheme]) -> dict[str, QTensor]:
         params, rounded = self._candidates.params, dict(self._candidates.params)
         streams = _Streams(self._stages, self._data, self._batch_size)
         qtensors: dict[str, QTensor] = {}
@@ -88,7 +97,7 @@ class Propagation:
                 made = {path: self._candidates.quantizer(w, choice[path], gram) for path, w in corrected.items()}
             qtensors |= made
             rounded = apply_plan(rounded, specs, made)
-        return {path: qtensors[path] for path in choice}
+        return qtensors
 
     def _groups(self, choice: Mapping[str, Scheme]) -> list[tuple[Site | None, list[WeightSpec]]]:
         """Weights that are rounded together, in the order of execution, with the first site that reads their value.
