@@ -99,15 +99,8 @@ class _Stage:
 def _run(stage: _Stage, params: dict[int, jax.Array], values: Values) -> tuple[jax.Array, Values]:
     env = dict(stage.constants) | dict(zip(stage.live, values, strict=True))
     env |= {stage.variables[i]: param for i, param in params.items()}
-    _evaluate(stage.equations, env)
-    value, *crossing = (env[v] for v in stage.ends)
+    value, *crossing = _evaluated(stage.equations, env, stage.ends)
     return value, tuple(crossing)
-
-
-def _evaluate(equations: Sequence[Any], env: dict[Any, Any]) -> None:
-    for eqn in equations:
-        operands = [v.val if isinstance(v, core.Literal) else env[v] for v in eqn.invars]
-        env.update(zip(eqn.outvars, bind(eqn, operands), strict=True))
 
 
 def _flat(traced: Trace, replace: Replace) -> Any:
@@ -119,14 +112,18 @@ def _flat(traced: Trace, replace: Replace) -> Any:
 
 def _inlined(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
+    return _evaluated(jaxpr.eqns, env, jaxpr.outvars)
+
+
+def _evaluated(equations: Sequence[Any], env: dict[Any, Any], ends: Sequence[Any]) -> list[Any]:
+    """Values of the ends after the equations, whose variables `env` is filled with."""
     value = lambda v: v.val if isinstance(v, core.Literal) else env[v]
-    for eqn in jaxpr.eqns:
+    for eqn in equations:
         how, inner = CALLS.get(eqn.primitive.name, ("", ""))
         operands = [value(v) for v in eqn.invars]
-        called = eqn.params[inner] if how == "remat" else None
-        outs = bind(eqn, operands) if called is None else _inlined(called, (), operands)
+        outs = _inlined(eqn.params[inner], (), operands) if how == "remat" else bind(eqn, operands)
         env.update(zip(eqn.outvars, outs, strict=True))
-    return [value(v) for v in jaxpr.outvars]
+    return [value(v) for v in ends]
 
 
 def _name(eqn: Any) -> str:
