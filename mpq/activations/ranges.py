@@ -134,11 +134,13 @@ def calibrate_activations(
       turns: by path of the row, what its values go through then (`mpq.activations.turn`).
 
     Returns:
-      Path of the row -> its values.
+      Path of the row -> its values. Without rows the model is not run.
 
     Raises:
       MpqError: no output counts, a weight is not finite, or a value is not, which is named.
     """
+    if not rows:
+        return {}
     check_inputs(model, traced.weights, data)
     shaped = telling_windows(traced.on((batch_size, *data.inputs.shape[1:])))
     size, turned = shaped.inputs.shape[0], tuple((turns or {}).items())

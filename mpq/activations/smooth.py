@@ -103,9 +103,7 @@ def smooth_model(
     """
     factors = search_smoothing(model, traced, chosen, choice, stats, data)
     static = [one.spec for one in chosen if one.scheme.is_calibrated]
-    ranges = {}
-    if static:
-        ranges = calibrate_activations(model, traced, static, data, batch_size=batch_size, factors=factors)
+    ranges = calibrate_activations(model, traced, static, data, batch_size=batch_size, factors=factors)
     rows = choose_activations({one.spec: one.scheme for one in chosen}, ranges, factors)
     params = smooth_weights(model.params, traced.weights, rows, factors)
     return dataclasses.replace(model, params=params), rows, smooth_stats(stats, rows, factors)

@@ -63,12 +63,11 @@ def turn_model(
     specs = {spec.path: spec for spec in traced.weights}
     turns = _search(model, traced, chosen, choice, specs, data, seed)
     factors = {one.spec.path: np.asarray(one.smooth, np.float32) for one in chosen if one.smooth is not None}
-    static, ranges = [one.spec for one in chosen if one.scheme.is_calibrated], {}
-    if static:
-        rotations = {one.spec.path: turn_of(one.spec.width, seed) for one in chosen if one.spec.path in turns}
-        more = {"factors": factors, "turns": rotations}
-        original = dataclasses.replace(model, params=_undivided(model.params, specs, chosen))
-        ranges = calibrate_activations(original, traced, static, data, batch_size=batch_size, **more)
+    static = [one.spec for one in chosen if one.scheme.is_calibrated]
+    rotations = {one.spec.path: turn_of(one.spec.width, seed) for one in chosen if one.spec.path in turns}
+    more = {"factors": factors, "turns": rotations}
+    original = dataclasses.replace(model, params=_undivided(model.params, specs, chosen))
+    ranges = calibrate_activations(original, traced, static, data, batch_size=batch_size, **more)
     rows = choose_activations({one.spec: one.scheme for one in chosen}, ranges, factors, turns)
     params, moved = dict(model.params), dict(stats)
     for one in rows:
