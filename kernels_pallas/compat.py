@@ -55,3 +55,15 @@ def load(ref: Any, layout: Any) -> jax.Array:
 def device_kind(of: str) -> str:
     """Kind of the first device of a platform as JAX calls it; the platform itself where there is none here."""
     return jax.devices()[0].device_kind if platform() == of else of
+
+
+def mosaic_lanes() -> Any:
+    """Registers of one thread, as the body of `inline_mgpu` builds them."""
+    return importlib.import_module("kernels_pallas.lanes")
+
+
+def gpu_interpreter() -> Any:
+    """What makes a GPU kernel run on a CPU, with its threads, barriers and copies; accesses that race are printed."""
+    # JAX 0.10 has no public name for it.
+    module = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.params")
+    return module.InterpretGPUParams(detect_races=True)

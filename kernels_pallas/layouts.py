@@ -7,8 +7,8 @@
              of an array of bytes are whole operands, and nothing is interleaved. Scales as given.
     tpu      int8, int4 or int2[k, n], sub-byte arrays native; k in whole groups and n to multiples of 128, filled with
              zeros; scales float32[groups, 1, n].
-    hopper   int4 or int8[n, k], columns of the weight as rows, since the tensor cores read it as their first operand; k
-             in whole groups of a multiple of 128, n to multiples of 128; scales float32[groups, n].
+    hopper   int32[k / 128, n / 64, 2 * bits, 128], the order in which threads feed the tensor cores (`fragments`);
+             k in whole groups of a multiple of 128, n to multiples of 128; scales float32[groups, n].
 
 Codes of integers are stored with an offset in `plain` and `cpu` (0 is the most negative one), as they are elsewhere.
 Padding of `cpu`, `tpu` and `hopper` is what fills the last segment, group or tile up.
@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from kernels_pallas import fragments
 from kernels_pallas.bits import pack_bits, unpack_bits
+from kernels_pallas.fragments import LANES
 
-LANES = 128
 NATIVE = {8: jnp.int8, 4: jnp.int4, 2: jnp.int2}
 
 
@@ -159,12 +160,14 @@ def _load_tpu(codes: jax.Array, scales: jax.Array, spec: Spec) -> Arrays:
 
 
 def _store_hopper(codes: np.ndarray, scales: np.ndarray, spec: Spec) -> HostArrays:
-    stored = _fill(codes, spec.tiled_k, spec.tiled_n).swapaxes(-1, -2).astype(NATIVE[spec.bits])
+    stored = fragments.store(_fill(codes, spec.tiled_k, spec.tiled_n), spec.bits, spec.levels is not None)
     return stored, _tiled_scales(scales, spec)
 
 
 def _load_hopper(codes: jax.Array, scales: jax.Array, spec: Spec) -> Arrays:
-    return codes.astype(np.int8).swapaxes(-1, -2)[..., : spec.k, : spec.n], scales[..., : spec.n]
+    table = spec.levels is not None
+    rows = fragments.load(codes, spec.bits, table)[..., : spec.k, : spec.n]
+    return rows & np.int8(2**spec.bits - 1) if table else rows, scales[..., : spec.n]
 
 
 def _tiled_scales(scales: np.ndarray, spec: Spec) -> np.ndarray:
@@ -190,6 +193,6 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "plain": Layout(2, _widths(*range(1, 9), tables=True), _store_plain, _load_plain),
         "cpu": Layout(3, _widths(8, 4, 2, tables=True), _store_cpu, _load_cpu),
         "tpu": Layout(2, _widths(8, 4, 2, lanes=True), _store_tpu, _load_tpu),
-        "hopper": Layout(2, _widths(8, 4, lanes=True), _store_hopper, _load_hopper),
+        "hopper": Layout(4, _widths(8, 4, 2, tables=True, lanes=True), _store_hopper, _load_hopper),
     }
 )

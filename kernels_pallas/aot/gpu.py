@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from kernels_pallas.aot.tpu import shapes
+from kernels_pallas.aot.tpu import problem_of, shapes
 from kernels_pallas.cases import Case
 from kernels_pallas.dispatch import BACKENDS
 from kernels_pallas.errors import KernelError
@@ -29,9 +29,14 @@ CASES: Mapping[str, Case] = MappingProxyType(
         str(case): case
         for case in (
             Case(1, 4096, 4096, 4, 128),
-            Case(16, 4096, 4096, 4, 128),
-            Case(64, 4096, 4096, 4, 128),
-            Case(16, 4096, 4096, 8),
+            Case(16, 8192, 8192, 4, 128),
+            Case(64, 8192, 8192, 4, 128),
+            Case(16, 8192, 8192, 8),
+            Case(16, 8192, 8192, 2, 128),
+            Case(16, 8192, 8192, 4, 128, nf4=True),
+            Case(16, 8192, 8192, 4, 128, activation_bits=8),
+            Case(64, 8192, 8192, 4, 128, activation_bits=8),
+            Case(16, 8192, 8192, 8, activation_bits=8),
         )
     }
 )
@@ -52,7 +57,9 @@ def compile_one(case: Case) -> None:
     place = SingleDeviceSharding(topology.devices[0])
     put = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
     x, packed = jax.tree.map(put, shapes(case, "hopper"))
-    function = jax.jit(lambda x, packed: BACKENDS["hopper"](x, packed, None), out_shardings=place)
+    config = BACKENDS["hopper"].tiles(problem_of(case, "hopper"))
+    run = lambda x, packed: BACKENDS["hopper"](x, packed, case.activation_bits, config=config)
+    function = jax.jit(run, out_shardings=place)
     function.trace(x, packed).lower(lowering_platforms=("cuda",)).compile()
 
 
@@ -73,7 +80,7 @@ def measure(case: str) -> dict[str, Any]:
         found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         sources = sorted(Path(folder).rglob("*.ptx"))
         if found.returncode or not sources:
-            last = [line for line in found.stderr.splitlines() if line.strip()][-1:]
+            last = [line for line in found.stderr.splitlines() if "Error" in line][-1:]
             raise KernelError(f"{case} does not compile for an H200: {''.join(last)[:500]}")
         log = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(folder).rglob("*.mlir-passes.log")))
         shared = re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", log)

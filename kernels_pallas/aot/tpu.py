@@ -26,6 +26,7 @@ from kernels_pallas.cases import Case
 from kernels_pallas.devices import device
 from kernels_pallas.dispatch import BACKENDS
 from kernels_pallas.errors import KernelError
+from kernels_pallas.fragments import LANES, ROWS, words
 from kernels_pallas.layouts import NATIVE
 from kernels_pallas.matmul import describe
 from kernels_pallas.packed import Packed
@@ -77,11 +78,15 @@ CASES: Mapping[str, Case] = MappingProxyType(
 def shapes(case: Case, layout: str) -> tuple[jax.ShapeDtypeStruct, Packed]:
     """`x` and a packed weight of a case without values; activations that shall be rounded are codes already."""
     spec, dtype = case.spec, jnp.int8 if case.activation_bits else case.x_dtype
-    sizes = (spec.tiled_k, spec.tiled_n) if layout == "tpu" else (spec.tiled_n, spec.tiled_k)
+    tiles = (spec.tiled_k // LANES, spec.tiled_n // ROWS, words(case.bits), LANES)
     scales = (spec.groups, 1, spec.tiled_n) if layout == "tpu" else (spec.groups, spec.tiled_n)
-    codes = jax.ShapeDtypeStruct(sizes, NATIVE[case.bits])
+    codes = (
+        jax.ShapeDtypeStruct((spec.tiled_k, spec.tiled_n), NATIVE[case.bits])
+        if layout == "tpu"
+        else jax.ShapeDtypeStruct(tiles, jnp.int32)
+    )
     arrays: dict[str, Any] = {"codes": codes, "scales": jax.ShapeDtypeStruct(scales, jnp.float32), "zeros": None}
-    packed = Packed(k=case.k, n=case.n, bits=case.bits, group_size=case.group_size, layout=layout, **arrays)
+    packed = Packed(k=case.k, n=case.n, bits=case.bits, group_size=case.group_size, layout=layout, levels=case.levels, **arrays)
     return jax.ShapeDtypeStruct((case.m, case.k), dtype), packed
 
 

@@ -1,0 +1,53 @@
+"""Twins of `registers` for Pallas's interpreter of GPU kernels, which has no registers of threads.
+
+What they compute is the same; codes are decoded from the order of `fragments` by arithmetic on whole arrays, and both
+operands of a product go through shared memory, as the interpreter asks.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import compat, fragments
+from kernels_pallas.fragments import LANES, ROWS
+
+
+def operand(ref: Any, bits: int, levels: Sequence[float] | None, dtype: Any) -> jax.Array:
+    """As `registers.operand`."""
+    stored = ref[...].reshape(1, 1, *ref.shape)
+    codes = fragments.load(stored, bits, levels is not None).T
+    if levels is not None:
+        index = codes.astype(jnp.int32) & (2**bits - 1)
+        values = [jnp.where(index == i, jnp.float32(level), 0.0) for i, level in enumerate(levels)]
+        return sum(values[1:], values[0]).astype(dtype)
+    if jnp.dtype(dtype) == jnp.int8:
+        return fragments.permute_rows(codes, bits) * jnp.int8(2 ** (8 - bits))
+    return codes.astype(dtype)
+
+
+def column_scales(ref: Any) -> jax.Array:
+    """As `registers.column_scales`."""
+    return ref[...]
+
+
+def multiply(sums: Any, first: jax.Array, x: Any, thread: jax.Array, scratch: Sequence[Any]) -> None:
+    """As `registers.multiply`."""
+    gpu = compat.mosaic_gpu()
+    left, right = (ref.at[thread] for ref in scratch)
+    left[...], right[...] = first, x[...].T
+    gpu.commit_smem()
+    gpu.wgmma(sums, left, right)
+    gpu.wgmma_wait(0)
+
+
+def zeros(*shape: int) -> jax.Array:
+    """As `registers.zeros`."""
+    return jnp.zeros(shape, jnp.float32)
+
+
+def scratch(warpgroups: int, tokens: int, dtype: Any) -> list[Any]:
+    """Shared memory for both operands of every warpgroup."""
+    gpu = compat.mosaic_gpu()
+    return [gpu.SMEM((warpgroups, ROWS, LANES), dtype), gpu.SMEM((warpgroups, LANES, tokens), dtype)]
