@@ -5,16 +5,20 @@ memory. So the weight's columns are the rows, and the tokens the columns: `y^T =
 A block is one warpgroup that copies, as many tiles ahead as shared memory holds, and some that multiply 64 columns of
 the weight each:
 
-    wait for a tile -> codes to registers (`registers`, exact) -> products of 128 rows -> times the group's scale in
-    float32 -> added to a sum in float32
+    wait for a step of tiles -> codes to registers (`registers`, exact) -> products of 128 rows -> times the group's
+    scale in float32 -> added to a sum in float32
 
-Scales meet partial sums, so dequantized weights are never rounded; sums of int8 are int32 within a group. See Frantar et
-al. 2024, arXiv:2408.11743, on why few tokens are bound by the bytes of the codes. Every processor must read at once for
-that, so rows are split among blocks, too, and a second pass adds their sums in a fixed order: no atomics.
+Scales meet partial sums, so dequantized weights are never rounded; sums of int8 are int32 within a group. A step may
+take two tiles of rows, so that one is decoded while the tensor cores have the other.
 
-It lowers for CUDA in the tests, and on an H200 equals the contract (`experiments/results/kernels`).
+Few tokens are bound by the bytes of the codes (Frantar et al. 2024, arXiv:2408.11743), so every processor must read all
+the time. There is one block a processor. Steps are numbered through all rows of a strip of columns and then those of
+the next, and each block takes an equal range of the numbers (`Shares`; the idea is Stream-K's, Osama et al. 2023,
+arXiv:2301.03598). A strip that several blocks have parts of has as many sums, and a second pass adds them in their
+order: no atomics, and the same bits every time.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -32,18 +36,59 @@ from kernels_pallas.packed import Packed, width
 
 MAX_TOKENS = 256
 
+PROCESSORS = 132
+"""Of an H100 and an H200 (SXM)."""
+
 _COPYING = 40
 """Registers of a thread that copies."""
 
 _SHARED = DEVICES["NVIDIA H200"].fast_memory - 1024  # barriers take some
 
 
-def _kernel(per_scale: int | None, bits: int, levels: Any, on: Any, *refs: Any) -> None:
-    """One block: `w[k / 128, n / 64, words, 128]`, `s[groups, n]`, `x[m, k]` in global memory to `y[splits, n, m]`.
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """How blocks share the steps of a matmul. Arguments may be traced.
+
+    Attributes:
+      steps: of one strip.
+      strips: of columns, for every tile of tokens.
+      blocks: at most as many as there are steps.
+    """
+
+    steps: int
+    strips: int
+    blocks: int
+
+    def begin(self, block: Any) -> Any:
+        """The first step of a block, of all strips; of `blocks`: their number."""
+        return lax.div(block * (self.steps * self.strips), self.blocks)
+
+    def owner(self, step: Any) -> Any:
+        """The block that has a step."""
+        return lax.div((step + 1) * self.blocks - 1, self.steps * self.strips)
+
+    def part(self, block: Any, strip: Any) -> Any:
+        """Which of a strip's sums a block writes."""
+        return block - self.owner(strip * self.steps)
+
+    @property
+    def parts(self) -> int:
+        """The most sums that a strip has."""
+        every = range(0, self.steps * self.strips, self.steps)
+        return max(_owner(self, step + self.steps - 1) - _owner(self, step) for step in every) + 1
+
+
+def _owner(shares: Shares, step: int) -> int:
+    return ((step + 1) * shares.blocks - 1) // (shares.steps * shares.strips)
+
+
+def _kernel(shares: Shares, per_scale: int | None, bits: int, levels: Any, on: Any, *refs: Any) -> None:
+    """One block: `w[k / 128, n / 64, words, 128]`, `s[groups, n]`, `x[m, k]` in global memory to `y[parts, n, m]`.
 
     Tiles of the three are in shared memory, with barriers that say which are full and which are free.
 
     Args:
+      shares: which steps are whose.
       per_scale: tiles of rows that share a scale; None: all.
       bits: of a code.
       levels: values of a table, or None.
@@ -52,76 +97,104 @@ def _kernel(per_scale: int | None, bits: int, levels: Any, on: Any, *refs: Any) 
     """
     w, s, x, y, w_tile, s_tile, x_tile, full, free, *scratch = refs
     gpu = compat.mosaic_gpu()
-    thread, split = lax.axis_index("warpgroup"), lax.axis_index("split")
-    stages, warpgroups = w_tile.shape[:2]
-    first, tokens = lax.axis_index("columns") * warpgroups, x_tile.shape[1]
-    token = lax.axis_index("tokens") * tokens
-    steps = w.shape[0]
-    begin, end = (lax.div((split + i) * steps, y.shape[0]) for i in (0, 1))
+    thread, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+    (stages, depth, warpgroups), scales, tokens = w_tile.shape[:3], s_tile.shape[1], x_tile.shape[1]
+    columns, steps = y.shape[1] // (ROWS * warpgroups), shares.steps
+    begin, end = shares.begin(block), shares.begin(block + 1)
+    parts = 1 if x.dtype == jnp.int8 else 2
+    ring = lambda step: lax.rem(step - begin, stages)
+
+    def place(strip: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """First tile of columns and first token of a strip."""
+        return lax.rem(strip, columns) * warpgroups, lax.div(strip, columns) * tokens
 
     @pl.when(thread == warpgroups)
     def _copy() -> None:
         gpu.set_max_registers(_COPYING, action="decrease")
 
+        def _wait(step: jax.Array) -> None:
+            """Until the place of a step is free."""
+
+            @pl.when(step - begin >= stages)
+            def _() -> None:
+                gpu.barrier_wait(free.at[ring(step)])
+
         def ahead(step: jax.Array, carry: jax.Array) -> jax.Array:
-            turn = step - begin
-            slot = lax.rem(turn, stages)
+            slot, strip = ring(step), lax.div(step, steps)
 
-            @pl.when(turn >= stages)
-            def _wait() -> None:
-                gpu.barrier_wait(free.at[slot])
-
-            rows = pl.ds(first * ROWS, warpgroups * ROWS)
-            group = 0 if per_scale is None else lax.div(step, per_scale)
-            gpu.copy_gmem_to_smem(w.at[step, pl.ds(first, warpgroups)], w_tile.at[slot], full.at[slot])
-            gpu.copy_gmem_to_smem(s.at[group, rows], s_tile.at[slot], full.at[slot])
-            part = x.at[pl.ds(token, tokens), pl.ds(step * LANES, LANES)]
+            _wait(step)
+            row, (first, token) = lax.rem(step, steps) * depth, place(strip)
+            group = 0 if per_scale is None else lax.div(row, per_scale)
+            strip_columns = pl.ds(first * ROWS, warpgroups * ROWS)
+            part = x.at[pl.ds(token, tokens), pl.ds(row * LANES, depth * LANES)]
+            gpu.copy_gmem_to_smem(w.at[pl.ds(row, depth), pl.ds(first, warpgroups)], w_tile.at[slot], full.at[slot])
+            gpu.copy_gmem_to_smem(s.at[pl.ds(group, scales), strip_columns], s_tile.at[slot], full.at[slot])
             gpu.copy_gmem_to_smem(part, x_tile.at[slot], full.at[slot])
             return carry
 
+        def behind(step: jax.Array, carry: jax.Array) -> jax.Array:
+            _wait(step)
+            return carry
+
         lax.fori_loop(begin, end, ahead, jnp.int32(0))
+        lax.fori_loop(end, end + stages, behind, jnp.int32(0))
 
     @pl.when(thread < warpgroups)
     def _multiply() -> None:
         gpu.set_max_registers(most_registers(warpgroups), action="increase")
         kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+        sums = gpu.ACC((ROWS, tokens), kind)
 
-        def product(slot: jax.Array, sums: Any) -> jax.Array:
-            """Adds a tile's product to `sums`; the scale of its columns."""
+        def products(slot: jax.Array, *into: Any) -> list[jax.Array]:
+            """Adds the products of a step to one accumulator for every scale; the scales.
+
+            At most two parts of tiles are in registers: one that the tensor cores have, and one that is decoded.
+            """
             gpu.barrier_wait(full.at[slot])
-            operand = on.operand(w_tile.at[slot, thread], bits, levels, x.dtype)
-            scale = on.column_scales(s_tile.at[slot, pl.ds(thread * ROWS, ROWS)])
-            on.multiply(sums, operand, x_tile.at[slot], thread, scratch)
-            return scale
-
-        def grouped(step: jax.Array, total: jax.Array) -> jax.Array:
-            slot = lax.rem(step - begin, stages)
-
-            def one(sums: Any) -> jax.Array:
-                scale = product(slot, sums)
-                part = sums[...].astype(jnp.float32)
-                return part * lax.broadcast_in_dim(scale, part.shape, [0])
-
-            part = pl.run_scoped(one, gpu.ACC((ROWS, tokens), kind))
+            for i in range(depth * parts):
+                tile, part = divmod(i, parts)
+                if part == 0:
+                    held = on.held(w_tile.at[slot, tile, thread])
+                if i > 1:
+                    on.finish_all_but(1)
+                operand = on.operand(held, part, parts, bits, levels, x.dtype)
+                rows = pl.ds(i * (LANES // parts), LANES // parts)
+                on.multiply(into[tile % scales], operand, x_tile.at[slot, :, rows], thread, scratch)
+            strip_rows = pl.ds(thread * ROWS, ROWS)
+            found = [on.column_scales(s_tile.at[slot, i, strip_rows]) for i in range(scales)]
+            on.finish_all_but(0)
             gpu.barrier_arrive(free.at[slot])
-            return total + part
+            return found
 
-        def whole(sums: Any) -> jax.Array:
-            def one(step: jax.Array, scale: jax.Array) -> jax.Array:
-                slot = lax.rem(step - begin, stages)
-                scale = product(slot, sums)
-                gpu.barrier_arrive(free.at[slot])
-                return scale
-
-            scale = lax.fori_loop(begin, end, one, on.zeros(ROWS))
-            part = sums[...].astype(jnp.float32)
+        def scaled(into: Any, scale: jax.Array) -> jax.Array:
+            part = into[...].astype(jnp.float32)
             return part * lax.broadcast_in_dim(scale, part.shape, [0])
 
-        if per_scale is None:
-            total = pl.run_scoped(whole, gpu.ACC((ROWS, tokens), kind))
-        else:
-            total = lax.fori_loop(begin, end, grouped, on.zeros(ROWS, tokens))
-        y[split, pl.ds((first + thread) * ROWS, ROWS), pl.ds(token, tokens)] = total
+        def by_groups(first: jax.Array, last: jax.Array) -> jax.Array:
+            def one(step: jax.Array, total: jax.Array) -> jax.Array:
+                def add(*into: Any) -> jax.Array:
+                    found = products(ring(step), *into)
+                    return functools.reduce(jnp.add, map(scaled, into, found), total)
+
+                return pl.run_scoped(add, *[sums] * scales)
+
+            return lax.fori_loop(first, last, one, on.zeros(ROWS, tokens))
+
+        def at_once(first: jax.Array, last: jax.Array) -> jax.Array:
+            def all_rows(into: Any) -> jax.Array:
+                one = lambda step, scale: products(ring(step), into)[0]
+                return scaled(into, lax.fori_loop(first, last, one, on.zeros(ROWS)))
+
+            return pl.run_scoped(all_rows, sums)
+
+        def strip_(strip: jax.Array, carry: jax.Array) -> jax.Array:
+            first, token = place(strip)
+            bounds = lax.max(begin, strip * steps), lax.min(end, (strip + 1) * steps)
+            total = (at_once if per_scale is None else by_groups)(*bounds)
+            y[shares.part(block, strip), pl.ds((first + thread) * ROWS, ROWS), pl.ds(token, tokens)] = total
+            return carry
+
+        lax.fori_loop(lax.div(begin, steps), lax.div(end - 1, steps) + 1, strip_, jnp.int32(0))
 
 
 def most_registers(warpgroups: int) -> int:
@@ -135,7 +208,7 @@ def most_registers(warpgroups: int) -> int:
 
 
 def _run(x: jax.Array, packed: Packed, config: Config, interpret: bool) -> jax.Array:
-    warpgroups, splits, tokens, stages = config
+    warpgroups, depth, tokens, stages = config
     gpu, spec, m = compat.mosaic_gpu(), packed.spec, x.shape[0]
     padded = jnp.pad(x, ((0, -m % tokens), (0, spec.tiled_k - spec.k)))
     integers = x.dtype == jnp.int8
@@ -144,62 +217,87 @@ def _run(x: jax.Array, packed: Packed, config: Config, interpret: bool) -> jax.A
     swizzle = gpu.find_swizzle(LANES * width(x.dtype), "x")
     transforms = (gpu.TilingTransform((8, swizzle * 8 // width(x.dtype))), gpu.SwizzleTransform(swizzle))
     per_scale = None if packed.group_size is None else packed.group_size // LANES
+    steps, strips = spec.tiled_k // LANES // depth, spec.tiled_n // ROWS // warpgroups * (padded.shape[0] // tokens)
+    shares = Shares(steps, strips, min(PROCESSORS, steps * strips))
+    on = interpreted if interpret else registers
     call = gpu.kernel(
-        functools.partial(_kernel, per_scale, packed.bits, packed.levels, interpreted if interpret else registers),
-        out_type=jax.ShapeDtypeStruct((splits, spec.tiled_n, padded.shape[0]), jnp.float32),
-        grid=(spec.tiled_n // ROWS // warpgroups, splits, padded.shape[0] // tokens),
-        grid_names=("columns", "split", "tokens"),
+        functools.partial(_kernel, shares, per_scale, packed.bits, packed.levels, on),
+        out_type=jax.ShapeDtypeStruct((shares.parts, spec.tiled_n, padded.shape[0]), jnp.float32),
+        grid=(shares.blocks,),
+        grid_names=("block",),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=[
-            gpu.SMEM((stages, warpgroups, *packed.codes.shape[-2:]), jnp.int32),
-            gpu.SMEM((stages, warpgroups * ROWS), jnp.float32),
-            gpu.SMEM((stages, tokens, LANES), x.dtype, transforms=transforms),
+            gpu.SMEM((stages, depth, warpgroups, *packed.codes.shape[-2:]), jnp.int32),
+            gpu.SMEM((stages, _scales(per_scale, depth), warpgroups * ROWS), jnp.float32),
+            gpu.SMEM((stages, tokens, depth * LANES), x.dtype, transforms=transforms),
             gpu.Barrier(num_arrivals=3, num_barriers=stages),
             gpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
-            *(interpreted.scratch(warpgroups, tokens, x.dtype) if interpret else ()),
+            *(interpreted.scratch(warpgroups, tokens, LANES if integers else LANES // 2, x.dtype) if interpret else ()),
         ],
-        interpret=compat.gpu_interpreter() if interpret else False,
         compiler_params=gpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        interpret=compat.gpu_interpreter() if interpret else False,
         kernel_name=f"mpq_{'t' if packed.levels else 'w'}{packed.bits}a{width(x.dtype)}",
     )
-    parts = call(packed.codes, packed.scales, padded)
-    total = functools.reduce(jnp.add, [parts[i] for i in range(splits)])[: spec.n, :m].T
+    total = _added(call(packed.codes, packed.scales, padded), shares, warpgroups, tokens)[: spec.n, :m].T
     return total / registers.over(packed.bits) if integers else total
 
 
+def _added(parts: jax.Array, shares: Shares, warpgroups: int, tokens: int) -> jax.Array:
+    """The sums of every strip in the order of its blocks; what no block wrote is left out."""
+    column, token = (lax.broadcasted_iota(jnp.int32, parts.shape[1:], axis) for axis in (0, 1))
+    strip = lax.div(token, tokens) * (parts.shape[1] // (ROWS * warpgroups)) + lax.div(column, ROWS * warpgroups)
+    last = shares.part(shares.owner((strip + 1) * shares.steps - 1), strip)
+    written = [parts[0], *(jnp.where(i <= last, parts[i], 0.0) for i in range(1, shares.parts))]
+    return functools.reduce(jnp.add, written)
+
+
+def _scales(per_scale: int | None, depth: int) -> int:
+    """Scales of a column that a step needs."""
+    return depth if per_scale == 1 else 1
+
+
 def tiles(problem: Problem) -> Config:
-    """`(warpgroups, splits, tokens, stages)` from sizes alone: as many blocks as processors, in whole rounds."""
+    """`(warpgroups, depth, tokens, stages)` from sizes alone: as many multiply as registers let, and copies fill memory.
+
+    A power of two as the number of stages makes the place of a step in their ring a mask.
+    """
     tokens = min(64, -(-problem.m // 8) * 8)
-    columns = -(-problem.n // LANES) * LANES // ROWS
-    warpgroups = 2 if columns % 4 or tokens > 32 else 4
-    steps = _steps(problem)
-    blocks = columns // warpgroups * -(-problem.m // tokens)
-    # Rounds of all processors that the blocks take, as a share of those that they fill.
-    cost = lambda splits: (-(-blocks * splits // 132) * -(-steps // splits), splits)
-    splits = min((s for s in range(1, min(16, steps) + 1)), key=cost)
-    stages = min(12, _SHARED // _stage_bytes(problem, warpgroups, tokens))
-    return warpgroups, splits, tokens, stages
+    for warpgroups, depth in ((4, 2), (2, 2), (4, 1), (2, 1)):
+        if warpgroups == 4 and tokens > 32:
+            continue
+        fit = _SHARED // _stage_bytes(problem, warpgroups, depth, tokens)
+        config = (warpgroups, depth, tokens, 1 << min(3, int(math.log2(max(fit, 1)))))
+        if config[3] >= 4 and legal(problem, config):
+            return config
+    return 2, 1, tokens, 2
 
 
-def _steps(problem: Problem) -> int:
+def _rows(problem: Problem) -> int:
+    """Tiles of rows."""
     whole = problem.k if problem.group_size is None else problem.groups * problem.group_size
     return -(-whole // LANES)
 
 
-def _stage_bytes(problem: Problem, warpgroups: int, tokens: int) -> int:
+def _per_scale(problem: Problem) -> int | None:
+    return None if problem.group_size is None else problem.group_size // LANES
+
+
+def _stage_bytes(problem: Problem, warpgroups: int, depth: int, tokens: int) -> int:
     x_bytes = 1 if dot_type(problem) == "int8" else 2
-    return warpgroups * (ROWS * LANES * problem.bits // 8 + 4 * ROWS) + tokens * LANES * x_bytes + 16
+    weight = warpgroups * ROWS * (depth * LANES * problem.bits // 8 + 4 * _scales(_per_scale(problem), depth))
+    return weight + tokens * depth * LANES * x_bytes + 16
 
 
 def legal(problem: Problem, config: Config) -> bool:
-    """Whether the columns divide among the warpgroups, no split is empty, and the tiles fit into shared memory."""
+    """Whether tiles divide among warpgroups and steps, groups agree with steps, and shared memory holds the stages."""
     if len(config) != 4 or min(config) < 1:
         return False
-    warpgroups, splits, tokens, stages = config
-    columns = -(-problem.n // LANES) * LANES // ROWS
-    fits = stages * _stage_bytes(problem, warpgroups, tokens) <= _SHARED
-    return fits and columns % warpgroups == 0 and splits <= _steps(problem) and tokens % 8 == 0 and tokens <= 256
+    warpgroups, depth, tokens, stages = config
+    columns, per_scale = -(-problem.n // LANES) * LANES // ROWS, _per_scale(problem)
+    whole = columns % warpgroups == 0 and _rows(problem) % depth == 0 and tokens % 8 == 0 and tokens <= 256
+    agree = per_scale is None or per_scale == 1 or per_scale % depth == 0
+    return whole and agree and stages * _stage_bytes(problem, warpgroups, depth, tokens) <= _SHARED
 
 
 def _refuses(problem: Problem) -> str | None:

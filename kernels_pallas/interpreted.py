@@ -14,10 +14,18 @@ from kernels_pallas import compat, fragments
 from kernels_pallas.fragments import LANES, ROWS
 
 
-def operand(ref: Any, bits: int, levels: Sequence[float] | None, dtype: Any) -> jax.Array:
+def held(ref: Any) -> jax.Array:
+    """As `registers.held`."""
+    return ref[...]
+
+
+def operand(
+    stored: jax.Array, part: int, parts: int, bits: int, levels: Sequence[float] | None, dtype: Any
+) -> jax.Array:
     """As `registers.operand`."""
-    stored = ref[...].reshape(1, 1, *ref.shape)
-    codes = fragments.load(stored, bits, levels is not None).T
+    stored = stored.reshape(1, 1, *stored.shape)
+    rows = slice(part * LANES // parts, (part + 1) * LANES // parts)
+    codes = fragments.load(stored, bits, levels is not None)[rows].T
     if levels is not None:
         index = codes.astype(jnp.int32) & (2**bits - 1)
         values = [jnp.where(index == i, jnp.float32(level), 0.0) for i, level in enumerate(levels)]
@@ -42,12 +50,17 @@ def multiply(sums: Any, first: jax.Array, x: Any, thread: jax.Array, scratch: Se
     gpu.wgmma_wait(0)
 
 
+def finish_all_but(count: int) -> None:
+    """As `registers.finish_all_but`: `multiply` waited."""
+    del count
+
+
 def zeros(*shape: int) -> jax.Array:
     """As `registers.zeros`."""
     return jnp.zeros(shape, jnp.float32)
 
 
-def scratch(warpgroups: int, tokens: int, dtype: Any) -> list[Any]:
+def scratch(warpgroups: int, tokens: int, rows: int, dtype: Any) -> list[Any]:
     """Shared memory for both operands of every warpgroup."""
     gpu = compat.mosaic_gpu()
-    return [gpu.SMEM((warpgroups, ROWS, LANES), dtype), gpu.SMEM((warpgroups, LANES, tokens), dtype)]
+    return [gpu.SMEM((warpgroups, ROWS, rows), dtype), gpu.SMEM((warpgroups, rows, tokens), dtype)]

@@ -32,31 +32,46 @@ def over(bits: int) -> int:
     return 2 ** (8 - bits)
 
 
-def operand(ref: Any, bits: int, levels: Sequence[float] | None, dtype: Any) -> jax.Array:
-    """The tile `dtype[64, 128]` in the layout of the first operand.
+def held(ref: Any) -> jax.Array:
+    """The words of a tile, `int32[words, 128]` in shared memory, in registers: a thread loads 16 bytes at once."""
+    return compat.load(ref, _fours(ref.shape))
+
+
+def _fours(shape: tuple[int, ...]) -> Any:
+    return compat.mosaic_gpu().Layout.WG_STRIDED(tuple(shape), vec_size=4)
+
+
+def operand(
+    stored: jax.Array, part: int, parts: int, bits: int, levels: Sequence[float] | None, dtype: Any
+) -> jax.Array:
+    """Rows of a tile, `dtype[64, 128 / parts]`, in the layout of the first operand.
 
     Args:
-      ref: its words in shared memory, `int32[words, 128]`: a thread loads 16 bytes at once.
+      stored: what `held` gave.
+      part: which rows, of so many equal parts.
+      parts: 1 or 2.
       bits: 8, 4 or 2.
       levels: the values of 16 codes, or None for integers.
       dtype: bfloat16 or int8.
     """
-    gpu, shape = compat.mosaic_gpu(), (ROWS, LANES)
+    gpu, shape = compat.mosaic_gpu(), (ROWS, LANES // parts)
     integers = jnp.dtype(dtype) == jnp.int8
     layout = gpu.Layout.WGMMA_8BIT if integers else gpu.Layout.WGMMA
-    fours = gpu.Layout.WG_STRIDED((words(bits), LANES), vec_size=4)
     decode = _to_int8(bits) if integers else _table(tuple(levels)) if levels is not None else _to_bfloat16(bits)
+    count = words(bits) // parts
+    mine = range(part * count, (part + 1) * count)
 
     @gpu.inline_mgpu(
-        arg_types=(fours,), return_type=gpu.ShapeDtypeStruct(shape, jnp.dtype(dtype), layout=layout)
+        arg_types=(_fours(stored.shape),),
+        return_type=gpu.ShapeDtypeStruct(shape, jnp.dtype(dtype), layout=layout),
     )
     def decoded(context: Any, array: Any) -> Any:
         del context
-        lanes = compat.mosaic_lanes()
-        held = decode([lanes.word(four, i) for four in array.registers.flat for i in range(4)])
-        return lanes.array(held, layout.to_mgpu(), shape, integers)
+        lanes, fours = compat.mosaic_lanes(), array.registers.flat
+        found = decode([lanes.word(fours[i // 4], i % 4) for i in mine])
+        return lanes.array(found, layout.to_mgpu(), shape, integers)
 
-    return decoded(compat.load(ref, fours))
+    return decoded(stored)
 
 
 def column_scales(ref: Any) -> jax.Array:
@@ -65,11 +80,14 @@ def column_scales(ref: Any) -> jax.Array:
 
 
 def multiply(sums: Any, first: jax.Array, x: Any, thread: jax.Array, scratch: Sequence[Any]) -> None:
-    """Adds `first @ x^T` to the accumulator and waits for it; `x[tokens, 128]` is in shared memory."""
+    """Begins to add `first @ x^T` to the accumulator; `x[tokens, rows]` is in shared memory."""
     del thread, scratch
-    gpu = compat.mosaic_gpu()
-    gpu.wgmma(sums, first, x.T)
-    gpu.wgmma_wait(0)
+    compat.mosaic_gpu().wgmma(sums, first, x.T)
+
+
+def finish_all_but(count: int) -> None:
+    """Waits until no more than the last so many calls of `multiply` are unfinished."""
+    compat.mosaic_gpu().wgmma_wait(count)
 
 
 def zeros(*shape: int) -> jax.Array:
