@@ -67,3 +67,14 @@ def gpu_interpreter() -> Any:
     # JAX 0.10 has no public name for it.
     module = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.params")
     return module.InterpretGPUParams(detect_races=True)
+
+
+def gpu_params() -> Any:
+    """Compiler parameters of a GPU kernel that places its barriers and chooses its layouts itself, thread by thread.
+
+    JAX 0.11 would infer layouts, which 0.10 does not.
+    """
+    gpu = mosaic_gpu()
+    return gpu.CompilerParams(
+        approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=gpu.LoweringSemantics.Lane
+    )

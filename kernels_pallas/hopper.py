@@ -82,8 +82,8 @@ def _owner(shares: Shares, step: int) -> int:
     return ((step + 1) * shares.blocks - 1) // (shares.steps * shares.strips)
 
 
-def _kernel(shares: Shares, per_scale: int | None, bits: int, levels: Any, on: Any, *refs: Any) -> None:
-    """One block: `w[k / 128, n / 64, words, 128]`, `s[groups, n]`, `x[m, k]` in global memory to `y[parts, n, m]`.
+def _kernel(shares: Shares, per_scale: int | None, bits: int, on: Any, table: bool, *refs: Any) -> None:
+    """One block: `w[k / 128, n / 64, words, 128]`, `s[groups, n]`, `x[m, k]` in global memory to `y[parts, m, n]`.
 
     Tiles of the three are in shared memory, with barriers that say which are full and which are free.
 
@@ -91,15 +91,16 @@ def _kernel(shares: Shares, per_scale: int | None, bits: int, levels: Any, on: A
       shares: which steps are whose.
       per_scale: tiles of rows that share a scale; None: all.
       bits: of a code.
-      levels: values of a table, or None.
       on: `registers`, or its twin for the interpreter.
-      refs: as above, the tiles, the barriers, and what the twin needs.
+      table: whether a table of values, `registers.pairs`, is the fourth operand.
+      refs: as above, the tiles, the barriers, the table's place and barrier, and what the twin needs.
     """
-    w, s, x, y, w_tile, s_tile, x_tile, full, free, *scratch = refs
+    (w, s, x), values, (y, w_tile, s_tile, x_tile, full, free, *more) = refs[:3], refs[3 : 3 + table], refs[3 + table :]
+    places, scratch = more[: 2 * table], more[2 * table :]
     gpu = compat.mosaic_gpu()
     thread, block = lax.axis_index("warpgroup"), lax.axis_index("block")
     (stages, depth, warpgroups), scales, tokens = w_tile.shape[:3], s_tile.shape[1], x_tile.shape[1]
-    columns, steps = y.shape[1] // (ROWS * warpgroups), shares.steps
+    columns, steps = y.shape[2] // (ROWS * warpgroups), shares.steps
     begin, end = shares.begin(block), shares.begin(block + 1)
     parts = 1 if x.dtype == jnp.int8 else 2
     ring = lambda step: lax.rem(step - begin, stages)
@@ -136,6 +137,8 @@ def _kernel(shares: Shares, per_scale: int | None, bits: int, levels: Any, on: A
             _wait(step)
             return carry
 
+        if table:
+            gpu.copy_gmem_to_smem(*values, *places)
         lax.fori_loop(begin, end, ahead, jnp.int32(0))
         lax.fori_loop(end, end + stages, behind, jnp.int32(0))
 
@@ -157,7 +160,7 @@ def _kernel(shares: Shares, per_scale: int | None, bits: int, levels: Any, on: A
                     held = on.held(w_tile.at[slot, tile, thread])
                 if i > 1:
                     on.finish_all_but(1)
-                operand = on.operand(held, part, parts, bits, levels, x.dtype)
+                operand = on.operand(held, part, parts, bits, places[0] if table else None, x.dtype)
                 rows = pl.ds(i * (LANES // parts), LANES // parts)
                 on.multiply(into[tile % scales], operand, x_tile.at[slot, :, rows], thread, scratch)
             strip_rows = pl.ds(thread * ROWS, ROWS)
@@ -191,9 +194,12 @@ def _kernel(shares: Shares, per_scale: int | None, bits: int, levels: Any, on: A
             first, token = place(strip)
             bounds = lax.max(begin, strip * steps), lax.min(end, (strip + 1) * steps)
             total = (at_once if per_scale is None else by_groups)(*bounds)
-            y[shares.part(block, strip), pl.ds((first + thread) * ROWS, ROWS), pl.ds(token, tokens)] = total
+            strip_rows = pl.ds((first + thread) * ROWS, ROWS)
+            on.store(y.at[shares.part(block, strip), pl.ds(token, tokens), strip_rows], total)
             return carry
 
+        if table:
+            gpu.barrier_wait(places[1])
         lax.fori_loop(lax.div(begin, steps), lax.div(end - 1, steps) + 1, strip_, jnp.int32(0))
 
 
@@ -219,10 +225,10 @@ def _run(x: jax.Array, packed: Packed, config: Config, interpret: bool) -> jax.A
     per_scale = None if packed.group_size is None else packed.group_size // LANES
     steps, strips = spec.tiled_k // LANES // depth, spec.tiled_n // ROWS // warpgroups * (padded.shape[0] // tokens)
     shares = Shares(steps, strips, min(PROCESSORS, steps * strips))
-    on = interpreted if interpret else registers
+    on, table = interpreted if interpret else registers, packed.levels is not None
     call = gpu.kernel(
-        functools.partial(_kernel, shares, per_scale, packed.bits, packed.levels, on),
-        out_type=jax.ShapeDtypeStruct((shares.parts, spec.tiled_n, padded.shape[0]), jnp.float32),
+        functools.partial(_kernel, shares, per_scale, packed.bits, on, table),
+        out_type=jax.ShapeDtypeStruct((shares.parts, padded.shape[0], spec.tiled_n), jnp.float32),
         grid=(shares.blocks,),
         grid_names=("block",),
         num_threads=warpgroups + 1,
@@ -233,20 +239,23 @@ def _run(x: jax.Array, packed: Packed, config: Config, interpret: bool) -> jax.A
             gpu.SMEM((stages, tokens, depth * LANES), x.dtype, transforms=transforms),
             gpu.Barrier(num_arrivals=3, num_barriers=stages),
             gpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+            *((gpu.SMEM(registers.PAIRS, jnp.int32), gpu.Barrier()) if table else ()),
             *(interpreted.scratch(warpgroups, tokens, LANES if integers else LANES // 2, x.dtype) if interpret else ()),
         ],
-        compiler_params=gpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        compiler_params=compat.gpu_params(),
         interpret=compat.gpu_interpreter() if interpret else False,
-        kernel_name=f"mpq_{'t' if packed.levels else 'w'}{packed.bits}a{width(x.dtype)}",
+        kernel_name=f"mpq_{'t' if table else 'w'}{packed.bits}a{width(x.dtype)}",
     )
-    total = _added(call(packed.codes, packed.scales, padded), shares, warpgroups, tokens)[: spec.n, :m].T
+    values = () if packed.levels is None else (registers.pairs(packed.levels),)
+    parts = call(packed.codes, packed.scales, padded, *values)[:, :m, : spec.n]
+    total = _added(parts, shares, strips * tokens // padded.shape[0], ROWS * warpgroups, tokens)
     return total / registers.over(packed.bits) if integers else total
 
 
-def _added(parts: jax.Array, shares: Shares, warpgroups: int, tokens: int) -> jax.Array:
-    """The sums of every strip in the order of its blocks; what no block wrote is left out."""
-    column, token = (lax.broadcasted_iota(jnp.int32, parts.shape[1:], axis) for axis in (0, 1))
-    strip = lax.div(token, tokens) * (parts.shape[1] // (ROWS * warpgroups)) + lax.div(column, ROWS * warpgroups)
+def _added(parts: jax.Array, shares: Shares, strips: int, columns: int, tokens: int) -> jax.Array:
+    """The sums of every strip, `strips` beside each other, in the order of its blocks; what no block wrote is left out."""
+    token, column = (lax.broadcasted_iota(jnp.int32, parts.shape[1:], axis) for axis in (0, 1))
+    strip = lax.div(token, tokens) * strips + lax.div(column, columns)
     last = shares.part(shares.owner((strip + 1) * shares.steps - 1), strip)
     written = [parts[0], *(jnp.where(i <= last, parts[i], 0.0) for i in range(1, shares.parts))]
     return functools.reduce(jnp.add, written)
@@ -266,7 +275,7 @@ def tiles(problem: Problem) -> Config:
     for warpgroups, depth in ((4, 2), (2, 2), (4, 1), (2, 1)):
         if warpgroups == 4 and tokens > 32:
             continue
-        fit = _SHARED // _stage_bytes(problem, warpgroups, depth, tokens)
+        fit = _room(problem) // _stage_bytes(problem, warpgroups, depth, tokens)
         config = (warpgroups, depth, tokens, 1 << min(3, int(math.log2(max(fit, 1)))))
         if config[3] >= 4 and legal(problem, config):
             return config
@@ -283,6 +292,11 @@ def _per_scale(problem: Problem) -> int | None:
     return None if problem.group_size is None else problem.group_size // LANES
 
 
+def _room(problem: Problem) -> int:
+    """Bytes of shared memory for stages."""
+    return _SHARED - (4 * math.prod(registers.PAIRS) if problem.table else 0)
+
+
 def _stage_bytes(problem: Problem, warpgroups: int, depth: int, tokens: int) -> int:
     x_bytes = 1 if dot_type(problem) == "int8" else 2
     weight = warpgroups * ROWS * (depth * LANES * problem.bits // 8 + 4 * _scales(_per_scale(problem), depth))
@@ -297,7 +311,7 @@ def legal(problem: Problem, config: Config) -> bool:
     columns, per_scale = -(-problem.n // LANES) * LANES // ROWS, _per_scale(problem)
     whole = columns % warpgroups == 0 and _rows(problem) % depth == 0 and tokens % 8 == 0 and tokens <= 256
     agree = per_scale is None or per_scale == 1 or per_scale % depth == 0
-    return whole and agree and stages * _stage_bytes(problem, warpgroups, depth, tokens) <= _SHARED
+    return whole and agree and stages * _stage_bytes(problem, warpgroups, depth, tokens) <= _room(problem)
 
 
 def _refuses(problem: Problem) -> str | None:

@@ -4,11 +4,13 @@ What they compute is the same; codes are decoded from the order of `fragments` b
 operands of a product go through shared memory, as the interpreter asks.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from kernels_pallas import compat, fragments
 from kernels_pallas.fragments import LANES, ROWS
@@ -20,16 +22,16 @@ def held(ref: Any) -> jax.Array:
 
 
 def operand(
-    stored: jax.Array, part: int, parts: int, bits: int, levels: Sequence[float] | None, dtype: Any
+    stored: jax.Array, part: int, parts: int, bits: int, table: Any, dtype: Any
 ) -> jax.Array:
     """As `registers.operand`."""
     stored = stored.reshape(1, 1, *stored.shape)
     rows = slice(part * LANES // parts, (part + 1) * LANES // parts)
-    codes = fragments.load(stored, bits, levels is not None)[rows].T
-    if levels is not None:
-        index = codes.astype(jnp.int32) & (2**bits - 1)
-        values = [jnp.where(index == i, jnp.float32(level), 0.0) for i, level in enumerate(levels)]
-        return sum(values[1:], values[0]).astype(dtype)
+    codes = fragments.load(stored, bits, table is not None)[rows].T
+    if table is not None:
+        index, pairs = codes.astype(jnp.int32) & (2**bits - 1), table[...]
+        values = lax.bitcast_convert_type((pairs[:16, 0] & 0xFFFF).astype(jnp.uint16), jnp.bfloat16)
+        return functools.reduce(jnp.add, [jnp.where(index == i, values[i], 0) for i in range(16)]).astype(dtype)
     if jnp.dtype(dtype) == jnp.int8:
         return fragments.permute_rows(codes, bits) * jnp.int8(2 ** (8 - bits))
     return codes.astype(dtype)
@@ -53,6 +55,11 @@ def multiply(sums: Any, first: jax.Array, x: Any, thread: jax.Array, scratch: Se
 def finish_all_but(count: int) -> None:
     """As `registers.finish_all_but`: `multiply` waited."""
     del count
+
+
+def store(ref: Any, value: jax.Array) -> None:
+    """As `registers.store`."""
+    ref[...] = value.T
 
 
 def zeros(*shape: int) -> jax.Array:

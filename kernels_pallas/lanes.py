@@ -22,6 +22,13 @@ def assemble(text: str, *operands: Any) -> Any:
     return llvm.inline_asm(integer, list(operands), text, ",".join(["=r", *["r"] * len(operands)]))
 
 
+def lane_address(ref: Any) -> Any:
+    """Where in shared memory this lane's column of a table of 32 words a row begins."""
+    integer = ir.IntegerType.get_signless(32)
+    start = llvm.ptrtoint(integer, utils.memref_ptr(ref))
+    return assemble("{ .reg .b32 t; mov.u32 t, %laneid; shl.b32 t, t, 2; add.u32 $0, t, $1; }", start)
+
+
 def array(registers: list[Any], layout: Any, shape: tuple[int, ...], integers: bool) -> Any:
     """An array in a layout, from the words of a thread: pairs of bfloat16, or four int8 each."""
     kind = ir.VectorType.get((4,), ir.IntegerType.get_signless(8)) if integers else ir.VectorType.get((2,), ir.BF16Type.get())

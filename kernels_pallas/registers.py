@@ -7,8 +7,8 @@ complement into an offset and puts the exponent of 128 above it, one subtraction
 which the subtraction undoes as a multiply-add: so 2 bits shift once in three fields. Codes of 8 bits have no room under
 128: without their sign they are the mantissa, their sign alone tells 128 from 256, and the difference is the code.
 
-Values of a table of 16 are looked up a byte at a time: `prmt` takes four bytes of eight by four indices, so four of them
-and two choices between halves of the table make four values.
+Values of a table of 16 are looked up two at a time, in a table of all pairs in shared memory (Guo et al. 2024,
+arXiv:2407.10960). Every lane of a warp has its own copy in its own bank, so that no two lanes wait for each other.
 
 To int8: a field stays in the upper bits of its byte, where it counts `2^(8 - bits)` times; `over` says how often.
 """
@@ -42,7 +42,7 @@ def _fours(shape: tuple[int, ...]) -> Any:
 
 
 def operand(
-    stored: jax.Array, part: int, parts: int, bits: int, levels: Sequence[float] | None, dtype: Any
+    stored: jax.Array, part: int, parts: int, bits: int, table: Any, dtype: Any
 ) -> jax.Array:
     """Rows of a tile, `dtype[64, 128 / parts]`, in the layout of the first operand.
 
@@ -51,27 +51,28 @@ def operand(
       part: which rows, of so many equal parts.
       parts: 1 or 2.
       bits: 8, 4 or 2.
-      levels: the values of 16 codes, or None for integers.
+      table: `pairs` in shared memory, or None for integers.
       dtype: bfloat16 or int8.
     """
     gpu, shape = compat.mosaic_gpu(), (ROWS, LANES // parts)
     integers = jnp.dtype(dtype) == jnp.int8
     layout = gpu.Layout.WGMMA_8BIT if integers else gpu.Layout.WGMMA
-    decode = _to_int8(bits) if integers else _table(tuple(levels)) if levels is not None else _to_bfloat16(bits)
+    decode = _to_int8(bits) if integers else _to_bfloat16(bits)
     count = words(bits) // parts
     mine = range(part * count, (part + 1) * count)
 
     @gpu.inline_mgpu(
-        arg_types=(_fours(stored.shape),),
+        arg_types=(_fours(stored.shape), *([] if table is None else [gpu.RefType()])),
         return_type=gpu.ShapeDtypeStruct(shape, jnp.dtype(dtype), layout=layout),
     )
-    def decoded(context: Any, array: Any) -> Any:
+    def decoded(context: Any, array: Any, *tables: Any) -> Any:
         del context
         lanes, fours = compat.mosaic_lanes(), array.registers.flat
-        found = decode([lanes.word(fours[i // 4], i % 4) for i in mine])
+        found = [lanes.word(fours[i // 4], i % 4) for i in mine]
+        found = _looked_up(found, lanes.lane_address(*tables)) if tables else decode(found)
         return lanes.array(found, layout.to_mgpu(), shape, integers)
 
-    return decoded(stored)
+    return decoded(stored, *([] if table is None else [table]))
 
 
 def column_scales(ref: Any) -> jax.Array:
@@ -88,6 +89,12 @@ def multiply(sums: Any, first: jax.Array, x: Any, thread: jax.Array, scratch: Se
 def finish_all_but(count: int) -> None:
     """Waits until no more than the last so many calls of `multiply` are unfinished."""
     compat.mosaic_gpu().wgmma_wait(count)
+
+
+def store(ref: Any, value: jax.Array) -> None:
+    """`ref[tokens, 64] = value[64, tokens]^T` in global memory: eight neighbouring columns at once."""
+    gpu = compat.mosaic_gpu()
+    ref.T[...] = gpu.layout_cast(value, gpu.Layout._WGMMA_ACC_32BIT)
 
 
 def zeros(*shape: int) -> jax.Array:
@@ -138,23 +145,26 @@ def _crumbs(i: int) -> str:
     )
 
 
-def _table(levels: tuple[float, ...]) -> Decode:
-    values = [_bfloat16(level) for level in (*levels, *[0.0] * (16 - len(levels)))]
-    quads = [values[i : i + 4] for i in range(0, 16, 4)]
-    plane = lambda shift: [sum((value >> shift & 0xFF) << 8 * i for i, value in enumerate(quad)) for quad in quads]
-    look = " ".join(
-        f"prmt.b32 a, {p[0]:#x}, {p[1]:#x}, i; prmt.b32 b, {p[2]:#x}, {p[3]:#x}, i; prmt.b32 {out}, a, b, s;"
-        for out, p in (("l", plane(0)), ("h", plane(8)))
+PAIRS = (256, 32)
+"""Shape of `pairs`: bytes of two codes, lanes."""
+
+
+def pairs(levels: Sequence[float]) -> np.ndarray:
+    """`int32[256, 32]`: of every byte of two codes the values of the lower and of the upper one, in bfloat16; 32 times."""
+    values = np.zeros(16, jnp.bfloat16)
+    values[: len(levels)] = np.asarray(levels, jnp.bfloat16)
+    both = values.view(np.uint16).astype(np.uint32)
+    byte = np.arange(PAIRS[0])
+    found = both[byte % 16] | both[byte // 16] << np.uint32(16)
+    return np.broadcast_to(found[:, None], PAIRS).view(np.int32)
+
+
+def _looked_up(held: list[Any], table: Any) -> list[Any]:
+    lanes = compat.mosaic_lanes()
+    text = (
+        "{{ .reg .b32 t; bfe.u32 t, $1, {}, 8; mad.lo.u32 t, t, " + str(4 * PAIRS[1]) + ", $2; ld.shared.b32 $0, [t]; }}"
     )
-    text = lambda half, pair: (
-        "{ .reg .b32 i, s, a, b, l, h; and.b32 i, $1, 0x77777777; shr.u32 s, $1, 1; "
-        "and.b32 s, s, 0x44444444; or.b32 s, s, 0x32103210; "
-        + ("shr.u32 i, i, 16; shr.u32 s, s, 16; " if half else "")
-        + look
-        + f" prmt.b32 $0, l, h, {pair}; }}"
-    )
-    pieces = [text(half, pair) for half in (0, 1) for pair in ("0x5140", "0x7362")]
-    return lambda held: [compat.mosaic_lanes().assemble(piece, word) for word in held for piece in pieces]
+    return [lanes.assemble(text.format(8 * i), word, table) for word in held for i in range(4)]
 
 
 def _to_int8(bits: int) -> Decode:
