@@ -86,6 +86,7 @@ class Backend:
       seconds: predicted time of a problem on a device, from bytes and operations. Only the order matters.
       tiles: the config where no table has one.
       legal: whether a tuned config fits a problem.
+      candidates: configs worth measuring.
       complete: `run` takes activation bits and zero points itself: `(x, packed, activation_bits) -> float32[m, n]`.
     """
 
@@ -97,7 +98,12 @@ class Backend:
     seconds: Callable[[Problem, Device], float]
     tiles: Callable[[Problem], Config] = lambda problem: ()
     legal: Callable[[Problem, Config], bool] = lambda problem, config: config == ()
+    candidates: Callable[[Problem], tuple[Config, ...]] | None = None
     complete: bool = False
+
+    def worth_measuring(self, problem: Problem) -> tuple[Config, ...]:
+        """What a benchmark tries: `candidates`, or `tiles` alone."""
+        return (self.tiles(problem),) if self.candidates is None else self.candidates(problem)
 
     def __call__(self, x: jax.Array, packed: Packed, activation_bits: int | None, **options: Any) -> jax.Array:
         """`float32[m, n]` for `x[m, k]` and a weight without batch axes. Zero points and token scales are applied here.

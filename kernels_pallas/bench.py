@@ -1,17 +1,17 @@
 """Time of every backend that runs here, beside a dense dot, as a table and as JSON.
 
-    mpq bench kernels [--out FILE] [--only w4a16] [--tune] [--repeats 20] [--megabytes 128] [--chain 1]
+    mpq bench kernels [--out FILE] [--only w4a16] [--tune] [--repeats 20] [--megabytes 128] [--chain 1] [--budget-s 0]
 
 The dense dot is of float32 on a CPU, elsewhere of the activations' type. `python -m kernels_pallas.bench` has the same
 options and needs this package alone.
 
-Random data of `cases`. Every function of a case takes its turn in every repeat, so that other work on the machine hits
-all alike. Weights are copied until they fill `--megabytes`, and a call takes the next copy, so that none is found in a
-cache. On an accelerator, where the launch of a call can take longer than the matmul, `--chain 8` compiles that many
-into one function and divides its time. The ceilings, bandwidth and dots of large squares, are measured in the same run;
-a roofline is what they allow for the bytes and operations of a case. Errors are against float64, relative to the
-largest output, with activations rounded as the contract says. A tuned table (`tables`) has an entry for every backend
-and case.
+Random data of `cases`; times are those of `timers`. Where a kernel has several configs, the fastest is its row. Weights
+are copied until they fill `--megabytes`, and a call takes the next copy, so that none is found in a cache. On a TPU,
+where the launch of a call can take longer than the matmul, `--chain 8` compiles that many into one function and divides
+its time. `--budget-s 420` begins no case after so many seconds; what is measured is written after each. The ceilings,
+bandwidth and dots of large squares, are measured in the same run; a roofline is what they allow for the bytes and
+operations of a case. Errors are against float64, relative to the largest output, with activations rounded as the
+contract says. A tuned table (`tables`) has an entry for every backend and case.
 """
 
 import argparse
@@ -34,8 +34,8 @@ import numpy as np
 from jax import lax
 
 from kernels_pallas import compat
-from kernels_pallas.backend import Problem, dot_type
-from kernels_pallas.cases import CONFORMANCE, DECODE, SPEED, Case, draw
+from kernels_pallas.backend import Config, Problem, dot_type
+from kernels_pallas.cases import CONFORMANCE, DECODE, SPEED, Case, draw, fill
 from kernels_pallas.devices import Device
 from kernels_pallas.dispatch import BACKENDS, choose, refusal
 from kernels_pallas.errors import KernelError
@@ -45,6 +45,7 @@ from kernels_pallas.native_build import library
 from kernels_pallas.packed import Packed, dequantize, relayout
 from kernels_pallas.reference import quantize_tokens
 from kernels_pallas.tables import Entry, Table, as_json, new_table
+from kernels_pallas.timers import times
 
 COLUMNS = {
     "format": "format",
@@ -63,6 +64,10 @@ COLUMNS = {
 """Field of a row -> its heading in the table."""
 
 
+CHECKED = 2**24
+"""Elements of the largest weight whose product is also computed in float64."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What is measured.
@@ -72,25 +77,16 @@ class Options:
       megabytes: that copies of a weight fill.
       only: regular expression; cases in whose names it is found.
       chain: matmuls of one call, each with another copy of the weight.
+      budget_s: seconds after which no other case begins; 0: all of them.
+      commit: of the code, for the record.
     """
 
     repeats: int = 20
     megabytes: int = 128
     only: str = ""
     chain: int = 1
-
-
-def times(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, np.ndarray]:
-    """Microseconds of every call of functions that return arrays, compiled before; they take turns."""
-    for run in runs.values():
-        jax.block_until_ready(run())
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            taken[name].append(1e6 * (time.perf_counter() - start))
-    return {name: np.array(values) for name, values in taken.items()}
+    budget_s: int = 0
+    commit: str = ""
 
 
 def ceilings(repeats: int) -> Device:
@@ -121,37 +117,65 @@ def oracle(x: jax.Array, packed: Packed, activation_bits: int | None) -> np.ndar
 
 
 def measure(case: Case, options: Options, limits: Device) -> tuple[list[dict[str, Any]], list[Entry]]:
-    """One row a backend that runs here, the dense dot first; and for a tuned table what the kernels took."""
+    """One row a backend that runs here, with its fastest config, the dense dot first; and the entries of a table."""
     here = compat.platform()
+    large = here == "cuda" and case in DECODE
+    x, packed, weight = _data(case, here, large)
+    problem = describe(x, packed, case.activation_bits)
+    runs: dict[tuple[str, Config], Callable[[], Any]] = {}
+    for name, backend in BACKENDS.items():
+        if refusal(backend, problem, here, interpret=False) is None and _worth(name, problem):
+            for config in backend.worth_measuring(problem) if here == "cuda" else (tuned(name, problem, here),):
+                arguments = {"activation_bits": case.activation_bits, "backend": name, "out_dtype": jnp.float32}
+                run = functools.partial(quantized_matmul, **arguments, config=config)
+                runs[name, config] = _rotating(run, x, packed, packed.size_bits // 8, options)
+    label = f"dense_{weight.dtype}"
+    runs = {(label, ()): _rotating(_product, x, weight, weight.nbytes, options), **runs}
+    taken = {key: micro / options.chain for key, micro in times(runs, options.repeats).items()}
+    fastest: dict[str, tuple[str, Config]] = {}
+    for key in taken:
+        fastest[key[0]] = min(key, fastest.get(key[0], key), key=lambda key: float(np.median(taken[key])))
+    want = oracle(x, packed, case.activation_bits) if case.k * case.n <= CHECKED else None
+    chosen = choose(problem, here)[0]
+    rows = []
+    for name, key in fastest.items():
+        error = None
+        if want is not None and not (name == label and large):
+            error = float(np.max(np.abs(np.asarray(runs[key]()[0], np.float64) - want)) / np.max(np.abs(want)))
+        row = _row(case, name, problem, taken[key], taken[label, ()], limits, error)
+        rows.append({**row, "config": list(key[1]), "auto": name == chosen})
+    entries = [
+        Entry(problem, name, key[1], "measured", rows[i]["p50"]) for i, (name, key) in enumerate(fastest.items())
+    ]
+    return rows, [entry for entry in entries if entry.backend in BACKENDS]
+
+
+def _data(case: Case, here: str, large: bool) -> tuple[jax.Array, Packed, jax.Array]:
+    """Activations, the packed weight, and the dense one. Large ones for a GPU are made there, and are not the same."""
+    if large:
+        x, packed = fill(case, 0)
+        return x, packed, jax.random.normal(jax.random.key(1), (case.k, case.n), x.dtype)
     x, plain = draw(case, "plain", 0, exact=False)[:2]
     dtype = jnp.dtype("float32") if here == "cpu" else x.dtype
-    dense = jax.jit(lambda packed: dequantize(packed).astype(dtype))(plain)
-    exact = lax.Precision.HIGHEST
-    product = functools.partial(jnp.matmul, precision=exact, preferred_element_type=jnp.float32)
-    runs = {f"dense_{dtype}": _rotating(lambda x, w: product(x.astype(dtype), w), x, dense, dense.nbytes, options)}
-    packed = _for_this_device(plain, here)
-    problem = describe(x, packed, case.activation_bits)
-    for name, backend in BACKENDS.items():
-        if refusal(backend, problem, here, interpret=False) is None:
-            arguments = {"activation_bits": case.activation_bits, "backend": name, "out_dtype": jnp.float32}
-            run = functools.partial(quantized_matmul, **arguments)
-            runs[name] = _rotating(run, x, packed, packed.size_bits // 8, options)
-    chosen = choose(problem, here)[0]
-    want = oracle(x, plain, case.activation_bits)
-    taken = {name: micro / options.chain for name, micro in times(runs, options.repeats).items()}
-    first = next(iter(runs))
-    rows = []
-    for name, micro in taken.items():
-        got = np.asarray(runs[name]()[0], np.float64)
-        error = float(np.max(np.abs(got - want)) / np.max(np.abs(want)))
-        row = _row(case, name, problem, micro, taken[first], limits, error)
-        rows.append({**row, "auto": name == chosen})
-    entries = [
-        Entry(problem, row["backend"], tuned(row["backend"], problem, here), "measured", row["p50"])
-        for row in rows
-        if row["backend"] in BACKENDS
-    ]
-    return rows, entries
+    return x, _for_this_device(plain, here), jax.jit(lambda packed: dequantize(packed).astype(dtype))(plain)
+
+
+def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """The dense dot."""
+    exact = lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
+    return jnp.matmul(x.astype(weight.dtype), weight, precision=exact, preferred_element_type=jnp.float32)
+
+
+def _worth(name: str, problem: Problem) -> bool:
+    """A GPU takes long for the reference's float32 where weights are large, and to unpack them for few tokens."""
+    small = compat.platform() != "cuda" or problem.k * problem.n <= CHECKED
+    return small if name == "reference" else name != "dense" or problem.m >= 64 or small
+
+
+@functools.cache
+def _chained(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls with several weights, compiled once for every size."""
+    return jax.jit(lambda x, weights: [run(x, weight) for weight in weights])
 
 
 def _for_this_device(plain: Packed, platform: str) -> Packed:
@@ -165,18 +189,19 @@ def _rotating(run: Callable[..., Any], x: jax.Array, weight: Any, size: int, opt
     """Calls with the next of enough copies of a weight to fill so many megabytes, at most 64; they return lists."""
     count = min(64, max(options.chain, -(-options.megabytes * 10**6 // max(size, 1))))
     copies = [jax.tree.map(jnp.copy, weight) for _ in range(count)]
-    chained = jax.jit(lambda x, weights: [run(x, weight) for weight in weights])
+    chained = _chained(run)
     turn = itertools.count()
     take = lambda first: [copies[(first + i) % count] for i in range(options.chain)]
     return lambda: chained(x, take(next(turn) * options.chain))
 
 
 def _row(
-    case: Case, name: str, problem: Problem, micro: np.ndarray, dense: np.ndarray, limits: Device, error: float
+    case: Case, name: str, problem: Problem, micro: np.ndarray, dense: np.ndarray, limits: Device, error: float | None
 ) -> dict[str, Any]:
     p10, p50, p90 = (float(np.percentile(micro, q)) for q in (10, 50, 90))
     quantized = name in BACKENDS
-    moved = problem.num_bytes if quantized else problem.num_bytes + 4 * problem.batch * problem.k * problem.n
+    element = 4 if compat.platform() == "cpu" else 2
+    moved = problem.num_bytes if quantized else problem.num_bytes + element * problem.batch * problem.k * problem.n
     kind = dot_type(problem) if quantized else "float32"
     least = 1e6 * limits.seconds(moved, problem.macs, kind if kind in limits.macs else "float32")
     return {
@@ -192,7 +217,7 @@ def _row(
         # The median of ratios within a repeat, which other work on the machine disturbs less than a ratio of medians.
         "speedup": round(float(np.median(dense / micro)), 3),
         "roofline_percent": round(100 * least / p50, 2),
-        "max_error": float(f"{error:.2e}"),
+        "max_error": None if error is None else float(f"{error:.2e}"),
     }
 
 
@@ -253,7 +278,7 @@ def run(options: Options, write: Callable[[dict[str, Any]], None] = lambda body:
         raise KernelError(f"no case matches {options.only!r}: the first of {len(suite)} is {suite[0]}")
     if min(options.repeats, options.chain) < 1 or options.megabytes < 0:
         raise KernelError("repeats and chain are at least 1, megabytes at least 0")
-    limits = ceilings(options.repeats)
+    start, limits = time.perf_counter(), ceilings(options.repeats)
     body = {
         "environment": environment(),
         "options": dataclasses.asdict(options),
@@ -262,6 +287,8 @@ def run(options: Options, write: Callable[[dict[str, Any]], None] = lambda body:
     }
     entries: list[Entry] = []
     for case in cases:
+        if options.budget_s and time.perf_counter() - start > options.budget_s:
+            break
         rows, measured = measure(case, options, limits)
         body["rows"] += rows
         entries += measured
@@ -275,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
     parser.add_argument("--table", type=Path, help="tuned table to write")
     for field in dataclasses.fields(Options):
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
     given = vars(parser.parse_args(arguments))
     out, table = given.pop("out"), given.pop("table")
     save = lambda path, value: path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

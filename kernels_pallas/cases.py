@@ -1,12 +1,15 @@
 """The matmuls that every backend is tested on and measured on, and their random data."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from kernels_pallas.layouts import Spec
+from kernels_pallas.fragments import LANES, ROWS, words
+from kernels_pallas.layouts import NATIVE, Spec
 from kernels_pallas.packed import NF4, Packed, pack
 
 
@@ -79,13 +82,50 @@ SPEED = tuple(
 )
 """A layer of a model of 7 billion parameters, for one token, a few and many."""
 
-DECODE = tuple(
-    Case(m, side, side, bits, group)
-    for side in (4096, 8192)
-    for m in (1, 16, 64)
-    for bits, group in ((4, 128), (8, None))
+_SERVED = (
+    *((m, 4, 128, None, False) for m in (1, 16, 64)),
+    *((m, 8, None, None, False) for m in (1, 16)),
+    *((m, 4, 128, 8, False) for m in (16, 64, 256)),
+    *((m, 8, None, 8, False) for m in (16, 64, 256, 2048)),
+    *((m, 2, 128, None, False) for m in (1, 16)),
+    *((m, 4, 128, None, True) for m in (1, 16)),
+    *((m, 4, 128, None, False) for m in (4, 256, 2048)),
+    *((m, 4, None, 8, False) for m in (64, 2048)),
 )
-"""For accelerators: layers of models of 7 and of 70 billion parameters and a few tokens, activations in bfloat16."""
+"""Tokens, bits, rows of a group, bits of activations, and whether values come from a table."""
+
+DECODE = tuple(
+    Case(m, k, n, bits, group, activation, nf4=nf4)
+    for k, n in ((8192, 8192), (4096, 4096), (8192, 57344), (4096, 11008), (28672, 8192))
+    for m, bits, group, activation, nf4 in _SERVED
+)
+"""For accelerators: layers of models of 7 and of 70 billion parameters, activations in bfloat16."""
+
+
+def shapes(case: Case, layout: str) -> tuple[jax.ShapeDtypeStruct, Packed]:
+    """`x` and a packed weight of a case on an accelerator, without values and zero points."""
+    spec = case.spec
+    tpu = layout == "tpu"
+    tiles = (spec.tiled_k // LANES, spec.tiled_n // ROWS, words(case.bits), LANES)
+    codes = ((spec.tiled_k, spec.tiled_n), NATIVE[case.bits]) if tpu else (tiles, jnp.int32)
+    arrays: dict[str, Any] = {
+        "codes": jax.ShapeDtypeStruct(*codes),
+        "scales": jax.ShapeDtypeStruct((spec.groups, *((1,) if tpu else ()), spec.tiled_n), jnp.float32),
+        "zeros": None,
+    }
+    packed = Packed(
+        k=case.k, n=case.n, bits=case.bits, group_size=case.group_size, layout=layout, levels=case.levels, **arrays
+    )
+    return jax.ShapeDtypeStruct((case.m, case.k), case.x_dtype), packed
+
+
+def fill(case: Case, seed: int) -> tuple[jax.Array, Packed]:
+    """Normal activations, and a weight of random codes in layout `hopper`, made on the device: any word is one."""
+    x, packed = shapes(case, "hopper")
+    keys = jax.random.split(jax.random.key(seed), 3)
+    codes = lax.bitcast_convert_type(jax.random.bits(keys[0], packed.codes.shape, jnp.uint32), jnp.int32)
+    scales = jax.random.uniform(keys[1], packed.scales.shape, jnp.float32, 0.01, 0.1)
+    return jax.random.normal(keys[2], x.shape, x.dtype), dataclasses.replace(packed, codes=codes, scales=scales)
 
 
 def draw(case: Case, layout: str, seed: int, exact: bool) -> tuple[jax.Array, Packed, dict[str, np.ndarray]]:

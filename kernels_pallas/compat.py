@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,12 +45,13 @@ def mosaic_gpu() -> Any:
     return importlib.import_module("jax.experimental.pallas.mosaic_gpu")
 
 
-def load(ref: Any, layout: Any) -> jax.Array:
-    """A tile of shared memory in registers. JAX 0.10 asks for an index beside the reference, JAX 0.11 warns of one."""
+def load(ref: Any, layout: Any, shared: bool = True) -> jax.Array:
+    """A tile of memory, shared or not, in registers."""
+    # JAX 0.10 asks for an index beside the reference, JAX 0.11 warns of one.
     gpu = mosaic_gpu()
     index = inspect.signature(gpu.load).parameters.get("idx")
     needed = index is not None and index.default is inspect.Parameter.empty
-    return gpu.load(ref, *([()] if needed else []), layout=layout)
+    return gpu.load(ref, *([()] if needed else []), layout=layout, optimized=shared)
 
 
 def device_kind(of: str) -> str:
@@ -78,3 +80,22 @@ def gpu_params() -> Any:
     return gpu.CompilerParams(
         approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=gpu.LoweringSemantics.Lane
     )
+
+
+def sums_layout() -> Any:
+    """Of sums in registers, one value of 32 bits each instead of pairs, as a store to transposed memory needs them."""
+    return mosaic_gpu().Layout._WGMMA_ACC_32BIT  # JAX has no public name for it.
+
+
+def kernel_times(run: Callable[[], Any], calls: int) -> list[list[float]]:
+    """Microseconds of each kernel of each call on an NVIDIA GPU, by CUPTI; all calls launch equally many."""
+    # `profiler.measure` calls with the same arguments again; here a call may take the next copy of a weight.
+    profiler = importlib.import_module("jax.experimental.mosaic.gpu.profiler")
+    library = profiler.mosaic_gpu_lib._mosaic_gpu_ext
+    library._cupti_init()
+    try:
+        jax.block_until_ready([run() for _ in range(calls)])
+    finally:
+        found = [1e3 * milliseconds for _, milliseconds in library._cupti_get_timings(True)]
+    each = len(found) // calls
+    return [found[i * each : (i + 1) * each] for i in range(calls)]

@@ -13,6 +13,7 @@ from kernels_pallas import compat
 from kernels_pallas import reference as contract
 from kernels_pallas.backend import Backend, Config, Problem, dot_type
 from kernels_pallas.cpu import CPU
+from kernels_pallas.dense import DENSE
 from kernels_pallas.devices import Device, device
 from kernels_pallas.errors import KernelError
 from kernels_pallas.hopper import HOPPER
@@ -43,7 +44,7 @@ REFERENCE = Backend(
 )
 
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
-    {"reference": REFERENCE, "cpu": CPU, "native": NATIVE, "tpu": TPU, "hopper": HOPPER}
+    {"reference": REFERENCE, "cpu": CPU, "native": NATIVE, "tpu": TPU, "hopper": HOPPER, "dense": DENSE}
 )
 
 

@@ -9,8 +9,8 @@ q = t % 4, holds in register r = 4 j + 2 h + o, for j < 8 and h, o < 2,
 (PTX ISA, "Register fragments for wgmma.mma_async.m64nNk16", matrix A). The fields of a thread's words follow registers:
 word r // p, with p = 16 / bits, holds value e of register r at bit `bits * (r % p) + 16 e`, in two's complement. So a
 shift and a mask make two values of one register out of a word, and no thread needs a value of another. Codes that are
-indices of a table stand in the order of the registers and of their values, since four at a time are looked up: at bit
-`bits * (2 (r % p) + e)`. Four words of a thread are neighbours, since it loads 16 bytes at once, and then come those of the next thread:
+indices of a table, which are looked up two at a time, stand side by side: at bit `bits * (2 (r % p) + e)`. Four words
+of a thread are neighbours, since it loads 16 bytes at once, and then come those of the next thread:
 
     codes int32[rows / 128, columns / 64, words of a thread, 128]
 
@@ -40,7 +40,7 @@ def words(bits: int) -> int:
 
 
 def store(codes: np.ndarray, bits: int, table: bool = False) -> np.ndarray:
-    """`int32[*batch, k / 128, n / 64, words, 128]` of codes `int8[*batch, k, n]`, whose sizes are those of whole tiles."""
+    """`int32[*batch, k / 128, n / 64, words, 128]` of codes `int8[*batch, k, n]`, whose sizes are of whole tiles."""
     *batch, k, n = codes.shape
     tiles = (k // LANES, n // ROWS)
     fields = (codes.view(np.uint8) & np.uint8(2**bits - 1)).astype(np.uint32)
@@ -77,19 +77,19 @@ _COLUMN = (4, 2, 8)
 """A column of a tile as (w, o, g)."""
 
 _TO_REGISTERS = (0, 5, 1, 2, 7, 4, 6, 8, 3)
-"""Of (row tile, j, h, q, e, column tile, w, o, g): row tile, column tile, then (j, h, o), e and the thread (w, g, q)."""
+"""Of (row tile, j, h, q, e, column tile, w, o, g): row tile, column tile, (j, h, o), e and the thread (w, g, q)."""
 
 _FROM_REGISTERS = tuple(_TO_REGISTERS.index(axis) for axis in range(9))
 
 
-def _transposed(array: jax.Array, order: tuple[int, ...]) -> jax.Array:
+def _transposed(array: Any, order: tuple[int, ...]) -> Any:
     """Its last axes in this order."""
     front = array.ndim - len(order)
     return array.transpose(*range(front), *(front + axis for axis in order))
 
 
 def _shifts(bits: int, table: bool, host: bool) -> Any:
-    """`int32[fields, 2, 1]`: where value e of a register stands in its word. Kernels take no constants from the host."""
+    """`int32[fields, 2, 1]`: where value e of a register stands in its word. Kernels take no constants of the host."""
     count = _host_count if host else functools.partial(lax.broadcasted_iota, np.int32)
     field, value = (count((16 // bits, 2, 1), axis) for axis in (0, 1))
     return bits * (2 * field + value) if table else bits * field + 16 * value

@@ -51,7 +51,7 @@ class Shares:
 
     Attributes:
       steps: of one strip.
-      strips: of columns, for every tile of tokens.
+      strips: of columns for a batch of tokens; batches of the same columns follow each other, and find codes in a cache.
       blocks: at most as many as there are steps.
     """
 
@@ -100,14 +100,14 @@ def _kernel(shares: Shares, per_scale: int | None, bits: int, on: Any, table: bo
     gpu = compat.mosaic_gpu()
     thread, block = lax.axis_index("warpgroup"), lax.axis_index("block")
     (stages, depth, warpgroups), scales, tokens = w_tile.shape[:3], s_tile.shape[1], x_tile.shape[1]
-    columns, steps = y.shape[2] // (ROWS * warpgroups), shares.steps
+    batches, steps = y.shape[1] // tokens, shares.steps
     begin, end = shares.begin(block), shares.begin(block + 1)
     parts = 1 if x.dtype == jnp.int8 else 2
     ring = lambda step: lax.rem(step - begin, stages)
 
     def place(strip: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First tile of columns and first token of a strip."""
-        return lax.rem(strip, columns) * warpgroups, lax.div(strip, columns) * tokens
+        return lax.div(strip, batches) * warpgroups, lax.rem(strip, batches) * tokens
 
     @pl.when(thread == warpgroups)
     def _copy() -> None:
@@ -154,15 +154,14 @@ def _kernel(shares: Shares, per_scale: int | None, bits: int, on: Any, table: bo
             At most two parts of tiles are in registers: one that the tensor cores have, and one that is decoded.
             """
             gpu.barrier_wait(full.at[slot])
-            for i in range(depth * parts):
-                tile, part = divmod(i, parts)
-                if part == 0:
-                    held = on.held(w_tile.at[slot, tile, thread])
-                if i > 1:
-                    on.finish_all_but(1)
-                operand = on.operand(held, part, parts, bits, places[0] if table else None, x.dtype)
-                rows = pl.ds(i * (LANES // parts), LANES // parts)
-                on.multiply(into[tile % scales], operand, x_tile.at[slot, :, rows], thread, scratch)
+            for tile in range(depth):
+                held = on.held(w_tile.at[slot, tile, thread])
+                for part in range(parts):
+                    if tile * parts + part > 1:
+                        on.finish_all_but(1)
+                    operand = on.operand(held, part, parts, bits, places[0] if table else None, x.dtype)
+                    rows = pl.ds((tile * parts + part) * (LANES // parts), LANES // parts)
+                    on.multiply(into[tile % scales], operand, x_tile.at[slot, :, rows], thread, scratch)
             strip_rows = pl.ds(thread * ROWS, ROWS)
             found = [on.column_scales(s_tile.at[slot, i, strip_rows]) for i in range(scales)]
             on.finish_all_but(0)
@@ -248,14 +247,14 @@ def _run(x: jax.Array, packed: Packed, config: Config, interpret: bool) -> jax.A
     )
     values = () if packed.levels is None else (registers.pairs(packed.levels),)
     parts = call(packed.codes, packed.scales, padded, *values)[:, :m, : spec.n]
-    total = _added(parts, shares, strips * tokens // padded.shape[0], ROWS * warpgroups, tokens)
+    total = _added(parts, shares, padded.shape[0] // tokens, ROWS * warpgroups, tokens)
     return total / registers.over(packed.bits) if integers else total
 
 
-def _added(parts: jax.Array, shares: Shares, strips: int, columns: int, tokens: int) -> jax.Array:
-    """The sums of every strip, `strips` beside each other, in the order of its blocks; what no block wrote is left out."""
+def _added(parts: jax.Array, shares: Shares, batches: int, columns: int, tokens: int) -> jax.Array:
+    """The sums of every strip in the order of its blocks; what no block wrote is left out."""
     token, column = (lax.broadcasted_iota(jnp.int32, parts.shape[1:], axis) for axis in (0, 1))
-    strip = lax.div(token, tokens) * strips + lax.div(column, columns)
+    strip = lax.div(column, columns) * batches + lax.div(token, tokens)
     last = shares.part(shares.owner((strip + 1) * shares.steps - 1), strip)
     written = [parts[0], *(jnp.where(i <= last, parts[i], 0.0) for i in range(1, shares.parts))]
     return functools.reduce(jnp.add, written)
@@ -267,19 +266,31 @@ def _scales(per_scale: int | None, depth: int) -> int:
 
 
 def tiles(problem: Problem) -> Config:
-    """`(warpgroups, depth, tokens, stages)` from sizes alone: as many multiply as registers let, and copies fill memory.
+    """`(warpgroups, depth, tokens, stages)` from sizes alone: the first of `candidates`."""
+    return candidates(problem)[0]
+
+
+def candidates(problem: Problem) -> tuple[Config, ...]:
+    """Three that fit, the likeliest first: as many multiply as registers let, and copies fill the shared memory.
 
     A power of two as the number of stages makes the place of a step in their ring a mask.
     """
-    tokens = min(64, -(-problem.m // 8) * 8)
-    for warpgroups, depth in ((4, 2), (2, 2), (4, 1), (2, 1)):
-        if warpgroups == 4 and tokens > 32:
-            continue
-        fit = _room(problem) // _stage_bytes(problem, warpgroups, depth, tokens)
-        config = (warpgroups, depth, tokens, 1 << min(3, int(math.log2(max(fit, 1)))))
-        if config[3] >= 4 and legal(problem, config):
-            return config
-    return 2, 1, tokens, 2
+    found = []
+    most = 256 if problem.group_size is None else 128  # tokens whose sums, two of them with groups, fit into registers
+    for tokens in dict.fromkeys(_whole(problem.m, size) for size in (64, 128, 256) if size <= most):
+        for warpgroups, depth in ((4, 2), (2, 2), (4, 1), (2, 1)):
+            fit = _room(problem) // _stage_bytes(problem, warpgroups, depth, tokens)
+            config = (warpgroups, depth, tokens, 1 << min(3, int(math.log2(max(fit, 1)))))
+            if legal(problem, config) and config[3] >= 2 and not (warpgroups == 4 and tokens > 64):
+                found.append(config)
+    # More sums and operands than four warpgroups have registers for; or few copies ahead.
+    worst = lambda config: (config[0] == 4 and config[2] > 32, config[3] < 4, -config[2])
+    return tuple(sorted(found, key=worst))[:3]
+
+
+def _whole(tokens: int, most: int) -> int:
+    """By eights."""
+    return min(most, -(-tokens // 8) * 8)
 
 
 def _rows(problem: Problem) -> int:
@@ -325,9 +336,9 @@ def _refuses(problem: Problem) -> str | None:
 
 
 def _seconds(problem: Problem, device: Device) -> float:
-    """Never the fastest, until it is for all that it takes."""
-    del problem, device
-    return math.inf
+    """The roofline, with tensor cores half busy, and what it takes to start, to fill the ring and to add the sums."""
+    busy = 2 * problem.macs / device.macs[dot_type(problem)]
+    return problem.batch * 5e-6 + max(device.seconds(problem.num_bytes, 0, dot_type(problem)), busy)
 
 
 HOPPER = Backend(
@@ -339,4 +350,5 @@ HOPPER = Backend(
     seconds=_seconds,
     tiles=tiles,
     legal=legal,
+    candidates=candidates,
 )

@@ -21,9 +21,7 @@ def held(ref: Any) -> jax.Array:
     return ref[...]
 
 
-def operand(
-    stored: jax.Array, part: int, parts: int, bits: int, table: Any, dtype: Any
-) -> jax.Array:
+def operand(stored: jax.Array, part: int, parts: int, bits: int, table: Any, dtype: Any) -> jax.Array:
     """As `registers.operand`."""
     stored = stored.reshape(1, 1, *stored.shape)
     rows = slice(part * LANES // parts, (part + 1) * LANES // parts)

@@ -31,7 +31,11 @@ def lane_address(ref: Any) -> Any:
 
 def array(registers: list[Any], layout: Any, shape: tuple[int, ...], integers: bool) -> Any:
     """An array in a layout, from the words of a thread: pairs of bfloat16, or four int8 each."""
-    kind = ir.VectorType.get((4,), ir.IntegerType.get_signless(8)) if integers else ir.VectorType.get((2,), ir.BF16Type.get())
+    kind = (
+        ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
+        if integers
+        else ir.VectorType.get((2,), ir.BF16Type.get())
+    )
     held = np.empty(len(registers), dtype=object)
     held[:] = [utils.bitcast(register, kind) for register in registers]
     return fragmented_array.FragmentedArray(

@@ -27,6 +27,7 @@ def quantized_matmul(
     activation_bits: int | None = None,
     activation_scale: jax.Array | None = None,
     backend: str = "auto",
+    config: Config | None = None,
     out_dtype: Any = None,
     platform: str | None = None,
     interpret: bool = False,
@@ -44,6 +45,7 @@ def quantized_matmul(
       activation_scale: of codes `x`: what a step is worth, floats that broadcast to `[..., 1]`. The product is that of
         the codes, exact in int32 for every group, times this.
       backend: a key of `BACKENDS`, or `auto`, which works wherever the reference does.
+      config: tiles of the named backend, which a benchmark compares; None: those of the tuned table.
       out_dtype: of the result; None: that of `x`, of codes float32. Sums are float32.
       platform: `cpu`, `tpu` or `cuda`: what the computation is lowered for; None: where JAX runs.
       interpret: run a kernel of other hardware on this CPU, slowly.
@@ -68,7 +70,7 @@ def quantized_matmul(
     elif reason := refusal(BACKENDS[backend], problem, platform, interpret):
         raise KernelError(f"backend {backend!r} cannot compute this matmul: {reason}")
     else:
-        name, config = backend, tuned(backend, problem, platform)
+        name, config = backend, tuned(backend, problem, platform) if config is None else config
     call = _Call(name, config, problem.activation_bits, interpret, str(x.dtype))
     batch = packed.batch_shape
     flat = x.reshape(*batch, -1, packed.k) if batch else x.reshape(-1, packed.k)

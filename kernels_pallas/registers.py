@@ -41,9 +41,7 @@ def _fours(shape: tuple[int, ...]) -> Any:
     return compat.mosaic_gpu().Layout.WG_STRIDED(tuple(shape), vec_size=4)
 
 
-def operand(
-    stored: jax.Array, part: int, parts: int, bits: int, table: Any, dtype: Any
-) -> jax.Array:
+def operand(stored: jax.Array, part: int, parts: int, bits: int, table: Any, dtype: Any) -> jax.Array:
     """Rows of a tile, `dtype[64, 128 / parts]`, in the layout of the first operand.
 
     Args:
@@ -75,9 +73,9 @@ def operand(
     return decoded(stored, *([] if table is None else [table]))
 
 
-def column_scales(ref: Any) -> jax.Array:
-    """`float32[64]`, where the sums of its columns are."""
-    return compat.load(ref, compat.mosaic_gpu().Layout.WGMMA.reduce(1))
+def column_scales(ref: Any, shared: bool = True) -> jax.Array:
+    """`float32[64]` of memory, shared or not, where the sums of its columns are."""
+    return compat.load(ref, compat.mosaic_gpu().Layout.WGMMA.reduce(1), shared)
 
 
 def multiply(sums: Any, first: jax.Array, x: Any, thread: jax.Array, scratch: Sequence[Any]) -> None:
@@ -93,8 +91,7 @@ def finish_all_but(count: int) -> None:
 
 def store(ref: Any, value: jax.Array) -> None:
     """`ref[tokens, 64] = value[64, tokens]^T` in global memory: eight neighbouring columns at once."""
-    gpu = compat.mosaic_gpu()
-    ref.T[...] = gpu.layout_cast(value, gpu.Layout._WGMMA_ACC_32BIT)
+    ref.T[...] = compat.mosaic_gpu().layout_cast(value, compat.sums_layout())
 
 
 def zeros(*shape: int) -> jax.Array:
@@ -150,7 +147,7 @@ PAIRS = (256, 32)
 
 
 def pairs(levels: Sequence[float]) -> np.ndarray:
-    """`int32[256, 32]`: of every byte of two codes the values of the lower and of the upper one, in bfloat16; 32 times."""
+    """`int32[256, 32]`: of every byte of two codes the values of the lower and the upper one, in bfloat16; 32 times."""
     values = np.zeros(16, jnp.bfloat16)
     values[: len(levels)] = np.asarray(levels, jnp.bfloat16)
     both = values.view(np.uint16).astype(np.uint32)
@@ -162,7 +159,9 @@ def pairs(levels: Sequence[float]) -> np.ndarray:
 def _looked_up(held: list[Any], table: Any) -> list[Any]:
     lanes = compat.mosaic_lanes()
     text = (
-        "{{ .reg .b32 t; bfe.u32 t, $1, {}, 8; mad.lo.u32 t, t, " + str(4 * PAIRS[1]) + ", $2; ld.shared.b32 $0, [t]; }}"
+        "{{ .reg .b32 t; bfe.u32 t, $1, {}, 8; mad.lo.u32 t, t, "
+        + str(4 * PAIRS[1])
+        + ", $2; ld.shared.b32 $0, [t]; }}"
     )
     return [lanes.assemble(text.format(8 * i), word, table) for word in held for i in range(4)]
 

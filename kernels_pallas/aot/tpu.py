@@ -16,18 +16,16 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import cases
 from kernels_pallas.backend import Config, Problem, dot_type
 from kernels_pallas.cases import Case
 from kernels_pallas.devices import device
 from kernels_pallas.dispatch import BACKENDS
 from kernels_pallas.errors import KernelError
-from kernels_pallas.fragments import LANES, ROWS, words
-from kernels_pallas.layouts import NATIVE
 from kernels_pallas.matmul import describe
 from kernels_pallas.packed import Packed
 from kernels_pallas.tables import Entry, Table, new_table
@@ -76,18 +74,9 @@ CASES: Mapping[str, Case] = MappingProxyType(
 
 
 def shapes(case: Case, layout: str) -> tuple[jax.ShapeDtypeStruct, Packed]:
-    """`x` and a packed weight of a case without values; activations that shall be rounded are codes already."""
-    spec, dtype = case.spec, jnp.int8 if case.activation_bits else case.x_dtype
-    tiles = (spec.tiled_k // LANES, spec.tiled_n // ROWS, words(case.bits), LANES)
-    scales = (spec.groups, 1, spec.tiled_n) if layout == "tpu" else (spec.groups, spec.tiled_n)
-    codes = (
-        jax.ShapeDtypeStruct((spec.tiled_k, spec.tiled_n), NATIVE[case.bits])
-        if layout == "tpu"
-        else jax.ShapeDtypeStruct(tiles, jnp.int32)
-    )
-    arrays: dict[str, Any] = {"codes": codes, "scales": jax.ShapeDtypeStruct(scales, jnp.float32), "zeros": None}
-    packed = Packed(k=case.k, n=case.n, bits=case.bits, group_size=case.group_size, layout=layout, levels=case.levels, **arrays)
-    return jax.ShapeDtypeStruct((case.m, case.k), dtype), packed
+    """As `cases.shapes`; activations that shall be rounded are codes already."""
+    x, packed = cases.shapes(case, layout)
+    return jax.ShapeDtypeStruct(x.shape, jnp.int8 if case.activation_bits else x.dtype), packed
 
 
 def problem_of(case: Case, layout: str) -> Problem:
