@@ -2,9 +2,9 @@
 
     python -m experiments.kernel_peers --out FILE
 
-`torch.mm` in bfloat16 (cuBLAS), `torch._weight_int4pack_mm` (tinygemm, groups of 128) and `torch._int_mm` (cuBLASLt, int8
-operands rounded before, and at least 17 tokens, as it asks). Copies of a weight fill 256 MB, and one graph of a call on
-each is replayed, so that no time is of a launch by the host; microseconds a call, medians of replays.
+`torch.mm` in bfloat16 (cuBLAS), `torch._weight_int4pack_mm` (tinygemm, groups of 128) and `torch._int_mm` (cuBLASLt,
+int8 operands rounded before, and at least 17 tokens, as it asks). Copies of a weight fill 256 MB, and one graph of a
+call on each is replayed, so that no time is of a launch by the host; microseconds a call, medians of replays.
 """
 
 import argparse

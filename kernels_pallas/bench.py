@@ -202,7 +202,7 @@ def _row(
     quantized = name in BACKENDS
     element = 4 if compat.platform() == "cpu" else 2
     moved = problem.num_bytes if quantized else problem.num_bytes + element * problem.batch * problem.k * problem.n
-    kind = dot_type(problem) if quantized else "float32"
+    kind = dot_type(problem) if quantized else "float32" if compat.platform() == "cpu" else problem.x_dtype
     least = 1e6 * limits.seconds(moved, problem.macs, kind if kind in limits.macs else "float32")
     return {
         "case": str(case),

@@ -82,24 +82,32 @@ SPEED = tuple(
 )
 """A layer of a model of 7 billion parameters, for one token, a few and many."""
 
-_SERVED = (
+_FIRST = (
     *((m, 4, 128, None, False) for m in (1, 16, 64)),
-    *((m, 8, None, None, False) for m in (1, 16)),
-    *((m, 4, 128, 8, False) for m in (16, 64, 256)),
-    *((m, 8, None, 8, False) for m in (16, 64, 256, 2048)),
-    *((m, 2, 128, None, False) for m in (1, 16)),
-    *((m, 4, 128, None, True) for m in (1, 16)),
-    *((m, 4, 128, None, False) for m in (4, 256, 2048)),
-    *((m, 4, None, 8, False) for m in (64, 2048)),
+    (16, 8, None, None, False),
+    *((m, 4, 128, 8, False) for m in (16, 64, 256, 2048)),
+    *((m, 8, None, 8, False) for m in (256, 2048)),
+    (16, 2, 128, None, False),
+    (16, 4, 128, None, True),
 )
 """Tokens, bits, rows of a group, bits of activations, and whether values come from a table."""
 
+_THEN = (
+    *((m, 4, 128, None, False) for m in (2048, 4, 256)),
+    *((m, 8, None, None, False) for m in (1, 64)),
+    *((m, 8, None, 8, False) for m in (16, 64)),
+    *((m, 4, None, 8, False) for m in (64, 2048)),
+    (1, 2, 128, None, False),
+    (1, 4, 128, None, True),
+)
+
 DECODE = tuple(
     Case(m, k, n, bits, group, activation, nf4=nf4)
+    for served in (_FIRST, _THEN)
     for k, n in ((8192, 8192), (4096, 4096), (8192, 57344), (4096, 11008), (28672, 8192))
-    for m, bits, group, activation, nf4 in _SERVED
+    for m, bits, group, activation, nf4 in served
 )
-"""For accelerators: layers of models of 7 and of 70 billion parameters, activations in bfloat16."""
+"""For accelerators: layers of models of 7 and of 70 billion parameters, activations in bfloat16; what matters first."""
 
 
 def shapes(case: Case, layout: str) -> tuple[jax.ShapeDtypeStruct, Packed]:

@@ -34,7 +34,7 @@ from kernels_pallas.devices import DEVICES, Device
 from kernels_pallas.fragments import LANES, ROWS
 from kernels_pallas.packed import Packed, width
 
-MAX_TOKENS = 256
+MAX_TOKENS = 4096
 
 PROCESSORS = 132
 """Of an H100 and an H200 (SXM)."""
@@ -51,7 +51,7 @@ class Shares:
 
     Attributes:
       steps: of one strip.
-      strips: of columns for a batch of tokens; batches of the same columns follow each other, and find codes in a cache.
+      strips: of columns for a batch of tokens. Batches of the same columns follow each other: codes are in a cache.
       blocks: at most as many as there are steps.
     """
 
@@ -273,15 +273,16 @@ def tiles(problem: Problem) -> Config:
 def candidates(problem: Problem) -> tuple[Config, ...]:
     """Three that fit, the likeliest first: as many multiply as registers let, and copies fill the shared memory.
 
-    A power of two as the number of stages makes the place of a step in their ring a mask.
+    A power of two as the number of stages makes the place of a step in their ring a mask. Half a register of a thread
+    is a token's sum, one for every scale of a step, and with groups one more.
     """
     found = []
-    most = 256 if problem.group_size is None else 128  # tokens whose sums, two of them with groups, fit into registers
-    for tokens in dict.fromkeys(_whole(problem.m, size) for size in (64, 128, 256) if size <= most):
+    for tokens in dict.fromkeys(_whole(problem.m, size) for size in (64, 128, 256)):
         for warpgroups, depth in ((4, 2), (2, 2), (4, 1), (2, 1)):
             fit = _room(problem) // _stage_bytes(problem, warpgroups, depth, tokens)
             config = (warpgroups, depth, tokens, 1 << min(3, int(math.log2(max(fit, 1)))))
-            if legal(problem, config) and config[3] >= 2 and not (warpgroups == 4 and tokens > 64):
+            sums = tokens * (1 if problem.group_size is None else 1 + _scales(_per_scale(problem), depth))
+            if legal(problem, config) and config[3] >= 2 and sums * warpgroups <= 512:
                 found.append(config)
     # More sums and operands than four warpgroups have registers for; or few copies ahead.
     worst = lambda config: (config[0] == 4 and config[2] > 32, config[3] < 4, -config[2])

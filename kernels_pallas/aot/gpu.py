@@ -37,6 +37,9 @@ CASES: Mapping[str, Case] = MappingProxyType(
             Case(16, 8192, 8192, 4, 128, activation_bits=8),
             Case(64, 8192, 8192, 4, 128, activation_bits=8),
             Case(16, 8192, 8192, 8, activation_bits=8),
+            Case(256, 8192, 8192, 8, activation_bits=8),
+            Case(2048, 8192, 8192, 4, 128, activation_bits=8),
+            Case(256, 8192, 8192, 4, 128),
         )
     }
 )
