@@ -37,7 +37,7 @@ from kernels_pallas import compat
 from kernels_pallas.backend import Config, Problem, dot_type
 from kernels_pallas.cases import CONFORMANCE, DECODE, SPEED, Case, draw, fill
 from kernels_pallas.devices import Device
-from kernels_pallas.dispatch import BACKENDS, choose, refusal
+from kernels_pallas.dispatch import BACKENDS, choose, own_layout, refusal
 from kernels_pallas.errors import KernelError
 from kernels_pallas.layouts import LAYOUTS
 from kernels_pallas.matmul import describe, quantized_matmul, tuned
@@ -180,9 +180,8 @@ def _chained(run: Callable[..., Any]) -> Callable[..., Any]:
 
 def _for_this_device(plain: Packed, platform: str) -> Packed:
     """In the layout of the platform's own kernels where that holds the weight: as a model would be packed for it."""
-    own = [backend.layouts[0] for backend in BACKENDS.values() if platform in backend.platforms]
-    fits = [layout for layout in own if LAYOUTS[layout].refuses(plain.spec) is None]
-    return relayout(plain, fits[0]) if fits else plain
+    layout = own_layout(platform)
+    return relayout(plain, layout) if LAYOUTS[layout].refuses(plain.spec) is None else plain
 
 
 def _rotating(run: Callable[..., Any], x: jax.Array, weight: Any, size: int, options: Options) -> Callable[[], Any]:

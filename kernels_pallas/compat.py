@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +60,12 @@ def device_kind(of: str) -> str:
     return jax.devices()[0].device_kind if platform() == of else of
 
 
+def hopper() -> bool:
+    """Whether GPUs here are NVIDIA's Hopper; also where there are none, and code is lowered for others to run."""
+    kind = device_kind("cuda")
+    return kind == "cuda" or re.search(r"\bG?H(100|200|800|20)\b", kind) is not None
+
+
 def mosaic_lanes() -> Any:
     """Registers of one thread, as the body of `inline_mgpu` builds them."""
     return importlib.import_module("kernels_pallas.lanes")
@@ -99,3 +106,9 @@ def kernel_times(run: Callable[[], Any], calls: int) -> list[list[float]]:
         found = [1e3 * milliseconds for _, milliseconds in library._cupti_get_timings(True)]
     each = len(found) // calls
     return [found[i * each : (i + 1) * each] for i in range(calls)]
+
+
+def gpu_races_found() -> bool | None:
+    """As `races_found`, of the GPU kernel that was interpreted last."""
+    state = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")
+    return None if state._races is None else state._races.races_found

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas import fragments, registers
+from kernels_pallas import compat, fragments, registers
 from kernels_pallas.backend import Backend, Config, Problem, dot_type, plain_scales
 from kernels_pallas.devices import Device
 from kernels_pallas.hopper_unpack import unpacked
@@ -20,7 +20,7 @@ from kernels_pallas.packed import Packed, dequantize, unpack
 
 def _run(x: jax.Array, packed: Packed, config: Config, interpret: bool) -> jax.Array:
     del config
-    if packed.layout == "hopper" and not interpret:
+    if packed.layout == "hopper" and not interpret and compat.hopper():
         return _from_tiles(x, packed)
     if x.dtype == jnp.int8:
         y = lax.dot_general(x, unpack(packed)[0], (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)

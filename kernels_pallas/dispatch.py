@@ -59,6 +59,12 @@ def refusal(backend: Backend, problem: Problem, platform: str, interpret: bool) 
     return backend.refuses(problem)
 
 
+def own_layout(platform: str) -> str:
+    """The layout that the kernels of a platform read, as JAX or this package calls it; `plain` where it has none."""
+    hopper = "hopper" if compat.hopper() else "plain"
+    return {"cpu": "cpu", "tpu": "tpu", "cuda": hopper, "gpu": hopper}.get(platform, "plain")
+
+
 def choose(
     problem: Problem, platform: str, tuned: Sequence[Entry] | None = None, interpret: bool = False
 ) -> tuple[str, Config]:

@@ -1,7 +1,8 @@
 """The contract of every backend: plain `jnp`, float32 at HIGHEST precision, any layout, any number of tokens.
 
-Weights alone (`activation_bits=None`): `y = x @ w`, with `x` and `w = dequantize(packed)` in float32. (One kernel may
-round `w` to bfloat16 where `x` is: that of TPUs, of more tokens than a group has rows.)
+Weights alone (`activation_bits=None`): `y = x @ w`, with `x` and `w = dequantize(packed)` in float32. (Where `x` is
+bfloat16, some round `w` to it, as a dense weight would be: the kernel of TPUs for more tokens than a group has rows,
+and `dense`; that of Hopper rounds the values of a table.)
 
 Weights and activations (`activation_bits=8`): every token, a row of `x`, is rounded to int8 by a scale of its own,
 

@@ -18,6 +18,7 @@ def bench(
     repeats: int = 20,
     megabytes: int = 128,
     chain: int = 1,
+    budget_s: int = 0,
     json: Json = False,
 ) -> None:
     """Time every kernel that runs here beside a dense dot: microseconds, GB/s, ratio, percent of the roofline, error.
@@ -30,7 +31,8 @@ def bench(
       repeats: turns of every kernel.
       megabytes: that copies of a weight fill, so that none is found in a cache.
       chain: matmuls of one call, on accelerators whose launches take longer than a matmul.
+      budget_s: seconds after which no other case begins; 0: all of them.
       json: print one JSON object.
     """
-    options = Options(repeats, megabytes, only, chain)
+    options = Options(repeats, megabytes, only, chain, budget_s)
     answer(lambda: commands_bench.measure(what, out, tune, options), json, commands_bench.show_times)

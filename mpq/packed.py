@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import LAYOUTS, Packed, dequantize, pack, quantized_matmul
+from kernels_pallas.dispatch import own_layout
 from kernels_pallas.layouts import Spec
 from mpq.activations.apply import RoundedActivation
 from mpq.formats.integer import Integer
@@ -50,8 +51,8 @@ def pack_weights(
     known = {spec.path for spec in weights}
     if unknown := [path for path in qtensors if path not in known]:
         raise MpqError(f"{unknown[0]} is not one of the {len(known)} weights that were traced: trace the model again")
-    layout = platform or jax.default_backend()
-    return {path: _pack(path, qtensor, layout if layout in LAYOUTS else "plain") for path, qtensor in qtensors.items()}
+    layout = own_layout(platform or jax.default_backend())
+    return {path: _pack(path, qtensor, layout) for path, qtensor in qtensors.items()}
 
 
 def evaluate_packed(

@@ -136,9 +136,15 @@ class TestRefusals:
 
     def test_what_the_hopper_kernel_does_not_take(self):
         on = functools.partial(self.refused, layout="hopper", backend="hopper", platform="cuda")
-        on("its activations are bfloat16 and not rounded", Case(2, 128, 8, 4, x_dtype="float32"))
-        on("its activations are bfloat16 and not rounded", Case(2, 128, 8, 4), activation_bits=8)
-        on("it has 65 tokens, allowed are 1 to 64", Case(65, 128, 8, 4))
+        on("its activations are float32, allowed are bfloat16 and those", Case(2, 128, 8, 4, x_dtype="float32"))
+        on("values of a table have no integer product", Case(2, 128, 8, 4, nf4=True), activation_bits=8)
+        on("it has 4097 tokens, allowed are 1 to 4096", Case(4097, 128, 8, 4))
+
+    def test_what_the_library_does_not_take_from_an_unpacked_weight(self):
+        on = functools.partial(self.refused, layout="plain", backend="dense", platform="cuda")
+        on("it rounds weights to bfloat16, and the activations are float32", Case(2, 128, 8, 4, x_dtype="float32"))
+        on("it adds up rows of 2 groups in one integer", Case(2, 128, 8, 4, 64), activation_bits=8)
+        on("values of a table have no integer product", Case(2, 128, 8, 4, nf4=True), activation_bits=8)
 
     def test_a_table_with_rounded_activations(self):
         case = Case(2, 16, 4, 4, 8, nf4=True)
@@ -273,12 +279,22 @@ def test_tpu_kernels_lower_without_a_tpu(case):
 
 
 @pytest.mark.parametrize(
-    "case", [Case(5, 384, 256, 4, 128, zeros=True), Case(64, 512, 128, 4, 256), Case(1, 384, 130, 8)], ids=str
+    ("backend", "case"),
+    [
+        ("hopper", Case(5, 384, 256, 4, 128, zeros=True)),
+        ("hopper", Case(64, 512, 128, 2, 256)),
+        ("hopper", Case(1, 384, 130, 8)),
+        ("hopper", Case(200, 512, 128, 4, 128, activation_bits=8)),
+        ("hopper", Case(16, 512, 128, 4, 128, nf4=True)),
+        ("dense", Case(300, 512, 128, 4, 128, nf4=True)),
+        ("dense", Case(300, 512, 128, 4, activation_bits=8)),
+    ],
+    ids=str,
 )
-def test_the_hopper_kernel_lowers_without_a_gpu(case):
+def test_kernels_for_hopper_lower_without_a_gpu(backend, case):
     """To Mosaic GPU: layouts of registers, swizzles of shared memory, barriers."""
     x, packed, _ = draw(case, "hopper", 0, exact=True)
-    run = functools.partial(quantized_matmul, backend="hopper", platform="cuda")
+    run = functools.partial(quantized_matmul, backend=backend, platform="cuda", activation_bits=case.activation_bits)
     lowered = export.export(jax.jit(run), platforms=["cuda"])(x, packed)
     assert "mosaic_gpu" in lowered.mlir_module()
     assert lowered.out_avals[0].shape == (case.m, case.n)

@@ -192,7 +192,8 @@ class TestRefusals:
             ("cpu", {"bits": 5}, "it has 5 bits, allowed are 8, 4, 2"),
             ("tpu", {"levels": NF4}, "its values come from a table"),
             ("tpu", {}, "its groups have 8 rows, allowed are multiples of 128"),
-            ("hopper", {"bits": 2}, "it has 2 bits"),
+            ("hopper", {}, "its groups have 8 rows, allowed are multiples of 128"),
+            ("hopper", {"bits": 3}, "it has 3 bits, allowed are 8, 4, 2"),
         ],
     )
     def test_what_a_layout_does_not_hold(self, layout, options, reason):

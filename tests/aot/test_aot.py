@@ -41,9 +41,10 @@ def test_the_hopper_kernel_is_what_its_design_says(case):
     found = gpu.measure(case)
     assert found["spill_bytes"] == 0
     assert not found["warnings"]
-    assert found["instructions"]["HGMMA"] >= 8
+    assert found["instructions"]["IGMMA" if "a8" in case else "HGMMA"] >= 4
+    # Sums of integers become floating point; codes never do, by the conversion unit.
     converted = [name for name in found["instructions"] if name.startswith(("I2F", "F2I", "I2FP"))]
-    assert not converted or "w4" not in case
+    assert not converted or "a8" in case
     assert 8 <= found["registers"] <= 168
     assert 0 < found["shared_bytes"] <= 227 * 1024
     budget = H200["kernels"][case]

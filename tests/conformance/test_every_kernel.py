@@ -57,7 +57,7 @@ def call(name, case, x, packed):
 def test_equals_the_oracle(name, case, layout):
     run = jax.jit(functools.partial(call, name, case))
     for exact in (True, False):
-        check(run, case, layout, exact)
+        check(run, case, layout, exact, rounded=name == "dense")
         if name == "tpu" and platform() != "tpu":
             assert compat.races_found() is False
 
@@ -66,7 +66,7 @@ def test_every_backend_takes_some_of_the_list():
     """One that refuses everything would pass by running nothing."""
     counts = {name: len(list(accepted(name))) for name in BACKENDS}
     assert counts.pop("reference") == len(CONFORMANCE)
-    assert counts.pop("hopper") >= 2
+    assert counts.pop("hopper") >= 7
     if isinstance(library(), str):  # a machine without a compiler
         assert counts.pop("native") == 0
     assert min(counts.values()) >= 8

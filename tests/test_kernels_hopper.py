@@ -1,0 +1,284 @@
+"""What of Hopper's kernels needs no GPU: the order of codes, every instruction that decodes them, and who does what.
+
+The instructions are run by an emulator of the few that there are (PTX ISA 8.8, chapter 9). The kernel itself runs in
+Pallas's interpreter, in a process whose client has a thread for every warpgroup.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from kernels_pallas import compat, fragments, hopper, registers, timers
+from kernels_pallas.cases import DECODE, Case, fill
+from kernels_pallas.matmul import describe
+from kernels_pallas.packed import NF4
+
+LANE_TABLE = 1024
+
+
+def emulate(text, *operands, memory=None):
+    """`$0` of one asm text, for words `$1`, `$2`, ..."""
+    held = {f"${i}": int(word) & 0xFFFFFFFF for i, word in enumerate(operands, 1)}
+    body = re.sub(r"^\{ *\.reg [^;]*;", "", text.strip()).rstrip("} ")
+    value = lambda name: held[name] if name in held else int(name, 0) & 0xFFFFFFFF
+    pair = lambda word: np.array([word], np.uint32).view(ml_dtypes.bfloat16).astype(np.float64)
+    for line in filter(None, map(str.strip, body.split(";"))):
+        operation, _, rest = line.partition(" ")
+        target, *names = (name.strip() for name in rest.split(","))
+        if operation == "ld.shared.b32":
+            held[target] = int(memory[value(names[0].strip("[]"))]) & 0xFFFFFFFF
+            continue
+        a, *more = map(value, names)
+        match operation:
+            case "mov.b32":
+                found = a
+            case "shr.u32":
+                found = a >> more[0]
+            case "shl.b32":
+                found = a << more[0]
+            case "and.b32":
+                found = a & more[0]
+            case "bfe.u32":
+                found = (a >> more[0]) & (2 ** more[1] - 1)
+            case "mad.lo.u32":
+                found = a * more[0] + more[1]
+            case "lop3.b32":
+                b, c, table = more
+                bits = [table >> (4 * (a >> i & 1) + 2 * (b >> i & 1) + (c >> i & 1)) & 1 for i in range(32)]
+                found = sum(bit << i for i, bit in enumerate(bits))
+            case "prmt.b32":
+                b, select = more
+                either = (b << 32 | a).to_bytes(8, "little")
+                found = int.from_bytes(bytes(either[select >> 4 * i & 7] for i in range(4)), "little")
+            case "sub.rn.bf16x2" | "fma.rn.bf16x2":
+                exact = pair(a) - pair(more[0]) if operation[0] == "s" else pair(a) * pair(more[0]) + pair(more[1])
+                found = int(exact.astype(ml_dtypes.bfloat16).view(np.uint32)[0])
+        held[target] = found & 0xFFFFFFFF
+    return held["$0"]
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """Decoders work on integers, and read a table that lies in the memory given here."""
+    memory = {}
+    assemble = lambda text, *operands: emulate(text, *operands, memory=memory)
+    monkeypatch.setattr(compat, "mosaic_lanes", lambda: types.SimpleNamespace(assemble=assemble))
+    return memory
+
+
+def tile(bits, table, seed=0):
+    """Codes of a tile, and the words of each thread."""
+    low, high = (0, 2**bits) if table else (-(2 ** (bits - 1)), 2 ** (bits - 1))
+    codes = np.random.default_rng(seed).integers(low, high, (128, 64)).astype(np.int8)
+    stored = fragments.store(codes, bits, table)[0, 0].reshape(-1, 128, 4)
+    return codes, [stored[:, thread].reshape(-1) for thread in range(128)]
+
+
+def places(thread, register):
+    """Column and first row of a register of two values: the figure of the PTX manual, for matrix A of 16 rows."""
+    warp, group, quarter = thread // 32, thread % 32 // 4, thread % 4
+    block, number = divmod(register, 4)
+    return 16 * warp + group + 8 * (number in (1, 3)), 16 * block + 2 * quarter + 8 * (number in (2, 3))
+
+
+THREADS = (0, 5, 38, 127)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_registers_hold_the_values_that_the_tensor_cores_want(bits, emulated):
+    codes, held = tile(bits, table=False)
+    for thread in THREADS:
+        found = registers._to_bfloat16(bits)([int(word) for word in held[thread]])
+        assert len(found) == 32
+        for register, word in enumerate(found):
+            column, row = places(thread, register)
+            values = np.array([word], np.uint32).view(ml_dtypes.bfloat16).astype(np.float64)
+            np.testing.assert_array_equal(values, codes[row : row + 2, column])
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_registers_of_integers_go_with_permuted_activations(bits, emulated):
+    """Register r of four bytes: column and rows of the manual's matrix A of 32 rows, in the order of `permute_rows`."""
+    codes, held = tile(bits, table=False)
+    rows = np.asarray(fragments.permute_rows(jnp.arange(128)[None], bits))[0]
+    assert sorted(rows) == list(range(128))
+    for thread in THREADS:
+        found = registers._to_int8(bits)([int(word) for word in held[thread]])
+        assert len(found) == 16
+        for register, word in enumerate(found):
+            column = 16 * (thread // 32) + thread % 32 // 4 + 8 * (register % 2)
+            first = 16 * (register // 2) + 4 * (thread % 4)
+            values = np.array([word], np.uint32).view(np.int8).astype(int)
+            np.testing.assert_array_equal(
+                values, codes[rows[first : first + 4], column].astype(int) * registers.over(bits)
+            )
+
+
+def test_values_of_a_table_are_looked_up_in_pairs(emulated):
+    codes, held = tile(4, table=True)
+    lane = 7
+    address = LANE_TABLE + 4 * lane
+    for byte, row in enumerate(registers.pairs(NF4)):
+        emulated[address + 128 * byte] = row[lane]
+    values = np.asarray(NF4, ml_dtypes.bfloat16).astype(np.float64)
+    for thread in THREADS:
+        found = registers._looked_up([int(word) for word in held[thread]], address)
+        for register, word in enumerate(found):
+            column, row = places(thread, register)
+            pair = np.array([word], np.uint32).view(ml_dtypes.bfloat16).astype(np.float64)
+            np.testing.assert_array_equal(pair, values[codes[row : row + 2, column]])
+
+
+@pytest.mark.parametrize(("bits", "table"), [(8, False), (4, False), (2, False), (4, True)])
+def test_the_order_has_an_inverse(bits, table):
+    codes = np.random.default_rng(1).integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (2, 256, 192)).astype(np.int8)
+    stored = fragments.store(codes, bits, table)
+    assert (stored.shape, stored.dtype) == ((2, 2, 3, 2 * bits, 128), np.int32)
+    np.testing.assert_array_equal(fragments.load(stored, bits, table), codes)
+    np.testing.assert_array_equal(jax.jit(fragments.load, static_argnums=(1, 2))(stored, bits, table), codes)
+
+
+@pytest.mark.parametrize(
+    ("steps", "strips", "blocks"), [(32, 32, 132), (16, 16, 132), (1, 5, 5), (7, 3, 4), (64, 1, 3)]
+)
+def test_steps_are_shared_out(steps, strips, blocks):
+    shares = hopper.Shares(steps, strips, blocks)
+    bounds = [int(shares.begin(block)) for block in range(blocks + 1)]
+    assert (bounds[0], bounds[-1]) == (0, steps * strips)
+    sizes = np.diff(bounds)
+    assert sizes.max() - sizes.min() <= 1 <= sizes.min()
+    owners = np.repeat(np.arange(blocks), sizes)
+    assert [int(shares.owner(step)) for step in range(steps * strips)] == owners.tolist()
+    most = 0
+    for strip in range(strips):
+        of_strip = list(dict.fromkeys(owners[strip * steps : (strip + 1) * steps].tolist()))
+        assert [int(shares.part(block, strip)) for block in of_strip] == list(range(len(of_strip)))
+        most = max(most, len(of_strip))
+    assert shares.parts == most
+
+
+@pytest.mark.parametrize("warpgroups", [1, 2, 3, 4])
+def test_threads_do_not_wait_for_registers_that_nobody_has(warpgroups):
+    launched = min(248, 65536 // (128 * (warpgroups + 1)) // 8 * 8) * (warpgroups + 1)
+    assert launched >= warpgroups * hopper.most_registers(warpgroups) + 40
+    assert hopper.most_registers(warpgroups) >= 96
+
+
+@pytest.mark.parametrize("case", DECODE[::3], ids=str)
+def test_configs_fit(case):
+    x, packed = jax.eval_shape(lambda: fill(case, 0))
+    problem = describe(x, packed, case.activation_bits)
+    found = hopper.candidates(problem)
+    assert found[0] == hopper.tiles(problem)
+    assert len(set(found)) == len(found) >= 2
+    for config in found:
+        assert hopper.legal(problem, config)
+        assert not hopper.legal(problem, (*config[:3], 4096))
+    assert not hopper.legal(problem, ())
+
+
+def test_a_weight_made_on_the_device_is_one():
+    case = Case(2, 256, 128, 4, 128)
+    x, packed = fill(case, 3)
+    assert x.shape == (2, 256)
+    codes = fragments.load(np.asarray(packed.codes), 4)
+    assert (codes.min(), codes.max()) == (-8, 7)
+    assert not np.array_equal(packed.codes, fill(case, 4)[1].codes)
+
+
+INTERPRETED = """
+import json, sys
+import jax.numpy as jnp, numpy as np
+from kernels_pallas import BACKENDS, compat, hopper, interpreted
+from kernels_pallas.cases import Case, draw
+
+hopper.PROCESSORS = 3
+config, broken = json.loads(sys.argv[1]), len(sys.argv) > 3
+case = Case(**json.loads(sys.argv[2]))
+if broken:
+    real = compat.mosaic_gpu()
+    class Hasty:
+        barrier_wait = staticmethod(lambda barrier: None)
+        def __getattr__(self, name):
+            return getattr(real, name)
+    hopper.compat = type("compat", (), {**vars(compat), "mosaic_gpu": staticmethod(Hasty)})
+x, packed, _ = draw(case, "hopper", 0, exact=True)
+got = BACKENDS["hopper"](x, packed, case.activation_bits, config=tuple(config), interpret=True)
+x, plain, _ = draw(case, "plain", 0, exact=True)
+want = np.asarray(BACKENDS["reference"](x, plain, case.activation_bits))
+error = float(np.abs(np.asarray(got) - want).max() / np.abs(want).max())
+print(json.dumps({"error": error, "races": bool(compat.gpu_races_found())}))
+"""
+
+
+def interpreted(root, config, case, *more):
+    environment = {**os.environ, "NPROC": "8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", INTERPRETED, json.dumps(config), json.dumps(case), *more]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+SMALL = {"m": 1, "k": 384, "n": 128, "bits": 4, "group_size": 128}
+SHAPES = [
+    ([2, 1, 8, 2], SMALL, 0),
+    *(
+        pytest.param(config, case, allowed, marks=pytest.mark.slow)
+        for config, case, allowed in (
+            ([2, 2, 8, 2], {"m": 9, "k": 512, "n": 256, "bits": 4, "group_size": 128}, 0),
+            ([1, 2, 8, 2], {"m": 3, "k": 512, "n": 128, "bits": 8, "activation_bits": 8}, 0),
+            ([1, 1, 8, 2], {"m": 3, "k": 384, "n": 128, "bits": 4, "group_size": 128, "nf4": True}, 2**-9),
+            ([1, 2, 8, 2], {"m": 3, "k": 256, "n": 128, "bits": 2, "group_size": 256}, 0),
+            ([2, 1, 16, 4], {"m": 20, "k": 512, "n": 128, "bits": 4, "activation_bits": 8}, 0),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "case", "allowed"), SHAPES)
+def test_the_kernel_equals_the_contract_when_interpreted(root, config, case, allowed):
+    """With several blocks to a strip and tokens in batches. Values of a table are rounded to bfloat16, no others."""
+    found = interpreted(root, config, case)
+    assert found["error"] <= allowed
+    assert not found["races"]
+
+
+def test_a_kernel_that_waits_for_nothing_races(root):
+    assert interpreted(root, [1, 1, 8, 2], {**SMALL, "k": 256}, "broken")["races"]
+
+
+def test_other_gpus_are_told_from_hopper(monkeypatch):
+    for kind, is_one in (
+        ("NVIDIA H200", True),
+        ("NVIDIA H100 80GB HBM3", True),
+        ("NVIDIA GH200 480GB", True),
+        ("cuda", True),
+    ):
+        monkeypatch.setattr(compat, "device_kind", lambda of, kind=kind: kind)
+        assert compat.hopper() is is_one
+    monkeypatch.setattr(compat, "device_kind", lambda of: "NVIDIA A100-SXM4-40GB")
+    assert not compat.hopper()
+    problem = describe(*fill(Case(1, 128, 128, 4), 0), None)
+    assert hopper.HOPPER.refuses(problem) == "it runs on NVIDIA's Hopper, not on NVIDIA A100-SXM4-40GB"
+
+
+def test_a_gpu_is_timed_by_its_kernels(monkeypatch):
+    """Calls of two kernels each; what the library gives is milliseconds of kernels in their order."""
+    calls = []
+    library = types.SimpleNamespace(
+        _cupti_init=lambda: None, _cupti_get_timings=lambda finalize: [("a", 0.001 * i) for i in range(1, 7)]
+    )
+    profiler = types.SimpleNamespace(mosaic_gpu_lib=types.SimpleNamespace(_mosaic_gpu_ext=library))
+    monkeypatch.setattr(compat.importlib, "import_module", lambda name: profiler)
+    monkeypatch.setattr(compat, "platform", lambda: "cuda")
+    found = timers.times({"one": lambda: calls.append(0)}, 3)
+    np.testing.assert_allclose(found["one"], [3, 7, 11])
+    assert len(calls) == 1 + 3
