@@ -8,6 +8,7 @@ call on each is replayed, so that no time is of a launch by the host; microsecon
 """
 
 import argparse
+import importlib
 import json
 import statistics
 from collections.abc import Callable
@@ -66,7 +67,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
     parser.add_argument("--repeats", type=int, default=10)
     options = parser.parse_args()
-    import torch
+    torch = importlib.import_module("torch")
 
     rows: list[dict[str, Any]] = []
     about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}

@@ -1,0 +1,54 @@
+"""The committed results of the kernels on an H200: the page is made of them, and they are what was aimed at."""
+
+import pytest
+
+from analysis import kernels
+from kernels_pallas.tables import file_name, read_table
+from mpq.files import read_json
+
+
+@pytest.fixture(scope="module")
+def results(root):
+    return kernels.load(root)
+
+
+def test_the_page_is_made_of_them(root, results):
+    assert (root / kernels.FOLDER / "h200.md").read_text(encoding="utf-8") == kernels.page(*results)
+
+
+def test_the_picture_has_every_format(results):
+    (axes,) = kernels.roofline_figure(results[0]).axes
+    assert sum(len(line.get_xdata()) for line in axes.lines[2:]) == len(kernels.fastest(results[0]))
+
+
+def test_few_tokens_are_as_fast_as_was_aimed_at(results):
+    """Times the dense dot of the same run, for layers of 70 billion parameters."""
+    rows = kernels.fastest(results[0])
+    least = {
+        "w4a16_g128-1x": 2.8,
+        "w4a16_g128-16x": 2.8,
+        "w8a16_channel-16x": 1.6,
+        "w2a16_g128-16x": 3,
+        "nf4a16_g128-16x": 2,
+    }
+    for start, ratio in least.items():
+        for shape in ("8192x57344", "28672x8192"):
+            assert rows[f"{start}{shape}-bfloat16"]["speedup"] >= ratio
+
+
+def test_the_table_chooses_what_was_fastest(root, results):
+    path = root / "kernels_pallas" / "tuned" / file_name("NVIDIA H200")
+    best = {}
+    for entry in read_table(path.read_text(encoding="utf-8")).entries:
+        problem = entry.problem
+        key = (problem.format, problem.group_size, problem.m, problem.k, problem.n)
+        if key not in best or entry.microseconds < best[key].microseconds:
+            best[key] = entry
+    chosen = sorted((entry.backend, entry.microseconds) for entry in best.values())
+    assert chosen == sorted((row["backend"], row["p50"]) for row in kernels.fastest(results[0]).values())
+
+
+def test_peers_were_measured_on_the_same_kind_of_card(root, results):
+    assert results[0]["environment"]["device"] == results[1]["environment"]["device"]
+    versions = read_json(root / kernels.FOLDER / "h200_versions.json", "results")["versions"]
+    assert [version["commit"] for version in versions.values()] == ["5f622ba", "28db0a0"]
