@@ -10,7 +10,8 @@ Run:     python -m experiments.qat --model reference --data reference --train st
 Expect:  training recovers most of what rounding loses where that is much
 Resume:  type the same command again: rows that the file holds are not computed again
 Writes:  one JSON object: by plan and way, KL to the original and rise of the loss on the test set, nats per output, the
-         task's own quality, each with its standard error over documents, and seconds
+         task's own quality, each with its standard error over documents; seconds, and those of processors, which
+         other work on the machine does not lengthen
 
 Rounding is GPTQ; of weights alone in text models then QEP, in networks for images norms estimated again. Training
 starts from the last of these. Calibration, and the table that mixed plans are solved from, take the calibration set of
@@ -253,13 +254,14 @@ class Comparison:
         for name in self.options.plans:
             if (name, TRAINED) in known:
                 continue
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             for way, made, told in self.made(PLANS[name]):
                 jax.block_until_ready(made.qtensors)
-                seconds = round(time.perf_counter() - start, 1)
+                seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - busy
                 if (name, way) not in known:
-                    yield {"plan": name, "way": way, "seconds": seconds} | told | self.row(made)
-                start = time.perf_counter()
+                    times = {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)}
+                    yield {"plan": name, "way": way} | times | told | self.row(made)
+                start, busy = time.perf_counter(), time.process_time()
 
     def row(self, made: Made) -> dict[str, Any]:
         """Size and quality."""
