@@ -45,9 +45,9 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
     yield "# Bit widths by gradient, against the exact solver"
     yield (
         "Written by `python -m analysis.bit_search` from the files beside it; `experiments/bit_search.py` says how "
-        "they are made. The same candidates, groups and budgets for every method; KL on text that no stage saw, nats per "
-        "token, standard errors over windows. Seconds are those of the table, or of the search for one budget; a table "
-        "serves all budgets."
+        "they are made. The same candidates, groups and budgets for every method; KL on text that no stage saw, nats "
+        "per token, standard errors over windows. Seconds are those of the table, or of the search for one budget; a "
+        "table serves all budgets."
     )
     for result in results:
         config, search = result["record"]["config"], result["search"]
