@@ -23,11 +23,11 @@ def table(result: Result) -> str:
     """A row a plan and way of making it, and what share of the loss of the best rounding is recovered."""
     lines = [
         f"| plan | way | bits per weight | {result['quality_name']} | KL to the original | rise of the loss | s | "
-        "recovered |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "recovered of GPTQ's loss | of the best rounding's |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in result["rows"]:
-        share = recovered(result, row["plan"]) if row["way"] == "trained" else None
+        shares = recovered(result, row["plan"]) if row["way"] == "trained" else (None, None)
         cells = [
             row["plan"],
             row["way"],
@@ -36,14 +36,14 @@ def table(result: Result) -> str:
             with_error(row["kl"], row["kl_stderr"]),
             with_error(row["excess"], row["excess_stderr"]),
             f"{row['seconds']:.0f}",
-            "" if share is None else f"{100 * share:.0f} %",
+            *("" if share is None else f"{100 * share:.0f} %" for share in shares),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def recovered(result: Result, plan: str) -> float | None:
-    """The share of what the best rounding of a plan loses that training takes back; None where that is nothing.
+def recovered(result: Result, plan: str) -> tuple[float | None, float | None]:
+    """The shares of what plain and the best rounding of a plan lose that training takes back; None where it is nothing.
 
     Of accuracies, points of top-1; of anything else, the rise of the loss.
     """
@@ -53,7 +53,8 @@ def recovered(result: Result, plan: str) -> float | None:
     else:
         lost = [row["excess"] for row in rows]
     *rounded, trained = lost
-    return None if min(rounded) <= 0 else 1 - trained / min(rounded)
+    share = lambda loss: None if loss <= 0 else 1 - trained / loss
+    return share(rounded[0]), share(min(rounded))
 
 
 def page(results: Sequence[Result]) -> str:
@@ -66,8 +67,9 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
     yield (
         "Written by `python -m analysis.qat` from the files beside it; `experiments/qat.py` says how they are made. "
         "Every plan is rounded, rounded better, and trained from there to the outputs of the original, in the same "
-        "bytes; seconds are those of each way alone. Recovered is the share of what the best rounding loses, of top-1 "
-        "or of the loss. Test data that no stage saw; standard errors over documents."
+        "bytes; seconds are those of each way alone, on a machine with other work. Recovered is the share of what "
+        "rounding loses, in points of top-1 or in nats, that training takes back. Test data that no stage saw; "
+        "standard errors over documents."
     )
     for result in results:
         config, settings = result["record"]["config"], result["distill"]

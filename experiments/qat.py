@@ -3,10 +3,9 @@ r"""What quantization-aware training recovers of what rounding loses: mixed plan
 Run:     python -m experiments.qat --model reference --data reference --train stdlib --train-batch 4 --steps 1400
              --train-rows 5600 --rounding 0.012 --scale 0.002 --beside 0.003 --noise 0.1 --out FILE
          python -m experiments.qat --model DIR --data cifar10_lossless_head.npz --train cifar10_train_jpeg.npz
-             --plans W4A4 W3A3 W2A4 "2.5 bpw" --schemes int2_channel int3_channel int4_channel int8_channel
+             --plans W2A4 "2.5 bpw" W3A3 W4A4 --schemes int2_channel int3_channel int4_channel int8_channel
              --metric kl --table-rows 512 --batch-size 64 --train-batch 64 --steps 500 --train-rows 32000
-             --rounding 0.006 --scale 0.001 --ranges 0.002 --beside 0.001
-             --out FILE
+             --rounding 0.006 --scale 0.001 --ranges 0.002 --beside 0.001 --out FILE
 Expect:  training recovers most of what rounding loses where that is much
 Resume:  type the same command again: rows that the file holds are not computed again
 Writes:  one JSON object: by plan and way, KL to the original and rise of the loss on the test set, nats per output, the

@@ -26,7 +26,7 @@ def test_every_method_has_the_same_candidates_and_budget(tmp_path):
     assert (exact["method"], gradient["method"]) == ("weight_mse", "gradient")
     for row in result["rows"]:
         assert row["bits_per_weight"] <= 3.0
-        assert sum(row["schemes"].values()) == 14
+        assert sum(row["schemes"].values()) == 15
     assert gradient["above_gradient"] == 0
     assert abs(exact["above_gradient"] - (exact["kl"] - gradient["kl"])) < 1e-9
     bit_search.main(options)

@@ -76,10 +76,13 @@ def test_a_mixed_plan_of_a_text_model(tmp_path):
 def test_the_share_that_is_recovered():
     row = lambda quality, excess: {"plan": "a", "quality": quality, "excess": excess}
     rows = [row(0.5, 0.4), row(0.6, 0.3), row(0.85, 0.15)]
-    assert recovered({"quality_name": "accuracy", "quality": 0.9, "rows": rows}, "a") == pytest.approx(1 - 0.05 / 0.3)
-    assert recovered({"quality_name": "perplexity", "quality": 9.0, "rows": rows}, "a") == pytest.approx(0.5)
-    nothing = [row(0.95, 0.1), row(0.9, 0.1)]
-    assert recovered({"quality_name": "accuracy", "quality": 0.9, "rows": nothing}, "a") is None
+    found = recovered({"quality_name": "accuracy", "quality": 0.9, "rows": rows}, "a")
+    assert found == pytest.approx((1 - 0.05 / 0.4, 1 - 0.05 / 0.3))
+    found = recovered({"quality_name": "perplexity", "quality": 9.0, "rows": rows}, "a")
+    assert found == pytest.approx((1 - 0.15 / 0.4, 0.5))
+    nothing = [row(0.8, 0.1), row(0.95, 0.1), row(0.9, 0.1)]
+    found = recovered({"quality_name": "accuracy", "quality": 0.9, "rows": nothing}, "a")
+    assert found == (pytest.approx(1.0), None)
 
 
 def test_every_plan_names_schemes():
