@@ -8,7 +8,7 @@ import tyro
 from mpq import commands, commands_activations, commands_quantize, show
 from mpq.cli_answer import Json, Out, Source, answer
 from mpq.commands_quantize import Rounding
-from mpq.distill import Distill
+from mpq.distill import Devices, Distill
 
 
 def ranges(
@@ -40,6 +40,12 @@ def qat(
     rate: float = 0.02,
     scale_rate: float = 0.003,
     range_rate: float = 0.003,
+    beside_rate: float = 0.003,
+    rank: int = 0,
+    propagate: tyro.conf.FlagCreatePairsOff[bool] = False,
+    correct_norms: tyro.conf.FlagCreatePairsOff[bool] = False,
+    devices: int = 1,
+    fsdp: tyro.conf.FlagCreatePairsOff[bool] = False,
     ranges: Path | None = None,
     stats: Path | None = None,
     window: int | None = None,
@@ -62,6 +68,13 @@ def qat(
       rate: peak learning rate of the weights, in steps of their grid.
       scale_rate: of the logarithms of scales.
       range_rate: of the logarithms of static ranges of activations (LSQ); 0: they stay.
+      beside_rate: of biases and norms, relative to their size; 0: they stay.
+      rank: learn a low-rank update of each weight (LoRA), which is merged into the codes in the end, not every code;
+        for large models.
+      propagate: start from weights that make up for those before them (QEP).
+      correct_norms: start from biases and norms that take up what rounding shifts and stretches.
+      devices: divide every batch among so many; on CPUs XLA_FLAGS=--xla_force_host_platform_device_count=8 makes some.
+      fsdp: divide parameters and the optimizer's state among them, too.
       ranges: what `mpq calibrate --of activations` wrote, for static ranges to start from; else `data` gives them.
       stats: what `mpq calibrate` wrote, for methods that need it.
       window: tokens a window; default 256, or the model's context if that is shorter.
@@ -72,8 +85,16 @@ def qat(
     text = commands.Data(data, window, max_windows, batch_size)
 
     def train() -> dict[str, object]:
-        how = Rounding(method)
-        training = Distill(steps=steps, rounding=rate, scale=scale_rate, ranges=range_rate)
+        how = Rounding(method, propagate=bool(propagate), correct_norms=bool(correct_norms))
+        training = Distill(
+            steps=steps,
+            rounding=rate,
+            scale=scale_rate,
+            ranges=range_rate,
+            beside=beside_rate,
+            rank=rank,
+            devices=Devices(devices, bool(fsdp)),
+        )
         return commands_quantize.quantize(model, plan, out, text, stats, how, steps, ranges, training=training)
 
     answer(train, json, commands.show_written)

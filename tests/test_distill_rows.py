@@ -181,5 +181,14 @@ def test_the_command_trains_weights_and_activations(tmp_path, monkeypatch, capsy
     before, after = (orbax.load(tmp_path / name).ranges for name in ("ptq", "qat"))
     assert all((before[path] != after[path]).all() for path in before)
     assert not list(tmp_path.glob("*.distill"))
+    beside = [orbax.load(tmp_path / name).params for name in ("ptq", "qat")]
+    assert all((beside[0][path] != beside[1][path]).any() for path in beside[0])  # norms are trained, too
+    low_rank = answer("qat", "model", plan, *text, "--steps", "2", "--rank", "4", "--beside-rate", "0", "-o", "lora")
+    assert low_rank["payload_bytes"] == told["payload_bytes"]
+    kept = orbax.load(tmp_path / "lora").params
+    assert all((beside[0][path] == kept[path]).all() for path in kept)
+    assert exit_code("qat", "model", plan, *text, "--devices", "99", "-o", "x") == 2
+    assert "99 devices are wanted and 1 are here: give 1 to 1" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "x").exists()
     assert exit_code("qat", "model", plan, "--data", "text.txt", "--steps", "0", "-o", "x") == 2
     assert "steps, batch_size and save_every of a distillation must be at least 1" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import pytest
 
 from mpq.activations import activation_rows, parse_activation_scheme
 from mpq.activations.apply import RoundedActivation
+from mpq.distill import Distill, Distilled
 from mpq.equalize import find_shifts
 from mpq.evaluate import Reference, score
 from mpq.formats import parse_scheme
@@ -153,6 +154,28 @@ def test_the_command_corrects_and_says_so(place, monkeypatch, capsys):
     plain, bias = load("plain"), load("bias")
     changed = {p for p in plain.params if not np.array_equal(plain.params[p], bias.params[p])}
     assert changed == {p for p in plain.params if p.endswith(".mean")} | {"linear.bias"}
+
+
+def test_training_starts_from_what_was_corrected(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    seen = []
+
+    def stand_still(self, model, traced, qtensors, data, *, key, state, activations, beside):
+        seen.append((model, beside))
+        state.touch()
+        return Distilled(qtensors, np.zeros(1), activations, beside)
+
+    monkeypatch.setattr(Distill, "__call__", stand_still)
+    data = ["--data", "images.npz", "--max-windows", "32", "--json"]
+    assert exit_code("qat", "model", "int3_channel", *data, "--correct-norms", "-o", "trained") == 0
+    assert json.loads(capsys.readouterr().out)["corrected"] == 8
+    ((model, beside),) = seen
+    original, trained = load("model"), load("trained")
+    assert model.digest == original.digest  # the outputs that are trained for are those of the original
+    assert {path.rpartition(".")[2] for path in beside} == {"mean", "scale", "bias"}
+    for path, param in beside.items():
+        np.testing.assert_array_equal(trained.params[path], param)
+        assert (param != original.params[path]).any()
 
 
 def test_what_cannot_be_corrected_is_refused(place, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Training what a quantized model stores, codes, scales and zero points, against the outputs of the original."""
+"""Training against the outputs of the original: what a quantized model stores, and which bits its weights get."""
 
 from mpq.distill.latent import Latent as Latent
 from mpq.distill.latent import freeze as freeze
@@ -6,3 +6,6 @@ from mpq.distill.latent import reconstruct as reconstruct
 from mpq.distill.latent import start as start
 from mpq.distill.loop import Distill as Distill
 from mpq.distill.loop import Distilled as Distilled
+from mpq.distill.mixture import Mixed as Mixed
+from mpq.distill.mixture import Mixture as Mixture
+from mpq.distill.shard import Devices as Devices
