@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
+from analysis.range_info import RangeInfo
 from analysis.reading import read
 from mpq.files import read_json
 from mpq.types import MpqError
@@ -284,6 +285,8 @@ class Result:
     winners: Mapping[str, Winner] = dataclasses.field(default_factory=dict)
     stability: Mapping[str, StabilityInfo] = dataclasses.field(default_factory=dict)
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    ranges: tuple[RangeInfo, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def has_quality(self) -> bool:
