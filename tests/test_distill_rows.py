@@ -14,6 +14,7 @@ from rich.console import Console
 from mpq.activations import activation_rows, calibrate_activations, parse_activation_scheme
 from mpq.activations.apply import RoundedActivation, choose_activations, with_activations
 from mpq.distill import Distill, loop
+from mpq.distill.learned import Student
 from mpq.distill.rows import freeze_rows, start_rows, train_rounded
 from mpq.evaluate import Reference, score
 from mpq.export import orbax
@@ -141,7 +142,7 @@ def test_a_loss_that_explodes_is_told_with_its_step_and_what_was_good_is_kept(se
         patch.setattr(loop, "track", lambda items, *_: (i for i in items if i < 10))
         train()
     kept = state.read_bytes()
-    monkeypatch.setattr(loop, "_loss", lambda *args: jax.tree.leaves(args[4])[0].sum() * jnp.nan)
+    monkeypatch.setattr(Student, "loss", lambda self, learned, *_: jax.tree.leaves(learned)[0].sum() * jnp.nan)
     with pytest.raises(MpqError) as stopped:
         train()
     assert str(stopped.value) == (
