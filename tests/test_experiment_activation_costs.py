@@ -1,12 +1,14 @@
 """`experiments.image_activations`, `activation_cost` and `activation_peers` on tiny models; a peer is stood in for."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from analysis.activation_tables import asked, costs, images, peers
+from analysis.activations import BESIDE, page
 from experiments import activation_cost, activation_peers, image_activations
 from experiments.activations import SETTINGS
 from experiments.image_activations import OWN, PLANS, SHIFTED
@@ -157,3 +159,12 @@ def test_what_is_asked_is_held_against_the_best_of_each_kind():
         "| b | W8A8 dynamic | +0.60 % | W8A8 static, online | +0.50 % | 0.5 % | no |",
         "| c | W8A8 dynamic | -0.40 points | W8A8 static, MSE | +0.00 points | 0.3 points | no |",
     ]
+
+
+def test_the_page_has_what_lies_beside():
+    folder = Path("experiments/results/activations")
+    read = lambda part: [read_json(path, "results") for path in sorted(part.glob("*.json"))]
+    written = page(read(folder), {name: read(folder / name) for name in BESIDE})
+    assert (folder / "README.md").read_text(encoding="utf-8") == written
+    for heading in ("Images", "Time at run time", "Beside other libraries", "What is asked of W8A8"):
+        assert f"\n## {heading}\n" in written
