@@ -38,7 +38,7 @@ from mpq.models import Model, load
 from mpq.quantize import QUANTIZERS, Candidates, apply_plan
 from mpq.record import RunRecord
 from mpq.trace import Trace
-from mpq.types import LayerStats, MpqError, Scheme
+from mpq.types import LayerStats, MpqError, QTensor, Scheme
 
 
 class Setting(NamedTuple):
@@ -49,6 +49,15 @@ class Setting(NamedTuple):
     smooth: bool = False
     rotate: bool = False
     turn: bool = False
+
+
+class Rounded(NamedTuple):
+    """A model, its trace, rows that are rounded, and quantized weights by path."""
+
+    model: Model
+    traced: Trace
+    chosen: tuple[RoundedActivation, ...]
+    qtensors: dict[str, QTensor]
 
 
 SETTINGS: Mapping[str, Setting] = {
@@ -94,6 +103,27 @@ SETTINGS: Mapping[str, Setting] = {
     "W8A8 dynamic, online": Setting("int8_channel+int8_token", "rtn", turn=True),
     "W8A8 static, absmax, online": Setting("int8_channel+int8_tensor_static_absmax", "rtn", turn=True),
     "W8A8 static, MSE, online": Setting("int8_channel+int8_tensor_static", "rtn", turn=True),
+    "W8A8 static, moving average, online": Setting("int8_channel+int8_tensor_static_moving_average", "rtn", turn=True),
+    "W8A8 static, percentile, online": Setting("int8_channel+int8_tensor_static_percentile", "rtn", turn=True),
+    "W8A8 static, entropy, online": Setting("int8_channel+int8_tensor_static_entropy", "rtn", turn=True),
+    "W8A8 static, MSE, smoothed": Setting("int8_channel+int8_tensor_static", "rtn", smooth=True),
+    "W8A8 static, MSE, smoothed, online": Setting("int8_channel+int8_tensor_static", "rtn", smooth=True, turn=True),
+    "W8A8 dynamic, groups": Setting("int8_channel+int8_g32", "rtn"),
+    "W8A8 FP8 dynamic": Setting("fp8_e4m3_channel+fp8_e4m3_token", "rtn"),
+    "W8A8 FP8 dynamic, online": Setting("fp8_e4m3_channel+fp8_e4m3_token", "rtn", turn=True),
+    "W8A8 FP8 static, MSE": Setting("fp8_e4m3_channel+fp8_e4m3_tensor_static", "rtn"),
+    "W4g32A8 static, absmax": Setting("int4_g32+int8_tensor_static_absmax", "gptq"),
+    "W4g32A8 static, percentile": Setting("int4_g32+int8_tensor_static_percentile", "gptq"),
+    "W4g32A8 static, MSE": Setting("int4_g32+int8_tensor_static", "gptq"),
+    "W4g32A8 static, entropy": Setting("int4_g32+int8_tensor_static_entropy", "gptq"),
+    "W4g32A8 dynamic, online": Setting("int4_g32+int8_token", "gptq", turn=True),
+    "W4g32A8 static, MSE, online": Setting("int4_g32+int8_tensor_static", "gptq", turn=True),
+    "W4g32A4 dynamic, groups": Setting("int4_g32+int4_g32", "gptq"),
+    "W4g32A4 dynamic, groups, zero point": Setting("int4_g32+int4_g32_asym", "gptq"),
+    "W4g32A4 dynamic, groups, online": Setting("int4_g32+int4_g32", "gptq", turn=True),
+    "W4g32A4 dynamic, groups, zero point, online": Setting("int4_g32+int4_g32_asym", "gptq", turn=True),
+    "W4g32A4 static, MSE, smoothed": Setting("int4_g32+int4_tensor_static", "gptq", smooth=True),
+    "W4g32A4 static, MSE, smoothed, online": Setting("int4_g32+int4_tensor_static", "gptq", smooth=True, turn=True),
     "W8A8 static, zero point, smoothed, online": Setting(
         "int8_channel+int8_tensor_static_absmax_asym", "rtn", smooth=True, turn=True
     ),
@@ -168,6 +198,11 @@ class Comparison:
 
     def made(self, setting: Setting) -> tuple[Model, dict[str, jax.Array]]:
         """The rounded model and its parameters."""
+        model, traced, chosen, qtensors = self.rounded(setting)
+        return with_activations(model, traced, chosen), apply_plan(model.params, traced.weights, qtensors)
+
+    def rounded(self, setting: Setting) -> Rounded:
+        """A setting's model, which may be smoothed and rotated, with what is rounded of it."""
         options, (plan, method, smooth, whole, turn) = self.options, setting
         model, traced, stats = self.rotated if whole else (self.model, self.traced, self.stats)
         source, activations, kv = split_plan(plan)
@@ -186,8 +221,7 @@ class Comparison:
             everything = (choice, stats, self.calibration, options.batch_size, options.seed)
             model, chosen, stats = turn_model(model, traced, chosen, *everything)
         candidates = Candidates(model.params, traced.weights, QUANTIZERS[method], stats)
-        params = apply_plan(model.params, traced.weights, candidates.choose(choice))
-        return with_activations(model, traced, chosen), params
+        return Rounded(model, traced, chosen, candidates.choose(choice))
 
     def choice(self, text: str) -> dict[str, Scheme]:
         """One scheme for the weights that are quantized."""

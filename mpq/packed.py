@@ -7,8 +7,9 @@ Every read of a packed weight becomes `kernels_pallas.quantized_matmul` on the w
 multiplies the windows that it sees, an embedding looks its rows up in the dequantized weight.
 
 With activations rounded as a plan says, the operands are the codes of both, int8, and sums are int32, where that is a
-product of integers: weights of integers and a symmetric scheme, of a whole tensor, or of tokens that a matmul reads (a
-convolution adds up positions, whose scales would differ). Elsewhere rounded values are multiplied in floating point.
+product of integers: weights of integers and a symmetric scheme of integers, of a whole tensor, or of tokens or groups
+of features that a matmul reads (a convolution adds up positions, whose scales would differ; groups of features and of
+the weight's rows have to nest). Elsewhere rounded values are multiplied in floating point.
 What a scheme with outliers leaves in floating point is multiplied by the dequantized weight and added, where there is
 any.
 """
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import LAYOUTS, Packed, dequantize, pack, quantized_matmul
+from kernels_pallas import LAYOUTS, Packed, dequantize, grouped_matmul, pack, quantized_matmul, segment_size
 from kernels_pallas.layouts import Spec
 from mpq.activations.apply import RoundedActivation
 from mpq.formats.integer import Integer
@@ -100,6 +101,8 @@ def evaluate_packed(
         weight, row = packed.get(site.spec.path), read.get(site.use.input)
         codes = scale = None
         if row is not None and weight is not None and _is_integer_product(site, weight, row):
+            if row.scheme.group_size:
+                return _product_of_groups(site, x, row, windows, weight)
             codes, scale = _codes(site, x, row, windows)
         elif row is not None:
             view = site.value_view(x.shape)
@@ -131,8 +134,22 @@ def evaluate_packed(
 
 def _is_integer_product(site: Site, weight: Packed, row: RoundedActivation) -> bool:
     """Whether one scale of the input and one of every group of the weight stand before each sum of products."""
-    tokens = row.scheme.granularity == "token" and site.use.kind == "matmul"
-    return weight.levels is None and not row.scheme.asymmetric and (tokens or row.scheme.granularity == "tensor")
+    scheme, matmul = row.scheme, site.use.kind == "matmul"
+    if weight.levels is not None or scheme.asymmetric or scheme.minifloat:
+        return False
+    if scheme.group_size:
+        return matmul and segment_size(weight, scheme.group_size) is not None
+    return scheme.granularity == "tensor" or (matmul and scheme.granularity == "token")
+
+
+def _product_of_groups(site: Site, x: jax.Array, row: RoundedActivation, windows: int, weight: Packed) -> jax.Array:
+    """The output of a matmul, its input with a scale for every group of features."""
+    codes, scale = row.quantize(site.inputs_matrix(x), windows)
+    codes = codes.reshape(*codes.shape[:2], -1)[..., : weight.k].astype(jnp.int8)
+    scale = scale[..., 0]
+    one = (lambda array: array) if weight.batch_shape else (lambda array: array[0])
+    y = grouped_matmul(one(codes), one(scale), weight, row.scheme.group_size).astype(site.output.dtype)
+    return site.from_outputs_matrix(y if weight.batch_shape else y[None])
 
 
 def _codes(site: Site, x: jax.Array, row: RoundedActivation, windows: int) -> tuple[jax.Array, jax.Array]:

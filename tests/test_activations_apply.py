@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -198,8 +199,8 @@ WRONG = {
     "too many parts": (
         ["quantize", "model", "a+b+c+d"],
         "plan 'a+b+c+d' is not PLAN, PLAN+ACTIVATIONS or PLAN+ACTIVATIONS+KV: write int4_g32+int8_token, "
-        "int4_g32+int8_token+int8_head, or one of w8a8, w8a8_static, w4a8, w4a8_static, w4a4, llm_int8; keep stands "
-        "for rows that stay as they are",
+        "int4_g32+int8_token+int8_head, or one of w8a8, w8a8_static, w4a8, w4a8_static, w4a4, w8a8_fp8, w4a4_g32, "
+        "llm_int8; keep stands for rows that stay as they are",
     ),
     "no ranges": (
         ["quantize", "model", "w8a8_static", "--method", "rtn"],
@@ -230,7 +231,9 @@ def test_what_is_wrong_is_said_in_one_sentence(mpq, place, arguments, message):
 def test_every_preset_is_a_plan():
     for name, text in PRESETS.items():
         assert split_plan(name) == split_plan(text)
-        assert parse_activation_scheme(split_plan(name)[1] or "").bits == int(name.removesuffix("_static")[-1])
+        bits = re.fullmatch(r"w\da(\d).*|llm_int(\d)", name)
+        assert bits is not None
+        assert parse_activation_scheme(split_plan(name)[1] or "").bits == int(bits[1] or bits[2])
     assert split_plan("int4_g32") == ("int4_g32", None, None)
     assert split_plan("p+keep+int8_head") == ("p", None, "int8_head")
 

@@ -66,8 +66,8 @@ WRONG = {
     "what": (["--of", "biases"], "unknown kind of row 'biases': the valid ones are weights, activations, kv"),
     "metric": (["--of", "kv", "--metric", "snr"], "unknown metric of activations 'snr': the valid ones are kl, fisher"),
     "scheme": (
-        ["--of", "kv", "--schemes", "int4_g64"],
-        "unknown activation scheme 'int4_g64': allowed is int2 to int8",
+        ["--of", "kv", "--schemes", "int4_channel"],
+        "unknown activation scheme 'int4_channel': allowed is int2 to int8",
     ),
     "heads": (["--of", "activations", "--schemes", "int4_head"], "int4_head has a scale for every head, and layers.0"),
     "pattern": (["--of", "kv", "--keys-values", "none"], "no weight matches 'none': give a regular expression"),

@@ -61,9 +61,9 @@ def test_texts_are_read_back(text):
 WRONG = {
     "int8_tensor_outlier6": "'int8_tensor_outlier6': outliers are features, apart from scales of tokens; write "
     "int8_token_outlier6",
-    "int8_token_outlier0": "unknown activation scheme 'int8_token_outlier0': allowed is int2 to int8 with ",
-    "int8_token_outlier06": "unknown activation scheme 'int8_token_outlier06': allowed is int2 to int8 with ",
-    "int8_token_outlier6.50": "unknown activation scheme 'int8_token_outlier6.50': allowed is int2 to int8 with ",
+    "int8_token_outlier0": "unknown activation scheme 'int8_token_outlier0': allowed is int2 to int8 or fp8_e4m3 ",
+    "int8_token_outlier06": "unknown activation scheme 'int8_token_outlier06': allowed is int2 to int8 or fp8_e4m3 ",
+    "int8_token_outlier6.50": "unknown activation scheme 'int8_token_outlier6.50': allowed is int2 to int8 or fp8",
 }
 
 

@@ -256,9 +256,10 @@ WRONG = {
     "or a head",
     "int8_tensor_static_entropy_asym": "'int8_tensor_static_entropy_asym': entropy chooses a range symmetric about 0; "
     "leave out _asym, or take mse",
-    "int8_tensor_static_best": "unknown activation scheme 'int8_tensor_static_best': allowed is int2 to int8 with "
-    "_token, _head, _tensor, and _asym for a zero point: int8_token, int4_head_asym; _static after tensor or head, and "
-    "a method of mse, absmax, moving_average, percentile, entropy: int8_tensor_static, int8_head_static_percentile; "
+    "int8_tensor_static_best": "unknown activation scheme 'int8_tensor_static_best': allowed is int2 to int8 or "
+    "fp8_e4m3 with _token, _head, _tensor or _gN for groups of N features, and _asym for a zero point: int8_token, "
+    "int4_head_asym, int4_g32; _static after tensor or head, and a method of mse, absmax, moving_average, percentile, "
+    "entropy: int8_tensor_static, int8_head_static_percentile; "
     "_outlier6 after token for features that reach 6 in floating point: int8_token_outlier6, and those of calibration: "
     "int8_token_outlier6_static",
 }

@@ -49,9 +49,13 @@ class TestSchemes:
     def test_text_is_that_of_the_scheme_it_names(self, text):
         assert str(parse_activation_scheme(text)) == text
 
-    @pytest.mark.parametrize("text", ["int8", "int9_token", "int1_token", "int8_channel", "fp8_token", "int8_token_zp"])
+    @pytest.mark.parametrize(
+        "text", ["int8", "int9_token", "int1_token", "int8_channel", "int8_g0", "fp8_token", "int8_token_zp"]
+    )
     def test_other_text_is_refused(self, text):
-        with pytest.raises(MpqError, match=f"unknown activation scheme '{text}': allowed is int2 to int8 with _token"):
+        with pytest.raises(
+            MpqError, match=f"unknown activation scheme '{text}': allowed is int2 to int8 or fp8_e4m3 with _token"
+        ):
             parse_activation_scheme(text)
 
     def test_sizes_count_codes_scales_and_zero_points(self):

@@ -184,7 +184,7 @@ def with_activations(model: Model, traced: Trace, chosen: Sequence[RoundedActiva
         if one.scheme.granularity == "tensor" and one.scheme.static is None and isinstance(model.inputs, Tokens):
             raise MpqError(
                 f"{one.scheme} takes the range of a whole window, its padding too, and {model.name} reads text: use "
-                f"int{one.scheme.bits}_token, or int{one.scheme.bits}_tensor_static"
+                f"{one.scheme.of_tokens}, or {one.scheme.number}_tensor_static"
             )
     rows = [one.spec for one in chosen]
 

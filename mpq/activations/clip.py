@@ -18,10 +18,11 @@ Cost: milliseconds a row, on the host.
 Fails on: entropy below 8 bits, where it clips what matters; percentile where the few largest values matter.
 """
 
+import jax.numpy as jnp
 import numpy as np
 
 from mpq.activations.ranges import BINS, ActivationRange
-from mpq.activations.scheme import ActivationScheme
+from mpq.activations.scheme import ActivationScheme, nearest_fp8
 from mpq.types import MpqError
 
 MOMENTUM = 0.9
@@ -154,6 +155,9 @@ def _least_squares(counts: np.ndarray, width: float, least: float, largest: floa
         step = (high - low) / scheme.top
         zero = np.round(-low / step)
         rounded = (np.clip(np.round(x / step) + zero, 0, scheme.top) - zero) * step
+    elif scheme.minifloat:
+        step = high / scheme.top
+        rounded = np.asarray(nearest_fp8(jnp.asarray(np.clip(x / step, -scheme.top, scheme.top)))) * step
     else:
         step = high / scheme.top
         rounded = np.clip(np.round(x / step), -scheme.top, scheme.top) * step

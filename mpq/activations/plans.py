@@ -20,6 +20,8 @@ PRESETS = MappingProxyType(
         "w4a8": "int4_g32+int8_token",
         "w4a8_static": "int4_g32+int8_tensor_static",
         "w4a4": "int4_g32+int4_token",
+        "w8a8_fp8": "fp8_e4m3_channel+fp8_e4m3_token",
+        "w4a4_g32": "int4_g32+int4_g32",
         "llm_int8": "int8_channel+int8_token_outlier6",
     }
 )

@@ -75,8 +75,9 @@ class ActivationSpec:
 
         A scale of granularity `tensor` is one a window, and counts nothing.
         """
-        groups = {"token": 1, "head": self.heads, "tensor": 0}[scheme.granularity]
-        return scheme.size_bits(self.values, self.batch * groups)
+        groups = {"token": 1, "head": self.heads, "tensor": 0}
+        groups |= {"group": -(-self.width // scheme.group_size)} if scheme.group_size else {}
+        return scheme.size_bits(self.values, self.batch * groups[scheme.granularity])
 
 
 def activation_rows(traced: Trace) -> tuple[ActivationSpec, ...]:
@@ -183,13 +184,11 @@ def require_schemes(rows: Sequence[ActivationSpec], schemes: Sequence[Activation
     """
     for scheme in schemes:
         if bare := [row.path for row in rows if scheme.granularity == "head" and not row.heads]:
-            raise MpqError(
-                f"{scheme} has a scale for every head, and {bare[0]} has no heads: use int{scheme.bits}_token"
-            )
+            raise MpqError(f"{scheme} has a scale for every head, and {bare[0]} has no heads: use {scheme.of_tokens}")
         if cached := [row.path for row in rows if scheme.threshold and row.kind == "kv"]:
             raise MpqError(
                 f"{scheme} leaves outliers in floating point, and the cache of {cached[0]} is of codes alone: use "
-                f"int{scheme.bits}_token"
+                f"{scheme.of_tokens}"
             )
 
 

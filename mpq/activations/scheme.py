@@ -4,11 +4,15 @@ Of every group of values that shares a scale, with b bits, lo = min(0, min x) an
 
     symmetric    s = fp16(max |x| / (2^(b-1) - 1))   x' = s clip(round(x/s), 1 - 2^(b-1), 2^(b-1) - 1)
     asymmetric   s = fp16((hi - lo) / (2^b - 1))     x' = s (clip(round(x/s) + z, 0, 2^b - 1) - z),  z = round(-lo/s)
+    fp8_e4m3     s = fp16(max |x| / 448)             x' = s e4m3(clip(x/s, -448, 448))
 
-A *dynamic* range is that of the very values that are rounded, which needs no calibration. A *static* one, [lo, hi], was
-chosen from calibration data by a method of `mpq.activations.clip`; values beyond it are clipped. 0 stays 0. It is the
-dynamic per-token quantization of ZeroQuant (Yao et al. 2022, arXiv:2206.01861) and the integer affine mapping of
-Jacob et al. 2018 (arXiv:1712.05877, eq. 1), simulated in float32; `mpq.packed` executes it in integers.
+with e4m3 the nearest number of 4 bits of exponent and 3 of mantissa, ties to even (Micikevicius et al. 2022,
+arXiv:2209.05433, table 1; the variant without infinities). A group (`_gN`) is N neighbouring features of a position,
+the last of a position perhaps fewer. A *dynamic* range is that of the very values that are rounded, which needs no
+calibration. A *static* one, [lo, hi], was chosen from calibration data by a method of `mpq.activations.clip`; values
+beyond it are clipped. 0 stays 0. It is the dynamic per-token quantization of ZeroQuant (Yao et al. 2022,
+arXiv:2206.01861) and the integer affine mapping of Jacob et al. 2018 (arXiv:1712.05877, eq. 1), simulated in float32;
+`mpq.packed` executes it in integers. FP8 is multiplied in floating point everywhere.
 
 With *outliers* (LLM.int8, Dettmers et al. 2022, arXiv:2208.07339, section 3.2) a feature with a value of magnitude
 `threshold` or more stays in floating point at all positions, where dequantized weights multiply it, and only the others
@@ -32,6 +36,10 @@ from mpq.quantize.rounding import round_scale
 from mpq.types import MpqError
 
 GRANULARITIES = ("token", "head", "tensor")
+"""Beside groups of features, which are written with their size: `_g32`."""
+
+FP8 = "fp8_e4m3"
+FP8_TOP = 448
 SCALE_DTYPE = "float16"
 """Of stored scales, as in `mpq.types.Scheme`."""
 
@@ -40,7 +48,7 @@ METHODS = ("mse", "absmax", "moving_average", "percentile", "entropy")
 
 _SCALE_BITS = 16
 _TEXT = re.compile(
-    r"int(?P<bits>[2-8])_(?P<granularity>token|head|tensor)"
+    rf"(int(?P<bits>[2-8])|{FP8})_(?P<granularity>token|head|tensor|g(?P<size>[1-9]\d*))"
     rf"(?P<static>_static(_(?P<method>{'|'.join(METHODS)}))?)?(?P<asymmetric>_asym)?"
     r"(_outlier(?P<threshold>[1-9]\d*(\.\d*[1-9])?|0\.\d*[1-9])(?P<fixed>_static)?)?"
 )
@@ -54,6 +62,8 @@ class Kind(NamedTuple):
     static: bool = False
     threshold: float = 0.0
     fixed: bool = False
+    group_size: int = 0
+    minifloat: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +72,15 @@ class ActivationScheme:
 
     Attributes:
       bits: of every value, 2 to 8.
-      granularity: what shares a scale. `token`: all features of a position. `head`: those of one attention head, of
-        keys and values. `tensor`: all real positions of a window, the input of one request; if static, all values.
+      granularity: what shares a scale. `token`: all features of a position. `group`: so many neighbours of them.
+        `head`: those of one attention head, of keys and values. `tensor`: all real positions of a window, the input of
+        one request; if static, all values.
       asymmetric: with a zero point.
       static: one of `METHODS`, by which the range is chosen from calibration data; None: dynamic.
       threshold: magnitude from which on a value is an outlier, whose feature stays in floating point; 0: none is.
       fixed: the features of outliers are those of calibration data; else those of the window that is rounded.
+      group_size: features of a group; 0 for other granularities.
+      minifloat: values are of FP8 (e4m3), and not integers; `bits` is 8.
     """
 
     bits: int
@@ -76,17 +89,31 @@ class ActivationScheme:
     static: str | None = None
     threshold: float = 0.0
     fixed: bool = False
+    group_size: int = 0
+    minifloat: bool = False
 
     def __str__(self) -> str:
         method = "" if self.static in (None, METHODS[0]) else f"_{self.static}"
         static = "" if self.static is None else f"_static{method}"
         outlier = f"_outlier{self.threshold:g}{'_static' if self.fixed else ''}" if self.threshold else ""
-        return f"int{self.bits}_{self.granularity}{static}{'_asym' if self.asymmetric else ''}{outlier}"
+        shares = f"g{self.group_size}" if self.group_size else self.granularity
+        return f"{self.number}_{shares}{static}{'_asym' if self.asymmetric else ''}{outlier}"
+
+    @property
+    def number(self) -> str:
+        """The number format: `int8`, `fp8_e4m3`."""
+        return FP8 if self.minifloat else f"int{self.bits}"
+
+    @property
+    def of_tokens(self) -> str:
+        """The plainest scheme of its numbers, which all rows have."""
+        return f"{self.number}_token"
 
     @property
     def kind(self) -> Kind:
         """The scheme without its bits."""
-        return Kind(self.granularity, self.asymmetric, self.static is not None, self.threshold, self.fixed)
+        more = self.threshold, self.fixed, self.group_size, self.minifloat
+        return Kind(self.granularity, self.asymmetric, self.static is not None, *more)
 
     @property
     def is_calibrated(self) -> bool:
@@ -96,6 +123,8 @@ class ActivationScheme:
     @property
     def top(self) -> int:
         """The largest code; the smallest is its negative, or 0 if asymmetric."""
+        if self.minifloat:
+            return FP8_TOP
         return 2**self.bits - 1 if self.asymmetric else 2 ** (self.bits - 1) - 1
 
     def size_bits(self, values: int, groups: int) -> int:
@@ -107,27 +136,33 @@ def parse_activation_scheme(text: str) -> ActivationScheme:
     """The scheme that `text` names; `str()` of the result gives `text` back.
 
     Raises:
-      MpqError: the text is not of the form intB_GRANULARITY[_static[_METHOD]][_asym][_outlierX[_static]], or its parts
-        do not go together.
+      MpqError: the text is not of the form NUMBER_GRANULARITY[_static[_METHOD]][_asym][_outlierX[_static]], or its
+        parts do not go together.
     """
     match = _TEXT.fullmatch(text)
     if match is None:
         raise MpqError(
-            f"unknown activation scheme {text!r}: allowed is int2 to int8 with _{', _'.join(GRANULARITIES)}, and _asym "
-            "for a zero point: int8_token, int4_head_asym; _static after tensor or head, and a method of "
-            f"{', '.join(METHODS)}: int8_tensor_static, int8_head_static_percentile; _outlier6 after token for "
-            "features that reach 6 in floating point: int8_token_outlier6, and those of calibration: "
-            "int8_token_outlier6_static"
+            f"unknown activation scheme {text!r}: allowed is int2 to int8 or {FP8} with _{', _'.join(GRANULARITIES)} "
+            "or _gN for groups of N features, and _asym for a zero point: int8_token, int4_head_asym, int4_g32; "
+            f"_static after tensor or head, and a method of {', '.join(METHODS)}: int8_tensor_static, "
+            "int8_head_static_percentile; _outlier6 after token for features that reach 6 in floating point: "
+            "int8_token_outlier6, and those of calibration: int8_token_outlier6_static"
         )
     static = None if match["static"] is None else match["method"] or METHODS[0]
-    if static is not None and match["granularity"] == "token":
+    if static is not None and match["granularity"] not in ("tensor", "head"):
         raise MpqError(f"{text!r}: tokens to come are not known in advance; a static range is of a tensor or a head")
+    if (minifloat := match["bits"] is None) and (match["asymmetric"] or static == "entropy"):
+        what = "entropy counts equal steps; take mse" if static == "entropy" else "_asym goes with integers alone"
+        raise MpqError(f"{text!r}: {FP8} has a sign and steps that grow with the value: {what}")
     if static == "entropy" and match["asymmetric"]:
         raise MpqError(f"{text!r}: entropy chooses a range symmetric about 0; leave out _asym, or take mse")
     if match["threshold"] and match["granularity"] != "token":
         raise MpqError(f"{text!r}: outliers are features, apart from scales of tokens; write int8_token_outlier6")
     ends = (match["asymmetric"] is not None, static, float(match["threshold"] or 0), match["fixed"] is not None)
-    return ActivationScheme(int(match["bits"]), match["granularity"], *ends)
+    size = int(match["size"] or 0)
+    return ActivationScheme(
+        int(match["bits"] or 8), "group" if size else match["granularity"], *ends, group_size=size, minifloat=minifloat
+    )
 
 
 def scale_and_zero(low: jax.Array, high: jax.Array, asymmetric: bool, top: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -166,7 +201,10 @@ def fake_quantize(
       MpqError: the positions cannot be divided among the windows, whose tensors or outliers are wanted.
     """
     codes, scale = quantize(x, kind, top, heads=heads, real=real, limits=limits, columns=columns)
-    rounded = (codes * scale).reshape(x.shape).astype(x.dtype)
+    rounded = codes * scale
+    if kind.group_size:  # of which the last may be filled up
+        rounded = rounded.reshape(*x.shape[:2], -1)[..., : x.shape[2]]
+    rounded = rounded.reshape(x.shape).astype(x.dtype)
     return jnp.where(outliers(x, kind, real=real, columns=columns), x, rounded) if kind.threshold else rounded
 
 
@@ -180,17 +218,19 @@ def quantize(
     limits: tuple[jax.Array, jax.Array] | None = None,
     columns: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Codes less their zero point, whole numbers in float32, and scales: arguments are those of `fake_quantize`.
+    """Codes less their zero point, numbers of the format in float32, and scales: arguments are as of `fake_quantize`.
 
     Returns:
       `float32[batch, rows, parts, values]` and scales that broadcast to it: the values of `x` in their order, divided
-      into what shares a scale. Codes of outliers are 0.
+      into what shares a scale; the last group of a position is filled up with zeros. Codes of outliers are 0.
     """
     batch, positions, width = x.shape
     windows = len(real)
     values = x.astype(jnp.float32)
     if kind.threshold:
         values = jnp.where(outliers(x, kind, real=real, columns=columns), 0.0, values)
+    if kind.group_size:
+        values = jnp.pad(values, ((0, 0), (0, 0), (0, -width % kind.group_size)))
     inside = values
     dynamic_tensor = kind.granularity == "tensor" and not kind.static
     if dynamic_tensor:
@@ -199,6 +239,7 @@ def quantize(
         inside = jnp.where(_counted(real, positions), values, 0.0)
     groups = {
         "token": (batch, positions, 1, width),
+        "group": (batch, positions, -1, kind.group_size),
         "head": (batch, positions, heads, width // max(heads, 1)),
         "tensor": (batch, windows, 1, positions // windows * width) if dynamic_tensor else (batch, positions, 1, width),
     }[kind.granularity]
@@ -211,8 +252,15 @@ def quantize(
         high = inside.reshape(groups).max(axis=-1, keepdims=True, initial=0.0)
     top = jnp.asarray(top, jnp.float32)
     scale, zero = scale_and_zero(low, high, kind.asymmetric, top)
+    if kind.minifloat:
+        return nearest_fp8(jnp.clip(values.reshape(groups) / scale, -top, top)), scale
     least = 0.0 if kind.asymmetric else -top
     return jnp.clip(jnp.round(values.reshape(groups) / scale) + zero, least, top) - zero, scale
+
+
+def nearest_fp8(x: jax.Array) -> jax.Array:
+    """`float32`: the nearest number of e4m3, ties to even, of magnitudes up to `FP8_TOP`."""
+    return x.astype(jnp.float8_e4m3fn).astype(jnp.float32)
 
 
 def outliers(x: jax.Array, kind: Kind, *, real: jax.Array, columns: jax.Array | None = None) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq.activations.apply import RoundedActivation
-from mpq.activations.scheme import fake_quantize, scale_and_zero
+from mpq.activations.scheme import fake_quantize, nearest_fp8, scale_and_zero
 
 
 def start_rows(rows: Sequence[RoundedActivation]) -> dict[str, jax.Array]:
@@ -64,7 +64,8 @@ def _smooth(one: RoundedActivation, x: jax.Array, factor: jax.Array) -> jax.Arra
     value = x.astype(jnp.float32).reshape(parts) / spread(scale)
     least = jnp.zeros_like(zero) if one.scheme.asymmetric else -jnp.full_like(zero, top)
     code = jnp.clip(value, spread(least - zero), spread(top - zero))
-    return (_straight_through(jnp.round(code), code) * spread(scale)).reshape(x.shape).astype(x.dtype)
+    nearest = nearest_fp8 if one.scheme.minifloat else jnp.round
+    return (_straight_through(nearest(code), code) * spread(scale)).reshape(x.shape).astype(x.dtype)
 
 
 def _limits(one: RoundedActivation, factor: jax.Array) -> tuple[jax.Array, jax.Array]:

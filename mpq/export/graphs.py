@@ -103,7 +103,7 @@ def require_windows_first(row: RoundedActivation, shape: Sequence[Any], batch: A
     if not shape or str(shape[0]) != str(batch):
         raise MpqError(
             f"{row.spec.path} at {row.scheme} has no form in {runtime}: windows are not its first axis; use "
-            f"int{row.scheme.bits}_token, or int{row.scheme.bits}_tensor_static"
+            f"{row.scheme.of_tokens}, or {row.scheme.number}_tensor_static"
         )
 
 

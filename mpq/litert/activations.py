@@ -122,6 +122,8 @@ def _why_not(row: RoundedActivation, spec: WeightSpec, scheme: Scheme) -> str | 
         return "it divides inputs by no factors"
     if row.scheme.threshold:
         return "it keeps no features in floating point; int8_token_asym rounds them all"
+    if row.scheme.minifloat:
+        return "it has no FP8; use int8_token_asym"
     if row.scheme.static is not None:
         whole = row.scheme.bits == 8 and row.scheme.granularity == "tensor"
         return None if whole else "static ranges are of whole tensors in 8 bits"

@@ -45,7 +45,10 @@ class Codes(NamedTuple):
 def refusal(row: ActivationSpec, scheme: ActivationScheme) -> str | None:
     """Why ONNX Runtime cannot round a row so; None where it can."""
     if scheme.threshold:
-        return f"the graph keeps no features in floating point; int{scheme.bits}_token rounds them all"
+        return f"the graph keeps no features in floating point; {scheme.of_tokens} rounds them all"
+    if scheme.minifloat or scheme.group_size:
+        lacks = "no products of FP8" if scheme.minifloat else "one scale before each sum, none for groups of features"
+        return f"its CPU provider has {lacks}; use int{scheme.bits}_token"
     return "the graph keeps no KV cache" if row.kind == "kv" else None
 
 

@@ -27,7 +27,10 @@ MIDDLE = 128
 def refusal(row: ActivationSpec, scheme: ActivationScheme) -> str | None:
     """Why a program cannot round a row so; None where it can."""
     if scheme.threshold:
-        return f"the program keeps no features in floating point; int{scheme.bits}_token rounds them all"
+        return f"the program keeps no features in floating point; {scheme.of_tokens} rounds them all"
+    if scheme.minifloat or scheme.group_size:
+        lacks = "rounds to no FP8" if scheme.minifloat else "has one scale before each sum, none for groups of features"
+        return f"the program {lacks}; use int{scheme.bits}_token"
     return "the program keeps no KV cache" if row.kind == "kv" else None
 
 

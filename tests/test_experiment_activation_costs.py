@@ -1,0 +1,127 @@
+"""`experiments.image_activations`, `activation_cost` and `activation_peers` on tiny models; a peer is stood in for."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import activation_cost, activation_peers, image_activations
+from experiments.activations import SETTINGS
+from experiments.image_activations import OWN, PLANS, SHIFTED
+from mpq.activations import parse_activation_scheme
+from mpq.activations.plans import split_plan
+from mpq.files import read_json
+from mpq.formats import parse_scheme
+from mpq.models import load
+from mpq.quantize import apply_plan
+from mpq.types import MpqError
+from tests import tiny
+from tests.test_families_vision import write as write_vision
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures")
+    write_vision(root / "model", "resnet_cifar")
+    rng = np.random.default_rng(0)
+    for name, low in (("own", 0), ("shifted", 128)):
+        parts = {f"{n}_x": rng.integers(low, 256, (40, 16, 16, 3), dtype=np.uint8) for n in ("train", "test")}
+        np.savez(root / f"{name}.npz", **parts, **{f"{n}_y": rng.integers(0, 3, 40) for n in ("train", "test")})
+    return root
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return tiny.model_and_texts(tmp_path_factory.mktemp("texts"))
+
+
+def test_images_are_judged_by_ranges_of_both_sets(pictures):
+    sets = {
+        "data": pictures / "own.npz",
+        "shifted_data": pictures / "shifted.npz",
+        "shifted_test": pictures / "shifted.npz",
+    }
+    sizes = {"calibration": 16, "test": 24, "shifted": 24, "batch_size": 8}
+    plans = ("W8", "W8A8 static, absmax")
+    options = image_activations.Options(
+        str(pictures / "model"), **sets, out=pictures / "out.json", plans=plans, **sizes
+    )
+    image_activations.main(options)
+    result = read_json(options.out, "results")
+    rows = {(row["setting"], row["calibrated_on"]): row for row in result["rows"]}
+    assert list(rows) == [("W8", None), (plans[1], OWN), (plans[1], SHIFTED)]
+    for row in rows.values():
+        assert 0 < row[OWN]["kl"] < 0.1
+        assert 0 <= row[SHIFTED]["top1"] <= 1
+    assert rows["W8", None][OWN]["kl"] < rows[plans[1], OWN][OWN]["kl"]
+    assert rows[plans[1], OWN] | {"calibrated_on": SHIFTED} != rows[plans[1], SHIFTED]
+    assert result["original"][OWN]["kl"] == 0
+    image_activations.main(options)
+    assert read_json(options.out, "results") == result  # not computed again
+    with pytest.raises(MpqError, match=r"^unknown plan 'W1': the valid ones are W8, W8A8 dynamic, by image, "):
+        image_activations.main(dataclasses.replace(options, plans=("W1",)))
+
+
+def test_every_plan_and_setting_that_is_named_is_one():
+    for plan in PLANS.values():
+        weights, activations, _ = split_plan(plan)
+        parse_scheme(weights)
+        if activations:
+            parse_activation_scheme(activations)
+    assert set(activation_cost.TEXTS) <= SETTINGS.keys()
+    assert set(activation_cost.IMAGES) <= PLANS.keys()
+    assert {name for peer in activation_peers.PEERS.values() for name in peer.ours} <= SETTINGS.keys()
+    assert {peer.package for peer in activation_peers.PEERS.values()} == activation_peers.QUANTIZE.keys()
+
+
+def test_times_are_of_programs_that_give_what_the_rounded_model_gives(texts, pictures, tmp_path):
+    sizes = {"window": 16, "batch_size": 4, "repeats": 2}
+    text = activation_cost.Options(
+        texts["model"], texts["data"], tmp_path / "t", ("W8", "W8A8 dynamic, groups"), **sizes
+    )
+    image = activation_cost.Options(
+        str(pictures / "model"), pictures / "own.npz", tmp_path / "i", ("W8A8 static, absmax",), batch_size=4, repeats=1
+    )
+    for options in (text, image):
+        activation_cost.main(options)
+        result = read_json(options.out, "results")
+        assert [row["setting"] for row in result["rows"]] == [activation_cost.FLOAT, *options.settings]
+        for row in result["rows"]:
+            assert row["repeats"] == options.repeats
+            assert 0 < row["quartiles"][0] <= row["seconds"] <= row["quartiles"][1]
+        with pytest.raises(MpqError, match=r"^unknown setting 'W1': the valid ones are W8, W8A8 dynamic, "):
+            activation_cost.main(dataclasses.replace(options, settings=("W1",)))
+    model, made, batch, *_ = activation_cost.prepare(text)
+    got = np.asarray(activation_cost.runners(model, made, batch, ("W8",))["W8"]())
+    rounded = made("W8")
+    dequantized = apply_plan(rounded.model.params, rounded.traced.weights, rounded.qtensors)
+    # Float32 sums in another order, in every layer; what rounding itself changes is far more.
+    np.testing.assert_allclose(got, model.apply(dequantized, batch), atol=1e-4 * np.abs(got).max())
+    assert np.abs(got - model.apply(model.params, batch)).max() > 1e-2 * np.abs(got).max()
+
+
+def test_a_peer_is_judged_by_its_own_logits(texts, tmp_path, monkeypatch):
+    model = load(texts["model"])
+    apply = jax.jit(model.apply)
+    seen = []
+
+    def logits_of(folder, peer, calibration):
+        seen.append((folder, peer, calibration.shape))
+        noise = 0.0 if peer is None else 0.5
+        return lambda tokens: np.asarray(apply(model.params, tokens)) + noise * np.sin(np.arange(96.0))
+
+    monkeypatch.setattr(activation_peers, "logits_of", logits_of)
+    name = "torchao W8A8 dynamic"
+    sizes = {"windows": 8, "window": 16, "batch_size": 4}
+    options = activation_peers.Options(texts["model"], texts["data"], texts["test"], tmp_path / "p", (name,), **sizes)
+    activation_peers.main(options)
+    first, row = read_json(options.out, "results")["rows"]
+    assert first["theirs"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert 0.01 < row["theirs"]["kl"] < 0.2
+    assert row["theirs"]["perplexity"] != pytest.approx(first["theirs"]["perplexity"], rel=1e-4)
+    assert row["ours"].keys() == set(activation_peers.PEERS[name].ours)
+    assert all(of["kl"] < row["theirs"]["kl"] for of in row["ours"].values())
+    assert seen == [(texts["model"], None, (8, 16)), (texts["model"], activation_peers.PEERS[name], (8, 16))]
+    with pytest.raises(MpqError, match=r"^unknown peer 'none': the valid ones are torchao W8A8 dynamic, "):
+        activation_peers.main(dataclasses.replace(options, peers=("none",)))
