@@ -13,8 +13,10 @@ Result = Mapping[str, Any]
 
 
 def table(result: Result) -> str:
-    """A row a plan and rounding algorithm; top-1 and KL by correction."""
-    rows = {(row["plan"], row["method"], row["correction"]): row for row in result["rows"]}
+    """A row a plan, rounding algorithm and equalization; top-1 and KL by correction."""
+    said = {False: "", True: ", equalized"}
+    named = lambda row: (row["plan"], row["method"] + said[row.get("equalized", False)])
+    rows = {(*named(row), row["correction"]): row for row in result["rows"]}
     corrections = list(dict.fromkeys(row["correction"] for row in result["rows"]))
     lines = [
         "| plan | rounding | " + " | ".join(f"{name}: top-1 | KL, nats per image" for name in corrections) + " |",
@@ -37,7 +39,7 @@ def page(results: Sequence[Result]) -> str:
 
 
 def _parts(results: Sequence[Result]) -> Iterator[str]:
-    yield "# What bias correction and norms estimated again buy"
+    yield "# What bias correction, norms estimated again and equalization buy"
     yield (
         "Written by `python -m analysis.corrections` from the files beside it; `experiments/conv_correction.py` says "
         "how they are made. Statistics, static ranges and corrections come from calibration images; top-1 and KL to "

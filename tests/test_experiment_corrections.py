@@ -7,7 +7,7 @@ import pytest
 
 from analysis.corrections import page
 from experiments import conv_correction
-from experiments.conv_correction import CORRECTIONS, METHODS, PLANS, Options
+from experiments.conv_correction import CORRECTIONS, METHODS, PLANS, Comparison, Options
 from mpq.activations import parse_activation_scheme
 from mpq.activations.plans import split_plan
 from mpq.files import read_json
@@ -53,4 +53,27 @@ def test_every_plan_names_schemes():
 def test_an_unknown_plan_is_refused(options):
     with pytest.raises(MpqError) as refused:
         conv_correction.main(dataclasses.replace(options, plans=("W1",)))
-    assert str(refused.value) == ("unknown plan 'W1': the valid ones are W4, W3, W8A8 static, W4A8 static, W4A4 static")
+    assert str(refused.value) == (
+        "unknown plan 'W1': the valid ones are W4, W3, W8A8 static, W4A8 static, W4A4 static, W8, one scale, W6, one "
+        "scale, W4, one scale, W8A8 static, one scale"
+    )
+
+
+def test_plans_with_one_scale_are_measured_equalized_too(options):
+    few = {"plans": ("W4, one scale",), "methods": ("rtn",), "corrections": ("none",)}
+    one = dataclasses.replace(options, **few, out=options.out.with_name("one.json"))
+    conv_correction.main(one)
+    plain, equalized = read_json(one.out, "results")["rows"]
+    assert (plain["equalized"], equalized["equalized"]) == (False, True)
+    assert equalized["kl"] != pytest.approx(plain["kl"], rel=1e-3)
+    comparison = Comparison(one)
+    choice = {spec.path: parse_scheme("int4_tensor") for spec in comparison.traced.weights}
+    same = comparison.equalized(choice)
+    assert same.quality(same.model, same.model.params)["kl"] < 1e-6  # the same function, of other weights
+    read = lambda of, spec: np.asarray(spec.read(of.model.params))
+    moved = [(read(same, spec) != read(comparison, spec)).any() for spec in same.traced.weights]
+    assert sum(moved) > len(moved) / 2
+    conv_correction.main(one)
+    assert len(read_json(one.out, "results")["rows"]) == 2  # not computed again
+    lines = page([read_json(one.out, "results")]).splitlines()
+    assert [line.split(" | ")[1] for line in lines if line.startswith("| W4, one scale")] == ["rtn", "rtn, equalized"]
