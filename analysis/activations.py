@@ -3,12 +3,17 @@
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from analysis import activation_tables as tables
 from analysis.text import with_error
 from mpq.files import read_json, write_text
 
 FOLDER = Path("experiments/results/activations")
+BESIDE = ("images", "cost", "peers")
+"""Folders beside the results, of the experiments that the page is drawn from too."""
+
 Result = Mapping[str, Any]
 
 
@@ -58,9 +63,55 @@ def rotations(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def page(results: Sequence[Result]) -> str:
-    """Every model."""
-    return "\n\n".join(_parts(results)) + "\n"
+def page(results: Sequence[Result], beside: Mapping[str, Sequence[Result]] = MappingProxyType({})) -> str:
+    """Every model; and of `images`, `cost` and `peers`, what there is."""
+    return "\n\n".join((*_parts(results), *_beside(results, beside))) + "\n"
+
+
+def _beside(results: Sequence[Result], beside: Mapping[str, Sequence[Result]]) -> Iterator[str]:
+    pictures, times, peers = (beside.get(name, ()) for name in BESIDE)
+    if pictures:
+        yield "## Images"
+        yield (
+            "Ranges of the classifier's own images and of shifted ones (JPEG), judged on both. Weights of 8 bits by "
+            "rounding to nearest, of 4 by GPTQ; all weights and inputs. Made by `experiments/image_activations.py`; "
+            "standard errors over images."
+        )
+        for result in pictures:
+            config, before = result["record"]["config"], result["original"]
+            yield f"### {config['model']}"
+            yield (
+                f"Top-1 of the original {100 * before['own']['top1']:.2f} % on {config['test']} images, "
+                f"{100 * before['shifted']['top1']:.2f} % on {config['shifted']} shifted ones; {config['calibration']} "
+                "to calibrate on."
+            )
+            yield tables.images(result)
+    if times:
+        yield "## Time at run time"
+        yield (
+            "One batch through `mpq.packed`, each setting one compiled program with packed weights; the original in "
+            "float32. Medians of runs in turns on a CPU that did other things too: ratios mean more than times. "
+            "Made by `experiments/activation_cost.py`."
+        )
+        yield tables.costs(times)
+    if peers:
+        yield "## Beside other libraries"
+        yield (
+            "The same model, windows, calibration text, bits and granularity of scales; the blocks of the decoder "
+            "alone. Made by `experiments/activation_peers.py`, which says what each is."
+        )
+        for result in peers:
+            versions = ", ".join(f"{name} {version}" for name, version in result["peers"].items())
+            model = result["record"]["config"]["model"]
+            yield f"{model}: perplexity {result['perplexity']:.4f} in float32. {versions}."
+            yield tables.peers(result)
+    if pictures or times or peers:
+        yield "## What is asked of W8A8"
+        yield (
+            f"At most {tables.TEXT_LIMIT} % of perplexity more, and {tables.IMAGE_LIMIT} points of top-1 less, on the "
+            "held-out set; of each kind the setting with the least KL."
+        )
+        yield tables.asked(results, pictures)
 
 
 def _parts(results: Sequence[Result]) -> Iterator[str]:
@@ -98,8 +149,8 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
 def main(arguments: Sequence[str] = ()) -> int:
     """Write the page of the folder that is named, or of `FOLDER`."""
     folder = Path(arguments[0]) if arguments else FOLDER
-    results = [read_json(path, "results of a comparison") for path in sorted(folder.glob("*.json"))]
-    write_text(folder / "README.md", page(results))
+    read = lambda part: [read_json(path, "results of a comparison") for path in sorted(part.glob("*.json"))]
+    write_text(folder / "README.md", page(read(folder), {name: read(folder / name) for name in BESIDE}))
     return 0
 
 

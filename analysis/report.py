@@ -15,6 +15,7 @@ from analysis.html import escape, page, paragraph, section
 from analysis.load import Result, load_result
 from analysis.measured import agreement_figure, quality_figure
 from analysis.pareto import frontier_figure
+from analysis.range_section import ranges_of_run, ranges_section
 from mpq.files import read_json, write_text
 
 _SECTIONS = {
@@ -24,6 +25,7 @@ _SECTIONS = {
     "prediction": ("Was the prediction right?", sections.prediction_section),
     "weights": ("Which weight gets what", sections.weights_section),
     "metrics": ("Sensitivity", sections.sensitivity_section),
+    "ranges": ("Ranges of activations", ranges_section),
 }
 _PROVENANCE = "Where this came from"
 
@@ -68,6 +70,7 @@ def figures(result: Result) -> dict[str, Callable[[Result], Figure]]:
         "agreement": agreement_figure,
         "allocation": allocation_figure,
         "sensitivity": sensitivity_figure,
+        **({"ranges": ranges_of_run} if result.ranges else {}),
     }
 
 
@@ -78,14 +81,15 @@ def draw(result: Result) -> dict[str, Drawing]:
 
 def report_html(result: Result, record: Mapping[str, Any] | None, drawings: Mapping[str, Drawing]) -> str:
     """The page's text; equal arguments give equal text."""
-    links = {**{key: heading for key, (heading, _) in _SECTIONS.items()}, "provenance": _PROVENANCE}
+    parts = {key: part for key, part in _SECTIONS.items() if key != "ranges" or result.ranges}
+    links = {**{key: heading for key, (heading, _) in parts.items()}, "provenance": _PROVENANCE}
     nav = "".join(f'<li><a href="#{key}">{escape(heading)}</a></li>' for key, heading in links.items())
     title = f"mpq {result.name}: {result.model.name}"
     body = [
         f"<header>\n<h1>{escape(title)}</h1>",
         paragraph(headline(result), "lead"),
         f'<nav aria-label="Sections"><ul>{nav}</ul></nav>\n</header>\n<main id="main">',
-        *(section(key, heading, *make(result, drawings)) for key, (heading, make) in _SECTIONS.items()),
+        *(section(key, heading, *make(result, drawings)) for key, (heading, make) in parts.items()),
         section("provenance", _PROVENANCE, *sections.provenance_section(result, record)),
         "</main>",
     ]

@@ -55,7 +55,8 @@ def _told(path: str, found: ActivationRange, schemes: Sequence[Any]) -> dict[str
     suiting = lambda scheme: found.spec.heads or scheme.granularity != "head"
     ends = {str(s): [end.tolist() for end in choose_range(found, s, path)] for s in schemes if suiting(s)}
     windows = len(found.magnitudes)
-    return {"path": path, "windows": windows, "values": found.values, "low": low, "high": high, "ends": ends}
+    told = {"windows": windows, "values": found.values, "low": low, "high": high, "change": found.change}
+    return {"path": path, **told, "ends": ends}
 
 
 def _drawn(file: RangeFile, body: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq.activations.apply import RoundedActivation, with_activations
-from mpq.activations.plans import all_rows
+from mpq.activations.plans import all_ranges, all_rows
+from mpq.activations.ranges import ActivationRange
 from mpq.allocate import Frontier, Problem, Refine, heuristic, solve_frontier
 from mpq.artifacts import (
     Plan,
@@ -97,9 +98,15 @@ class Run:
         return score_store(self.folder.parent / "scores", self.config.activations)
 
     @functools.cached_property
+    def ranges(self) -> dict[str, ActivationRange]:
+        """What the calibration set says of activations with static ranges, by path."""
+        return all_ranges(self.config.activations, self.model, self.traced, self.sets["calibration"])
+
+    @functools.cached_property
     def activations(self) -> tuple[RoundedActivation, ...]:
         """What is rounded beside the weights, in every plan alike."""
-        return all_rows(self.config.activations, self.model, self.traced, self.sets["calibration"])
+        data = self.sets["calibration"]
+        return all_rows(self.config.activations, self.model, self.traced, data, self.ranges)
 
     @functools.cached_property
     def rounded(self) -> Model:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from scipy import stats as scipy_stats
 
+from mpq.activations.ranges import drifting
+from mpq.activations.told import range_entries
 from mpq.allocate.heuristic import NAME as HEURISTIC
 from mpq.artifacts import Plan, other_bits, save_plan
 from mpq.certainty import certainty, unknown
@@ -131,7 +133,15 @@ def collect(hand_out: HandOut) -> dict[str, Any]:
             for w in weights
         ],
         "agreement": agreement(tables),
+        **told_ranges(run),
     }
+
+
+def told_ranges(run: Run) -> dict[str, Any]:
+    """Static ranges of activations, and what is doubtful about them; nothing where none is static."""
+    if not run.ranges:
+        return {}
+    return {"ranges": range_entries(run.activations, run.ranges), "warnings": drifting(run.ranges)}
 
 
 def plan_entry(

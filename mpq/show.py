@@ -20,11 +20,12 @@ def _warnings(body: dict[str, Any], console: Console) -> None:
 
 def ranges(body: dict[str, Any], console: Console) -> None:
     """What every row's values were, and the ranges that schemes take."""
-    folding = [Column(name, overflow="fold") for name in ("row", "values seen", *body["schemes"])]
+    folding = [Column(name, overflow="fold") for name in ("row", "values seen", "later half", *body["schemes"])]
     rows = Table(*folding, title="ranges of activations")
     for row in body["rows"]:
         seen = f"{row['low']:.3g} .. {row['high']:.3g}"
-        rows.add_row(row["path"], seen, *(_ends(row["ends"].get(scheme)) for scheme in body["schemes"]))
+        change = "" if row["change"] is None else f"{round(100 * row['change']):+d} %"
+        rows.add_row(row["path"], seen, change, *(_ends(row["ends"].get(scheme)) for scheme in body["schemes"]))
     console.print(rows)
     counts = [row["values"] for row in body["rows"]], [row["windows"] for row in body["rows"]]
     told = [f"{min(n):,}" if min(n) == max(n) else f"{min(n):,} to {max(n):,}" for n in counts]
@@ -150,7 +151,20 @@ def run(body: dict[str, Any], console: Console) -> None:
         console.print(f"{budget}: {_ending(winner)}; {_prediction(handed_out)}", markup=False)
         if len(winner["ways_kl"]) > 1:
             console.print(_made(winner), markup=False)
+    if steady := result.get("ranges"):
+        console.print(_steadiness(steady), markup=False)
+        _warnings(result, console)
     console.print(f"run folder: {body['run']}  (report.html, frontier.png, plan.json, quantized/)")
+
+
+def _steadiness(rows: list[dict[str, Any]]) -> str:
+    """How the static ranges of a run hold between the halves of its calibration set."""
+    changes = [(abs(row["change"]), row) for row in rows if row["change"] is not None]
+    told = f"{len(rows)} static ranges of activations, from {min(row['windows'] for row in rows)} windows"
+    if not changes:
+        return f"{told}: too few to compare halves"
+    most = max(changes, key=lambda pair: pair[0])[1]
+    return f"{told}; between the halves of those {most['path']} changes most, by {round(100 * most['change']):+d} %"
 
 
 def gguf(body: dict[str, Any], console: Console) -> None:

@@ -1,6 +1,7 @@
 """Plans that round activations: the rounded model against the float64 one, the folder they are written to, and back."""
 
 import dataclasses
+import io
 import json
 import re
 
@@ -8,11 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
-from mpq import artifacts, pipeline, results
+from analysis.load import parse_result
+from analysis.report import draw, report_html
+from mpq import artifacts, pipeline, results, show
 from mpq.activations import activation_rows, calibrate_activations, kv_rows, parse_activation_scheme
 from mpq.activations.apply import RoundedActivation, choose_activations, with_activations
+from mpq.activations.clip import choose_range
 from mpq.activations.plans import PRESETS, split_plan
+from mpq.activations.ranges import drifting
 from mpq.config import RunConfig
 from mpq.evaluate import Reference, score
 from mpq.export import orbax
@@ -272,7 +278,9 @@ def test_a_run_measures_and_hands_out_plans_with_rounded_activations(place, tmp_
     )
     run = pipeline.prepare(config, tmp_path)
     body = results.finish(run, "mpq run tiny")  # holds size and outputs of the folder against the plan
+    require_ranges_told(run, body)
     plain = pipeline.prepare(dataclasses.replace(config, activations=""), tmp_path)
+    assert plain.ranges == {}
     method = plain.config.method
     (kl,) = (p["kl"] for p in body["plans"] if p["name"] == "int8_channel")
     assert kl > 5 * plain.scores(plain.uniform["int8_channel"], method, "test").summary().kl
@@ -283,3 +291,43 @@ def test_a_run_measures_and_hands_out_plans_with_rounded_activations(place, tmp_
     assert HandOut(plain).stored().activations == {}
     with pytest.raises(MpqError, match=r"^unknown activation scheme 'int9_token'"):
         dataclasses.replace(config, activations="int9_token").check()
+
+
+def require_ranges_told(run, body):
+    """Ranges in the results, on the terminal and in the report, against what the calibration set holds."""
+    static = [one.spec for one in run.activations if one.scheme.static]
+    seen = calibrate_activations(run.model, run.traced, static, run.sets["calibration"], batch_size=4)
+    assert [entry["path"] for entry in body["ranges"]] == list(seen)
+    for entry, found in zip(body["ranges"], seen.values(), strict=True):
+        (low,), (high,) = choose_range(found, parse_activation_scheme("int4_tensor_static"), entry["path"])
+        assert (entry["low"], entry["high"]) == (float(low), float(high))
+        assert (entry["least"], entry["largest"]) == found.extremes
+        assert sum(entry["counts"]) == entry["values"] == found.values
+        middles = (np.arange(8192) - 4095.5) * 2.0**found.exponent / 4096
+        beyond = found.counts[0][np.abs(middles) > high].sum() / found.values
+        assert entry["clipped"] == pytest.approx(
+            beyond, abs=2 * found.counts[0].max() / found.values
+        )  # bins at the ends
+        first, second = (np.log(found.magnitudes[part]).mean() for part in (np.s_[:4], np.s_[4:]))
+        assert entry["change"] == pytest.approx(np.exp(second - first) - 1)
+    assert max(entry["clipped"] for entry in body["ranges"]) > 0
+    assert body["warnings"] == drifting(seen)
+    shown = io.StringIO()
+    show.run({"results": body, "run": "x"}, Console(file=shown, width=300))
+    assert f"{len(seen)} static ranges of activations, from 8 windows; between the halves of those " in shown.getvalue()
+    drifts = dict(body, warnings=["a: its range is +90 % in the later half"])
+    show.run({"results": drifts, "run": "x"}, Console(file=shown, width=300))
+    assert "warning: a: its range is +90 % in the later half\n" in shown.getvalue()
+    result = parse_result(drifts)
+    report = report_html(result, None, draw(result))
+    assert report.count('<section id="ranges"') == report.count('href="#ranges"') == 1
+    assert "Values of every row on 8 windows of the calibration set" in report
+    assert "Warning: a: its range is +90 % in the later half." in report
+    for row in result.ranges:
+        assert f"<td>{row.scheme}</td>" in report
+        assert row.change is None or f"{round(100 * row.change):+d} %</td>" in report
+    without = dataclasses.replace(result, ranges=(), warnings=())
+    assert 'id="ranges"' not in report_html(without, None, draw(without))
+    (few,) = (dict(row, change=None) for row in body["ranges"][:1])
+    show.run({"results": dict(body, ranges=[few]), "run": "x"}, Console(file=shown, width=300))
+    assert "1 static ranges of activations, from 8 windows: too few to compare halves" in shown.getvalue()

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from analysis.activation_tables import asked, costs, images, peers
 from experiments import activation_cost, activation_peers, image_activations
 from experiments.activations import SETTINGS
 from experiments.image_activations import OWN, PLANS, SHIFTED
@@ -59,6 +60,10 @@ def test_images_are_judged_by_ranges_of_both_sets(pictures):
     assert result["original"][OWN]["kl"] == 0
     image_activations.main(options)
     assert read_json(options.out, "results") == result  # not computed again
+    shown, first = images(result), rows["W8", None]
+    change = 100 * (first[OWN]["top1"] - result["original"][OWN]["top1"])
+    assert f"| W8 (`int8_channel`) |  | {100 * first[OWN]['top1']:.2f} % | {change:+.2f} |" in shown
+    assert shown.count("| own images |") == shown.count("absmax`) | shifted |") == 1
     with pytest.raises(MpqError, match=r"^unknown plan 'W1': the valid ones are W8, W8A8 dynamic, by image, "):
         image_activations.main(dataclasses.replace(options, plans=("W1",)))
 
@@ -87,6 +92,8 @@ def test_times_are_of_programs_that_give_what_the_rounded_model_gives(texts, pic
         activation_cost.main(options)
         result = read_json(options.out, "results")
         assert [row["setting"] for row in result["rows"]] == [activation_cost.FLOAT, *options.settings]
+        first, *_, last = result["rows"]
+        assert f"| {last['seconds'] / first['seconds']:.2f} |" in costs([result])
         for row in result["rows"]:
             assert row["repeats"] == options.repeats
             assert 0 < row["quartiles"][0] <= row["seconds"] <= row["quartiles"][1]
@@ -122,6 +129,31 @@ def test_a_peer_is_judged_by_its_own_logits(texts, tmp_path, monkeypatch):
     assert row["theirs"]["perplexity"] != pytest.approx(first["theirs"]["perplexity"], rel=1e-4)
     assert row["ours"].keys() == set(activation_peers.PEERS[name].ours)
     assert all(of["kl"] < row["theirs"]["kl"] for of in row["ours"].values())
+    (line,) = [line for line in peers(read_json(options.out, "results")).splitlines() if "| W8A8 dynamic |" in line]
+    assert line.startswith(f"| {name} | {row['theirs']['perplexity']:.4g} | ")
     assert seen == [(texts["model"], None, (8, 16)), (texts["model"], activation_peers.PEERS[name], (8, 16))]
     with pytest.raises(MpqError, match=r"^unknown peer 'none': the valid ones are torchao W8A8 dynamic, "):
         activation_peers.main(dataclasses.replace(options, peers=("none",)))
+
+
+def text_row(setting, change, kl):
+    of = {"perplexity": 1.0, "change_percent": change, "kl": kl, "kl_stderr": None}
+    return {"setting": setting, "plan": "p", "test": of, "shifted": of}
+
+
+def test_what_is_asked_is_held_against_the_best_of_each_kind():
+    rows = [("W8A8 dynamic", -0.7, 0.2), ("W8A8 static, MSE", 9.0, 0.3), ("W8A8 static, online", 0.5, 0.1)]
+    text = {"record": {"config": {"model": "a"}}, "rows": [text_row(*row) for row in rows]}
+    worse = {"record": {"config": {"model": "b"}}, "rows": [text_row("W8A8 dynamic", 0.6, 0.2), *text["rows"][1:]]}
+    of = lambda top1, kl: {"own": {"top1": top1, "kl": kl}}
+    image = {"record": {"config": {"model": "c"}}, "original": {"own": {"top1": 0.9}}}
+    image["rows"] = [
+        {"setting": "W8A8 dynamic", "calibrated_on": None, **of(0.896, 0.1)},
+        {"setting": "W8A8 static, MSE", "calibrated_on": "own", **of(0.9, 0.2)},
+        {"setting": "W8A8 static, MSE", "calibrated_on": "shifted", **of(0.8, 0.1)},
+    ]
+    assert asked([text, worse], [image]).splitlines()[2:] == [
+        "| a | W8A8 dynamic | -0.70 % | W8A8 static, online | +0.50 % | 0.5 % | yes |",
+        "| b | W8A8 dynamic | +0.60 % | W8A8 static, online | +0.50 % | 0.5 % | no |",
+        "| c | W8A8 dynamic | -0.40 points | W8A8 static, MSE | +0.00 points | 0.3 points | no |",
+    ]

@@ -107,13 +107,28 @@ def calibrated(
     return choose_activations({one.spec: one.scheme for one in chosen}, found), drifting(used)
 
 
-def all_rows(text: str, model: Model, traced: Trace, data: Dataset) -> tuple[RoundedActivation, ...]:
-    """All activations, and all of the KV cache, as `int8_token+int8_head` says; static ranges from `data`.
+def all_ranges(text: str, model: Model, traced: Trace, data: Dataset) -> dict[str, ActivationRange]:
+    """What `data` say of the rows that `int8_tensor_static+int8_head_static` takes static ranges of; none if dynamic.
+
+    Raises:
+      MpqError: no such schemes, rows that they do not suit, or a value that is not finite.
+    """
+    entries = _all_entries(text, traced).values()
+    static = [one.spec for one in map(RoundedActivation.from_json, entries) if one.scheme.is_calibrated]
+    return calibrate_activations(model, traced, static, data, batch_size=traced.inputs.shape[0])
+
+
+def all_rows(
+    text: str, model: Model, traced: Trace, data: Dataset, ranges: Mapping[str, ActivationRange] | None = None
+) -> tuple[RoundedActivation, ...]:
+    """All activations, and all of the KV cache, as `int8_token+int8_head` says; static ranges of `ranges`, or `data`.
 
     Raises:
       MpqError: no such schemes, rows that they do not suit, or a range that cannot be told.
     """
-    if not text:
-        return ()
-    _, activations, kv = split_plan(f"plan+{text}")
-    return calibrated(uniform_rows(traced, activations, kv), model, traced, data, None, traced.inputs.shape[0])[0]
+    return calibrated(_all_entries(text, traced), model, traced, data, ranges, traced.inputs.shape[0])[0]
+
+
+def _all_entries(text: str, traced: Trace) -> dict[str, dict[str, Any]]:
+    """Entries of a plan, of the schemes beside the weights'."""
+    return uniform_rows(traced, *split_plan(f"plan+{text}")[1:]) if text else {}

@@ -71,20 +71,35 @@ class ActivationRange:
         return np.maximum(np.abs(self.low[seen]), np.abs(self.high[seen])).max(axis=1).astype(np.float64)
 
     @property
-    def drift(self) -> float | None:
+    def change(self) -> float | None:
         """By how much the range of the later half of the windows differs from the earlier's, relative to it.
 
-        Ranges are compared by their geometric means. None where the halves cannot be told apart: less than `DRIFT`, or
-        than four standard errors of the difference of logarithms (Welch 1947, Biometrika 34).
+        Ranges are compared by their geometric means. None of fewer than four windows.
         """
+        found = self._halves
+        return None if found is None else float(np.expm1(found[0]))
+
+    @property
+    def drift(self) -> float | None:
+        """`change`, where the halves can be told apart; else None.
+
+        That is by `DRIFT` or more, and by four standard errors of the difference of logarithms (Welch 1947, Biometrika
+        34).
+        """
+        found, relative = self._halves, self.change
+        if found is None or relative is None:
+            return None
+        return relative if abs(found[0]) > 4 * found[1] and abs(relative) > DRIFT else None
+
+    @property
+    def _halves(self) -> tuple[float, float] | None:
+        """Difference of the halves' mean logarithms, and its standard error."""
         logs = np.log(np.maximum(self.magnitudes, np.finfo(np.float32).tiny))
         first, second = np.array_split(logs, 2)
         if min(len(first), len(second)) < 2:
             return None
-        change = float(second.mean() - first.mean())
         error = np.sqrt(first.var(ddof=1) / len(first) + second.var(ddof=1) / len(second))
-        relative = float(np.expm1(change))
-        return relative if abs(change) > 4 * error and abs(relative) > DRIFT else None
+        return float(second.mean() - first.mean()), float(error)
 
     def merged(self, other: "ActivationRange") -> "ActivationRange":
         """Of both data, this one's windows first.
