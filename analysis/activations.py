@@ -37,14 +37,19 @@ def table(result: Result) -> str:
 
 
 def summary(results: Sequence[Result]) -> str:
-    """A row a setting that all models have, a column a model."""
+    """A row a setting that two models have or the only one, kinds of bits together; a column a model."""
     names = [{row["setting"]: row for row in result["rows"]} for result in results]
-    shared = [name for name in names[0] if all(name in rows for rows in names)]
+    every = dict.fromkeys(name for rows in names for name in rows)
+    shared = [name for name in every if sum(name in rows for rows in names) >= min(2, len(names))]
+    shared.sort(key=lambda name: name.replace(",", " ").split()[:2])
     models = [result["record"]["config"]["model"] for result in results]
     lines = ["| setting | " + " | ".join(models) + " |", "|---|" + "---:|" * len(models)]
     for name in shared:
-        cells = [[f"{rows[name][text]['change_percent']:+.2f}" for text in ("test", "shifted")] for rows in names]
-        lines.append(f"| {name} | " + " | ".join(f"{a} / {b}" for a, b in cells) + " |")
+        cells = [
+            " / ".join(f"{rows[name][text]['change_percent']:+.2f}" for text in ("test", "shifted") if name in rows)
+            for rows in names
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
