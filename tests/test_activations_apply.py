@@ -194,6 +194,8 @@ def test_ranges_are_shown_merged_and_drawn(mpq, place):
     assert "(2 heads)" in out
     assert "of 8 windows" in out
     body = mpq("ranges", "all", "--picture", "ranges.png", "--json")[1]
+    changes = [f"{round(100 * row['change']):+d} %" for row in body["rows"]]
+    assert all(change in out for change in changes)  # how each range differs between the halves of the windows
     there = load("model").trace()
     assert [row["path"] for row in body["rows"]] == [row.path for row in (*activation_rows(there), *kv_rows(there))]
     assert (place / "ranges.png").read_bytes().startswith(b"\x89PNG")
