@@ -154,16 +154,19 @@ def quantize(
     told = {**rounded.told, **({"equalized": True} if how.equalize else {})}
     if turned is not None:
         told, warnings = {**told_of(turned), **told}, [*warnings, *warnings_of(turned)]
+    original = model
+    if how.corrects and data is not None:
+        exact = loaded if how.smooth or how.turn else model  # then weights are those of other inputs
+        model, told["corrected"] = _corrected(how, exact, model, traced, qtensors, chosen, data, batch_size)
     state = out.with_name(f"{out.name}.distill")  # an interrupted distillation goes on from here
     if distill and text is not None and data is not None:
         options = dataclasses.replace(training or Distill(), steps=distill)
         options = dataclasses.replace(options, batch_size=min(text.batch_size, len(data.inputs)))
-        train = functools.partial(options, model, traced, qtensors, data, activations=chosen)
-        qtensors, losses, chosen = train(key=jax.random.key(0), state=state)
+        train = functools.partial(options, original, traced, qtensors, data, activations=chosen)
+        beside = {path: p for path, p in model.params.items() if p is not original.params[path]}
+        qtensors, losses, chosen, beside = train(key=jax.random.key(0), state=state, beside=beside)
+        model = dataclasses.replace(original, params={**original.params, **beside})
         told |= {"distill": distill, "first_loss": float(losses[0]), "last_loss": float(losses[-1])}
-    if how.corrects and data is not None:
-        original = loaded if how.smooth or how.turn else model  # then weights are those of other inputs
-        model, told["corrected"] = _corrected(how, original, model, traced, qtensors, chosen, data, batch_size)
     written = orbax.save(out, **export_arguments(model, traced.weights, qtensors, plan, chosen))
     if distill:
         state.unlink()

@@ -4,12 +4,19 @@ Forward, every one of them is rounded as it will be stored, so the loss that is 
 bit for bit. Backward, the rounding is taken for the identity (straight-through estimator; Bengio et al. 2013,
 arXiv:1308.3432), and what the grid clips gets no gradient. Scales move by factors (their logarithm is learned), so they
 keep their sign and never reach zero.
+
+Of large weights a *low-rank update* can be learned instead: value = start + left @ right, as LoRA's (Hu et al. 2021,
+arXiv:2106.09685, eq. 3) inside the rounding, so that nothing is left beside the stored codes in the end. Optimizers
+then keep moments of `rank (k + n)` numbers, not of `k n`. Difference from the paper: `left` is drawn with variance
+1/rank, so that a step of Adam moves values about as far as it moves learned ones, and no other scale is needed.
 """
 
 import dataclasses
+from typing import Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mpq.quantize.rounding import round_scale
 from mpq.types import QTensor, Scheme
@@ -25,37 +32,73 @@ class Latent:
         shifted by the zero point and rounded.
       log_scale: `float32[batch, groups, n]`, logarithm of what the first scale is multiplied by.
       zero_point: `float32[batch, groups, n]`, in codes.
+      left, right: `float32[batch, k, rank]` and `float32[batch, rank, n]`, whose product is added to the start in place
+        of a learned `value`.
     """
 
     value: jax.Array | None
     log_scale: jax.Array | None
     zero_point: jax.Array | None
+    left: jax.Array | None = None
+    right: jax.Array | None = None
+
+    def merged(self, w: jax.Array, qtensor: QTensor) -> Self:
+        """The same with the low-rank update, if it is one, in `value`; arguments as of `start`."""
+        if self.left is None or self.right is None:
+            return self
+        value = start_value(w, qtensor) + self.left @ self.right
+        return dataclasses.replace(self, value=value, left=None, right=None)
 
 
-def start(w: jax.Array, qtensor: QTensor, *, rounding: bool = True, scale: bool = True) -> Latent:
+def start(
+    w: jax.Array,
+    qtensor: QTensor,
+    *,
+    rounding: bool = True,
+    scale: bool = True,
+    rank: int = 0,
+    key: jax.Array | None = None,
+) -> Latent:
     """The latent numbers from which `freeze` gives `qtensor` back.
-
-    A code that is the nearest one starts at the weight itself, any other (GPTQ's) in the middle of its step.
 
     Args:
       w: `float32[batch, k, n]`, the original weight.
       qtensor: of a scheme with a scale.
       rounding: learn the codes.
       scale: learn scales and zero points.
+      rank: of a low-rank update in the place of learned values; 0: none.
+      key: of the update.
     """
     assert qtensor.scale is not None
+    zero_point = None
+    if scale and qtensor.zero_point is not None:
+        zero_point = qtensor.scheme.format.decode(qtensor.zero_point)
+    log_scale = jnp.zeros(qtensor.scale.shape) if scale else None
+    if not (rounding and rank):
+        return Latent(start_value(w, qtensor) if rounding else None, log_scale, zero_point)
+    assert key is not None  # whoever asks for an update has one
+    batch, k, n = w.shape
+    left = jax.random.normal(key, (batch, k, rank), jnp.float32) / np.float32(np.sqrt(rank))
+    return Latent(None, log_scale, zero_point, left, jnp.zeros((batch, rank, n), jnp.float32))
+
+
+def start_value(w: jax.Array, qtensor: QTensor) -> jax.Array:
+    """`float32[batch, k, n]`, the `Latent.value` to start from.
+
+    A code that is the nearest one starts at the weight itself, any other (GPTQ's) in the middle of its step.
+    """
     scheme, decode = qtensor.scheme, qtensor.scheme.format.decode
     shift = 0.0 if qtensor.zero_point is None else qtensor.spread(decode(qtensor.zero_point))
     exact = w / qtensor.spread(_effective(qtensor))
     nearest = scheme.format.encode(exact + shift) == qtensor.qvalue
-    value = jnp.where(nearest, exact, decode(qtensor.qvalue) - shift) / _step(scheme)
-    zero_point = None if qtensor.zero_point is None or not scale else decode(qtensor.zero_point)
-    log_scale = jnp.zeros(qtensor.scale.shape) if scale else None
-    return Latent(value if rounding else None, log_scale, zero_point)
+    return jnp.where(nearest, exact, decode(qtensor.qvalue) - shift) / _step(scheme)
 
 
 def reconstruct(latent: Latent, qtensor: QTensor) -> jax.Array:
-    """`float32[batch, k, n]`: what `freeze(latent, qtensor).dequantize()` is, with gradients to `latent`."""
+    """`float32[batch, k, n]`: what `freeze(latent, qtensor).dequantize()` is, with gradients to `latent`.
+
+    A low-rank update is merged before.
+    """
     stored = freeze(jax.lax.stop_gradient(latent), qtensor)
     decode = qtensor.scheme.format.decode
     shift = 0.0

@@ -1,7 +1,7 @@
-"""Text for distillation beside the text that is there: windows spliced from two, with some tokens exchanged.
+"""Inputs for distillation beside those that are there: what the quantized model cannot have learned by heart.
 
-What such a text says matters little, for the original model says what comes next; what matters is that the quantized
-model meets contexts that it cannot have learned by heart.
+Text: windows spliced from two, with some tokens exchanged. What such a text says matters little, for the original model
+says what comes next. Images: mirrored and moved.
 """
 
 import numpy as np
@@ -30,3 +30,22 @@ def varied(data: Dataset, rows: np.ndarray, rng: np.random.Generator, *, noise: 
         tokens = np.where(take, data.inputs[other], tokens)
     replace = (rng.random(tokens.shape) < noise) & real
     return np.where(replace, rng.choice(data.inputs[data.mask], tokens.shape), tokens).astype(data.inputs.dtype)
+
+
+def moved(images: np.ndarray, rng: np.random.Generator, *, mirror: bool, shift: float) -> np.ndarray:
+    """`[batch, height, width, channels]`, each image moved, and half of them mirrored.
+
+    Args:
+      images: as the model reads them.
+      rng: of everything drawn.
+      mirror: left for right, with a probability of one half.
+      shift: at most this share of the height up or down, and of the width to either side; edges are repeated.
+    """
+    count, height, width, _ = images.shape
+    far = [round(shift * size) for size in (height, width)]
+    up, left = (rng.integers(2 * most + 1, size=count) for most in far)
+    padded = np.pad(images, [(0, 0), *((most, most) for most in far), (0, 0)], mode="edge")
+    rows, columns = up[:, None] + np.arange(height), left[:, None] + np.arange(width)
+    if mirror:
+        columns = np.where(rng.random((count, 1)) < 0.5, columns[:, ::-1], columns)
+    return padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
