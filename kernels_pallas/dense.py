@@ -46,7 +46,9 @@ def _refuses(problem: Problem) -> str | None:
         return None if kept else f"it rounds weights to bfloat16, and the activations are {problem.x_dtype}"
     if problem.table:
         return "values of a table have no integer product"
-    return None if problem.groups == 1 else f"it adds up rows of {problem.groups} groups in one integer"
+    if problem.groups > 1:
+        return f"it adds up rows of {problem.groups} groups in one integer"
+    return registers.too_long(problem.k)
 
 
 def _seconds(problem: Problem, device: Device) -> float:

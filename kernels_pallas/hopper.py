@@ -338,7 +338,7 @@ def _refuses(problem: Problem) -> str | None:
         return "values of a table have no integer product"
     if not 1 <= problem.m <= MAX_TOKENS:
         return f"it has {problem.m} tokens, allowed are 1 to {MAX_TOKENS}"
-    return None
+    return registers.too_long(problem.group_size or problem.k) if problem.activation_bits else None
 
 
 def _seconds(problem: Problem, device: Device) -> float:

@@ -24,12 +24,19 @@ import numpy as np
 from kernels_pallas import compat
 from kernels_pallas.fragments import LANES, ROWS, words
 
-_SIGN, _EXPONENT = 0x80, 0x4300
+_EXPONENT = 0x4300
+"""128 in bfloat16."""
 
 
 def over(bits: int) -> int:
     """How many times its code a value of int8 counts."""
     return 2 ** (8 - bits)
+
+
+def too_long(rows: int) -> str | None:
+    """Why so many products of int8, of which a code counts up to 128, are not added up in int32; or None."""
+    most = (2**31 - 1) // (127 * 128)
+    return f"it adds up {rows} rows in one integer, allowed are {most}" if rows > most else None
 
 
 def held(ref: Any) -> jax.Array:

@@ -17,8 +17,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kernels_pallas import compat, fragments, hopper, registers, timers
-from kernels_pallas.cases import DECODE, Case, fill
+from kernels_pallas import BACKENDS, compat, fragments, hopper, registers, timers
+from kernels_pallas.cases import DECODE, Case, fill, shapes
 from kernels_pallas.matmul import describe
 from kernels_pallas.packed import NF4
 
@@ -268,6 +268,15 @@ def test_other_gpus_are_told_from_hopper(monkeypatch):
     assert not compat.hopper()
     problem = describe(*fill(Case(1, 128, 128, 4), 0), None)
     assert hopper.HOPPER.refuses(problem) == "it runs on NVIDIA's Hopper, not on NVIDIA A100-SXM4-40GB"
+
+
+def test_sums_of_more_products_than_fit_are_refused():
+    """127 * 128 * 132,104 is below 2^31, and once more it is not."""
+    assert registers.too_long(132_104) is None
+    case = Case(1, 132_105, 128, 4, activation_bits=8)
+    problem = describe(jax.ShapeDtypeStruct((1, case.k), jnp.bfloat16), shapes(case, "hopper")[1], 8)
+    for name in ("hopper", "dense"):
+        assert BACKENDS[name].refuses(problem) == "it adds up 132105 rows in one integer, allowed are 132104"
 
 
 def test_a_gpu_is_timed_by_its_kernels(monkeypatch):
