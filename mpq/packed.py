@@ -31,6 +31,9 @@ from mpq.types import MpqError, NumberFormat, Params, QTensor, WeightSpec
 
 MAX_TABLE_BITS = 4
 
+MOST_PADDED = 1.25
+"""How many times its own elements a weight may take in Hopper's tiles."""
+
 
 def pack_weights(
     weights: Sequence[WeightSpec], qtensors: Mapping[str, QTensor], platform: str | None = None
@@ -40,8 +43,8 @@ def pack_weights(
     Args:
       weights: of the trace.
       qtensors: path -> quantized weight, of some or all of them.
-      platform: `cpu`, `tpu` or `cuda`, whose layout is taken where it holds the weight, and `plain` elsewhere; None:
-        where JAX runs.
+      platform: `cpu`, `tpu` or `cuda`, whose layout is taken where it holds the weight without much padding, and
+        `plain` elsewhere; None: where JAX runs.
 
     Returns:
       Path -> packed weight, `[batch, k, n]`, or `[k, n]` where the batch is 1.
@@ -194,7 +197,10 @@ def _pack(path: str, qtensor: QTensor, layout: str) -> Packed:
     zeros = None if zeros is None else np.broadcast_to(zeros, (*zeros.shape[:-1], n))
     group_size = None if scheme.group_size is None or scheme.group_size >= k else scheme.group_size
     one = (lambda array: array[0]) if batch == 1 else (lambda array: array)
-    fits = LAYOUTS[layout].refuses(Spec(k, n, number_format.bits, group_size, levels)) is None
+    spec = Spec(k, n, number_format.bits, group_size, levels)
+    # Of a small weight, or of odd sizes, most of Hopper's tiles would be padding.
+    full = layout != "hopper" or spec.tiled_k * spec.tiled_n <= MOST_PADDED * k * n
+    fits = full and LAYOUTS[layout].refuses(spec) is None
     return pack(
         one(codes),
         one(np.asarray(scale)),

@@ -71,6 +71,16 @@ def test_every_kind_of_scheme_keeps_its_values_and_its_size(model, text):
     assert packed.size_bits == spec.size_bits(scheme) + extra
 
 
+@pytest.mark.parametrize(("k", "n", "layout"), [(256, 128, "hopper"), (512, 320, "hopper"), (130, 128, "plain")])
+def test_a_gpu_gets_tiles_that_are_full(k, n, layout):
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(k, n)), jnp.float32)}
+    traced = trace(lambda p, x: x @ p["w"], params, jnp.zeros((2, k), jnp.float32))
+    qtensors = Candidates(params, traced.weights, RTN()).choose({"w": parse_scheme("int4_g128")})
+    packed = pack_weights(traced.weights, qtensors, platform="gpu")["w"]
+    assert packed.layout == layout
+    np.testing.assert_array_equal(jax.jit(dequantize)(packed), jax.jit(QTensor.dequantize)(qtensors["w"])[0])
+
+
 def test_parameters_that_are_not_packed_are_needed(model):
     traced, params, qtensors = model
     packed = pack_weights(traced.weights, {path: qtensors[path] for path in ("embed", "conv", "down")})
