@@ -27,10 +27,10 @@ import tyro
 
 from experiments import activations
 from experiments.activations import SETTINGS, Comparison
-from mpq.files import canonical_json, read_json, write_json
+from experiments.kept import keep, rows_in
+from mpq.config import known
 from mpq.models import Model
 from mpq.record import RunRecord
-from mpq.types import MpqError
 
 Logits = Callable[[np.ndarray], np.ndarray]
 """`int[windows, time]` -> `float32[windows, time, vocabulary]`."""
@@ -187,9 +187,9 @@ def main(options: Options) -> None:
     Raises:
       MpqError: a peer is not among those there are, or the model or a text is wrong.
     """
-    if unknown := [name for name in options.peers if name not in PEERS]:
-        raise MpqError(f"unknown peer {unknown[0]!r}: the valid ones are {', '.join(PEERS)}")
-    done = read_json(options.out, "results of a comparison")["rows"] if options.out.exists() else []
+    for name in options.peers:
+        known("peer", name, PEERS)
+    done = rows_in(options.out)
     shared = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name != "peers"}
     comparison = Comparison(activations.Options(**shared, shifted=options.test))
     config = dataclasses.asdict(options) | {key: getattr(options, key).name for key in ("data", "test", "out")}
@@ -198,10 +198,7 @@ def main(options: Options) -> None:
     versions = {name: _version(name) for name in ("torch", "transformers", "torchao", "nvidia-modelopt")}
     record = RunRecord.collect(config | {"model": comparison.model.name}, seeds={}, inputs=inputs).to_json()
     head = {"peers": versions, "perplexity": comparison.original["test"].summary().quality, "record": record}
-    for row in rows(comparison, options, done):
-        print(canonical_json(row), end="", flush=True)
-        done.append(row)
-        write_json(options.out, head | {"rows": done})
+    keep(rows(comparison, options, done), options.out, head, done)
 
 
 def _version(package: str) -> str | None:

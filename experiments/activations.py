@@ -24,15 +24,16 @@ import jax
 import tyro
 
 from experiments.distillation import windows_of
+from experiments.kept import keep, rows_in
 from mpq.activations import activation_rows, calibrate_activations
 from mpq.activations.apply import RoundedActivation, choose_activations, with_activations
 from mpq.activations.plans import split_plan, uniform_rows
 from mpq.activations.smooth import smooth_model
 from mpq.activations.turn import turn_model
 from mpq.calibrate import calibrate
+from mpq.config import known
 from mpq.equalize import rotate
 from mpq.evaluate import DocumentScores, Reference, score
-from mpq.files import canonical_json, read_json, write_json
 from mpq.formats import parse_scheme
 from mpq.models import Model, load
 from mpq.quantize import QUANTIZERS, Candidates, apply_plan
@@ -262,9 +263,9 @@ def main(options: Options) -> None:
     Raises:
       MpqError: a setting is not among those there are, or the model or a text is wrong.
     """
-    if unknown := [name for name in options.settings if name not in SETTINGS]:
-        raise MpqError(f"unknown setting {unknown[0]!r}: the valid ones are {', '.join(SETTINGS)}")
-    done = read_json(options.out, "results of a comparison")["rows"] if options.out.exists() else []
+    for name in options.settings:
+        known("setting", name, SETTINGS)
+    done = rows_in(options.out)
     comparison = Comparison(options)
     files = ("data", "test", "shifted", "out")
     config = dataclasses.asdict(options) | {key: getattr(options, key).name for key in files}
@@ -276,10 +277,7 @@ def main(options: Options) -> None:
         "values": sum(row.values for row in activation_rows(comparison.traced)),
         "record": record.to_json(),
     }
-    for row in comparison.rows(done):
-        print(canonical_json(row), end="", flush=True)
-        done.append(row)
-        write_json(options.out, head | {"rows": done})
+    keep(comparison.rows(done), options.out, head, done)
 
 
 if __name__ == "__main__":

@@ -22,12 +22,12 @@ import numpy as np
 import tyro
 
 from experiments.distillation import windows_of
+from experiments.kept import keep, rows_in
 from mpq.allocate import Problem, solve_frontier
 from mpq.calibrate import calibrate
 from mpq.data import take
 from mpq.distill import Mixture
 from mpq.evaluate import DocumentScores, Reference, score
-from mpq.files import canonical_json, read_json, write_json
 from mpq.formats import parse_scheme
 from mpq.models import load
 from mpq.quantize import GPTQ, Candidates, apply_plan
@@ -134,7 +134,7 @@ class Comparison:
 
 def main(options: Options) -> None:
     """Compare, print, write after every row."""
-    done = read_json(options.out, "results of a comparison")["rows"] if options.out.exists() else []
+    done = rows_in(options.out)
     comparison = Comparison(options)
     named = {key: getattr(options, key).name for key in ("data", "test", "out")}
     config = dataclasses.asdict(options) | named | {"model": comparison.model.name}
@@ -142,10 +142,7 @@ def main(options: Options) -> None:
     inputs |= {"test": comparison.reference.data.digest}
     record = RunRecord.collect(config, seeds={"search": 0, "tables": 0}, inputs=inputs)
     settings = dataclasses.asdict(Mixture(steps=options.steps, batch_size=options.batch_size))
-    for row in comparison.rows(done):
-        print(canonical_json(row), end="", flush=True)
-        done.append(row)
-        write_json(options.out, {"search": settings, "record": record.to_json(), "rows": done})
+    keep(comparison.rows(done), options.out, {"search": settings, "record": record.to_json()}, done)
 
 
 if __name__ == "__main__":

@@ -22,19 +22,20 @@ from typing import Any
 import jax
 import tyro
 
+from experiments.kept import keep, rows_in
 from mpq.activations.apply import RoundedActivation, with_activations
 from mpq.activations.plans import all_rows, split_plan
 from mpq.calibrate import calibrate
+from mpq.config import known
 from mpq.data.sources import read_sets
 from mpq.equalize import equalize, find_folds, find_shifts
 from mpq.evaluate import Reference, score
-from mpq.files import canonical_json, read_json, write_json
 from mpq.formats import parse_scheme
 from mpq.models import Model, load
 from mpq.quantize import QUANTIZERS, Candidates, apply_plan
 from mpq.quantize.correction import correct_biases
 from mpq.record import RunRecord
-from mpq.types import MpqError, Scheme
+from mpq.types import Scheme
 
 PLANS: Mapping[str, str] = {
     "W4": "int4_channel",
@@ -147,19 +148,16 @@ def main(options: Options) -> None:
     Raises:
       MpqError: a plan is not among those there are, or the model or the images are wrong.
     """
-    if unknown := [name for name in options.plans if name not in PLANS]:
-        raise MpqError(f"unknown plan {unknown[0]!r}: the valid ones are {', '.join(PLANS)}")
-    done = read_json(options.out, "results of a comparison")["rows"] if options.out.exists() else []
+    for name in options.plans:
+        known("plan", name, PLANS)
+    done = rows_in(options.out)
     comparison = Comparison(options)
     config = dataclasses.asdict(options) | {"data": options.data.name, "out": options.out.name}
     inputs = {"model": comparison.model.digest, **{name: data.digest for name, data in comparison.sets.items()}}
     record = RunRecord.collect(config | {"model": comparison.model.name}, seeds={}, inputs=inputs)
     before = comparison.quality(comparison.model, comparison.model.params)
     head = {"top1": before["top1"], "corrected": len(comparison.shifts), "record": record.to_json()}
-    for row in comparison.rows(done):
-        print(canonical_json(row), end="", flush=True)
-        done.append(row)
-        write_json(options.out, head | {"rows": done})
+    keep(comparison.rows(done), options.out, head, done)
 
 
 if __name__ == "__main__":

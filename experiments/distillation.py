@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import tyro
 
+from experiments.kept import keep, rows_in
 from mpq.allocate import Frontier, Problem, solve_frontier
 from mpq.calibrate import calibrate
 from mpq.data import new_dataset, take
@@ -31,7 +32,6 @@ from mpq.data.text import plain_tokenizer
 from mpq.distill import Distill
 from mpq.equalize import Fold, awq, find_folds, rotate
 from mpq.evaluate import DocumentScores, Reference, score
-from mpq.files import canonical_json, read_json, write_json
 from mpq.formats import parse_scheme
 from mpq.inputs import Dataset, Tokens
 from mpq.models import Model, load
@@ -241,7 +241,7 @@ def windows_of(model: Model, path: Path, windows: int, window: int) -> Dataset:
 
 def main(options: Options) -> None:
     """Compare, print, write after every row."""
-    done = read_json(options.out, "results of a distillation")["rows"] if options.out.exists() else []
+    done = rows_in(options.out, "results of a distillation")
     comparison = Comparison(options)
     named = dataclasses.asdict(options) | {key: getattr(options, key).name for key in ("data", "test", "out")}
     head = {
@@ -249,10 +249,7 @@ def main(options: Options) -> None:
         "distill": dataclasses.asdict(Distill(steps=options.steps, batch_size=options.batch_size)),
         "perplexity": comparison.original.summary().quality,
     }
-    for row in comparison.rows(done):
-        print(canonical_json(row), end="", flush=True)
-        done.append(row)
-        write_json(options.out, head | {"rows": done})
+    keep(comparison.rows(done), options.out, head, done)
 
 
 if __name__ == "__main__":

@@ -20,18 +20,19 @@ from typing import Any
 import tyro
 
 from experiments.activations import Rounded
+from experiments.kept import keep, rows_in
 from mpq.activations.apply import with_activations
 from mpq.activations.plans import all_rows, split_plan
 from mpq.calibrate import calibrate
+from mpq.config import known
 from mpq.data.sources import read_set
 from mpq.evaluate import Reference, score
-from mpq.files import canonical_json, read_json, write_json
 from mpq.formats import parse_scheme
 from mpq.inputs import Dataset
 from mpq.models import load
 from mpq.quantize import QUANTIZERS, Candidates, apply_plan
 from mpq.record import RunRecord
-from mpq.types import LayerStats, MpqError
+from mpq.types import LayerStats
 
 PLANS: Mapping[str, str] = {
     "W8": "int8_channel",
@@ -139,9 +140,9 @@ def main(options: Options) -> None:
     Raises:
       MpqError: a plan is not among those there are, or the model or the images are wrong.
     """
-    if unknown := [name for name in options.plans if name not in PLANS]:
-        raise MpqError(f"unknown plan {unknown[0]!r}: the valid ones are {', '.join(PLANS)}")
-    done = read_json(options.out, "results of a comparison")["rows"] if options.out.exists() else []
+    for name in options.plans:
+        known("plan", name, PLANS)
+    done = rows_in(options.out)
     comparison = Comparison(options)
     files = ("data", "shifted_data", "shifted_test", "out")
     config = dataclasses.asdict(options) | {key: getattr(options, key).name for key in files}
@@ -150,10 +151,7 @@ def main(options: Options) -> None:
     inputs |= {"model": comparison.model.digest}
     record = RunRecord.collect(config | {"model": comparison.model.name}, seeds={}, inputs=inputs)
     head = {"original": comparison.quality(None), "record": record.to_json()}
-    for row in comparison.rows(done):
-        print(canonical_json(row), end="", flush=True)
-        done.append(row)
-        write_json(options.out, head | {"rows": done})
+    keep(comparison.rows(done), options.out, head, done)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from experiments.kept import keep, rows_in
 from mpq.activations.apply import choose_activations
 from mpq.activations.ranges import calibrate_activations
 from mpq.activations.rows import activation_rows
@@ -37,13 +38,13 @@ from mpq.activations.scheme import parse_activation_scheme
 from mpq.allocate import Problem, solve_frontier
 from mpq.artifacts import make_plan
 from mpq.calibrate import calibrate
+from mpq.config import known
 from mpq.data.dataset import take
 from mpq.data.sources import read_sets
 from mpq.export import orbax
 from mpq.export.arguments import export_arguments
 from mpq.export.orbax import Exported
 from mpq.export.targets import TARGETS, allowed_for
-from mpq.files import canonical_json, read_json, write_json
 from mpq.formats import parse_scheme
 from mpq.inputs import Tokens
 from mpq.litert.export import save, size_bytes
@@ -52,7 +53,7 @@ from mpq.models import Model, load
 from mpq.quantize import GPTQ, Candidates
 from mpq.record import RunRecord
 from mpq.sensitivity import METRICS
-from mpq.types import MpqError, Scheme, SensitivityTable
+from mpq.types import Scheme, SensitivityTable
 
 RECIPES: Mapping[str, tuple[str, ...]] = {
     "weight_only_wi8_afp32": ("weights",),
@@ -286,18 +287,15 @@ def main(options: Options) -> None:
     Raises:
       MpqError: a recipe is not among those there are, or the model or the data are wrong.
     """
-    if unknown := [name for name in options.recipes if name not in RECIPES]:
-        raise MpqError(f"unknown recipe {unknown[0]!r}: the valid ones are {', '.join(RECIPES)}")
-    done = read_json(options.out, "results of a comparison")["rows"] if options.out.exists() else []
+    for name in options.recipes:
+        known("recipe", name, RECIPES)
+    done = rows_in(options.out)
     with tempfile.TemporaryDirectory() as folder:
         files = Files(options, Path(folder))
         inputs = {"data": files.calibration.digest, "model": files.model.digest, "test": files.test.digest}
         config = dataclasses.asdict(options) | {"data": Path(options.data).name, "out": options.out.name}
         record = RunRecord.collect(config | {"model": files.model.name}, seeds={}, inputs=inputs)
-        for row in files.rows(done):
-            print(canonical_json(row), end="", flush=True)
-            done.append(row)
-            write_json(options.out, {"record": record.to_json(), "rows": done})
+        keep(files.rows(done), options.out, {"record": record.to_json()}, done)
 
 
 if __name__ == "__main__":

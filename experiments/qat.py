@@ -30,11 +30,13 @@ import numpy as np
 import tyro
 
 from experiments import stdlib_corpus
+from experiments.kept import keep, rows_in
 from mpq.activations import activation_rows, parse_activation_scheme
 from mpq.activations.apply import RoundedActivation, with_activations
 from mpq.activations.plans import calibrated
 from mpq.allocate import Frontier, Problem, solve_frontier
 from mpq.calibrate import calibrate
+from mpq.config import known
 from mpq.data import take
 from mpq.data.sources import read_set, read_sets
 from mpq.data.text import make_dataset
@@ -42,7 +44,6 @@ from mpq.distill import Distill
 from mpq.equalize import find_shifts
 from mpq.equalize.shifts import Shift
 from mpq.evaluate import Reference, score
-from mpq.files import canonical_json, read_json, write_json
 from mpq.formats import parse_scheme
 from mpq.inputs import Dataset, Tokens
 from mpq.models import load
@@ -51,7 +52,7 @@ from mpq.quantize.correction import correct_biases
 from mpq.quantize.propagate import Propagation
 from mpq.record import RunRecord
 from mpq.sensitivity import METRICS
-from mpq.types import MpqError, Params, QTensor, Scheme
+from mpq.types import Params, QTensor, Scheme
 
 STDLIB = "stdlib"
 """As `--train`: the training split of the reference model's corpus, `experiments.stdlib_corpus`."""
@@ -289,9 +290,9 @@ def main(options: Options) -> None:
     Raises:
       MpqError: a plan is not among those there are, or the model or its data are wrong.
     """
-    if unknown := [name for name in options.plans if name not in PLANS]:
-        raise MpqError(f"unknown plan {unknown[0]!r}: the valid ones are {', '.join(PLANS)}")
-    done = read_json(options.out, "results of a comparison")["rows"] if options.out.exists() else []
+    for name in options.plans:
+        known("plan", name, PLANS)
+    done = rows_in(options.out)
     comparison = Comparison(options)
     names = {"data": Path(options.data).name, "train": Path(options.train).name, "out": options.out.name}
     config = dataclasses.asdict(options) | names | {"model": comparison.model.name}
@@ -307,10 +308,7 @@ def main(options: Options) -> None:
         "distill": dataclasses.asdict(comparison.distill),
         "record": record.to_json(),
     }
-    for row in comparison.rows(done):
-        print(canonical_json(row), end="", flush=True)
-        done.append(row)
-        write_json(options.out, head | {"rows": done})
+    keep(comparison.rows(done), options.out, head, done)
 
 
 if __name__ == "__main__":

@@ -28,13 +28,14 @@ import tyro
 
 from experiments.distillation import Comparison
 from experiments.distillation import Options as Text
-from mpq.files import canonical_json, read_json, write_json
+from experiments.kept import keep, rows_in
+from mpq.config import known
 from mpq.formats import parse_scheme
 from mpq.quantize import GPTQ, QUANTIZERS, RTN, Candidates
 from mpq.quantize.quantizer import Quantizer
 from mpq.quantize.signround import SignRound
 from mpq.record import RunRecord
-from mpq.types import MpqError, QTensor
+from mpq.types import QTensor
 
 ALGORITHMS: Mapping[str, Quantizer] = {
     **QUANTIZERS,
@@ -144,10 +145,10 @@ def main(options: Options) -> None:
     Raises:
       MpqError: an algorithm is not among those there are, or the model or a text is wrong.
     """
-    if unknown := [name for name in options.algorithms if name not in ALGORITHMS]:
-        raise MpqError(f"unknown algorithm {unknown[0]!r}: the valid ones are {', '.join(ALGORITHMS)}")
+    for name in options.algorithms:
+        known("algorithm", name, ALGORITHMS)
     parts = comparisons(options)
-    done = read_json(options.out, "results of a comparison")["rows"] if options.out.exists() else []
+    done = rows_in(options.out)
     first = parts["blocks"]
     inputs = {"data": first.calibration.digest, "model": first.model.digest, "test": first.reference.data.digest}
     config = dataclasses.asdict(options) | {key: getattr(options, key).name for key in ("data", "test", "out")}
@@ -157,10 +158,7 @@ def main(options: Options) -> None:
         "perplexity": first.original.summary().quality,
         "record": record.to_json(),
     }
-    for row in rows(options, parts, done):
-        print(canonical_json(row), end="", flush=True)
-        done.append(row)
-        write_json(options.out, head | {"rows": done})
+    keep(rows(options, parts, done), options.out, head, done)
 
 
 if __name__ == "__main__":

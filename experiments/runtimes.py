@@ -25,12 +25,12 @@ import tyro
 
 from experiments.distillation import Comparison
 from experiments.distillation import Options as Text
+from experiments.kept import keep, rows_in
 from mpq.allocate import Problem, solve_frontier
 from mpq.artifacts import make_plan
 from mpq.export import orbax
 from mpq.export.arguments import export_arguments
 from mpq.export.orbax import Exported
-from mpq.files import canonical_json, read_json, write_json
 from mpq.formats import parse_scheme
 from mpq.onnx.export import save, size_bytes
 from mpq.onnx.graph import require_onnx
@@ -180,17 +180,14 @@ def main(options: Options) -> None:
     """
     if unknown := [name for name in options.quantizers if name not in QUANTIZERS]:
         raise MpqError(f"unknown quantizer {unknown[0]!r}: the valid ones are {', '.join(QUANTIZERS)}")
-    done = read_json(options.out, "results of a comparison")["rows"] if options.out.exists() else []
+    done = rows_in(options.out)
     with tempfile.TemporaryDirectory() as folder:
         runtimes = Runtimes(options, Path(folder))
         comparison = runtimes.comparison
         inputs = {"data": comparison.calibration.digest, "model": comparison.model.digest, "test": runtimes.test.digest}
         config = dataclasses.asdict(options) | {key: getattr(options, key).name for key in ("data", "test", "out")}
         record = RunRecord.collect(config | {"model": comparison.model.name}, seeds={}, inputs=inputs)
-        for row in runtimes.rows(done):
-            print(canonical_json(row), end="", flush=True)
-            done.append(row)
-            write_json(options.out, {"record": record.to_json(), "rows": done})
+        keep(runtimes.rows(done), options.out, {"record": record.to_json()}, done)
 
 
 if __name__ == "__main__":

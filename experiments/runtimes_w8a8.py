@@ -32,6 +32,7 @@ import numpy as np
 import tyro
 
 from experiments.distillation import windows_of
+from experiments.kept import keep, rows_in
 from mpq.activations.plans import calibrated, uniform_rows
 from mpq.activations.smooth import smooth_model
 from mpq.artifacts import make_plan
@@ -40,7 +41,6 @@ from mpq.data.sources import read_set
 from mpq.export import orbax
 from mpq.export.arguments import export_arguments
 from mpq.export.orbax import Exported
-from mpq.files import canonical_json, read_json, write_json
 from mpq.formats import parse_scheme
 from mpq.inputs import Dataset, Tokens
 from mpq.models import load
@@ -252,16 +252,13 @@ def compare(options: Options, comparison: type[Comparison], quantizers: Collecti
     """
     if unknown := [name for name in options.quantizers if name not in quantizers]:
         raise MpqError(f"unknown quantizer {unknown[0]!r}: the valid ones are {', '.join(quantizers)}")
-    done = read_json(options.out, "results of a comparison")["rows"] if options.out.exists() else []
+    done = rows_in(options.out)
     with tempfile.TemporaryDirectory() as folder:
         found = comparison(options, Path(folder))
         inputs = {"data": found.calibration.digest, "model": found.model.digest, "test": found.test.digest}
         config = dataclasses.asdict(options) | {key: getattr(options, key).name for key in ("data", "test", "out")}
         record = RunRecord.collect(config | {"model": found.model.name}, seeds={}, inputs=inputs)
-        for row in found.rows(done):
-            print(canonical_json(row), end="", flush=True)
-            done.append(row)
-            write_json(options.out, {"record": record.to_json(), "rows": done})
+        keep(found.rows(done), options.out, {"record": record.to_json()}, done)
 
 
 def main(options: Options) -> None:
