@@ -7,8 +7,8 @@ from types import MappingProxyType
 from typing import Any
 
 from analysis import activation_tables as tables
+from analysis.pages import results_in, write_page
 from analysis.text import with_error
-from mpq.files import read_json, write_text
 
 FOLDER = Path("experiments/results/activations")
 BESIDE = ("images", "cost", "peers")
@@ -154,9 +154,8 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
 def main(arguments: Sequence[str] = ()) -> int:
     """Write the page of the folder that is named, or of `FOLDER`."""
     folder = Path(arguments[0]) if arguments else FOLDER
-    read = lambda part: [read_json(path, "results of a comparison") for path in sorted(part.glob("*.json"))]
-    write_text(folder / "README.md", page(read(folder), {name: read(folder / name) for name in BESIDE}))
-    return 0
+    beside = {name: results_in(folder / name) for name in BESIDE}
+    return write_page(folder, lambda results: page(results, beside))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from analysis.pages import write_page
 from analysis.text import significant
-from mpq.files import read_json, write_text
 
 FOLDER = Path("experiments/results/bakeoff")
 Result = Mapping[str, Any]
@@ -131,9 +131,7 @@ def _numbers(values: Iterator[int]) -> str:
 
 def main() -> int:
     """Write the page."""
-    results = [read_json(path, "bake-off result") for path in sorted(FOLDER.glob("*.json"))]
-    write_text(FOLDER / "README.md", page(results))
-    return 0
+    return write_page(FOLDER, page, "bake-off result")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from analysis.pages import write_page
 from analysis.text import with_error
-from mpq.files import read_json, write_text
 
 FOLDER = Path("experiments/results/corrections")
 Result = Mapping[str, Any]
@@ -57,9 +57,7 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
 
 def main() -> int:
     """Write the page."""
-    results = [read_json(path, "results of a comparison") for path in sorted(FOLDER.glob("*.json"))]
-    write_text(FOLDER / "README.md", page(results))
-    return 0
+    return write_page(FOLDER, page)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from analysis.pages import write_page
 from analysis.text import with_error
-from mpq.files import read_json, write_text
 
 FOLDER = Path("experiments/results/distillation")
 Result = Mapping[str, Any]
@@ -81,9 +81,7 @@ def _row(result: Result, ingredient: str, budget: float) -> Mapping[str, Any]:
 
 def main() -> int:
     """Write the page."""
-    results = [read_json(path, "results of a distillation") for path in sorted(FOLDER.glob("*.json"))]
-    write_text(FOLDER / "README.md", page(results))
-    return 0
+    return write_page(FOLDER, page, "results of a distillation")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from analysis.pages import write_page
 from analysis.text import with_error
-from mpq.files import read_json, write_text
 
 FOLDER = Path("experiments/results/qat")
 Result = Mapping[str, Any]
@@ -90,9 +90,7 @@ def _quality(result: Result, value: float) -> str:
 
 def main() -> int:
     """Write the page."""
-    results = [read_json(path, "results of a comparison") for path in sorted(FOLDER.glob("*.json"))]
-    write_text(FOLDER / "README.md", page(results))
-    return 0
+    return write_page(FOLDER, page)
 
 
 if __name__ == "__main__":
