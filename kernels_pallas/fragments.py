@@ -34,6 +34,11 @@ ROWS = 64
 THREADS = 128
 
 
+def tiles_of(group_size: int | None) -> int | None:
+    """Tiles of rows that share a scale; None: all of them."""
+    return None if group_size is None else group_size // LANES
+
+
 def words(bits: int) -> int:
     """Words of 32 bits that a thread holds of a tile."""
     return ROWS * LANES * bits // (32 * THREADS)

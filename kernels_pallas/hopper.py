@@ -50,7 +50,7 @@ _SHARED = DEVICES["NVIDIA H200"].fast_memory - 1024  # barriers take some
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-    """How blocks share the steps of a matmul. Arguments may be traced.
+    """How blocks share the steps of a matmul. Arguments may be traced; of integers the answers are integers.
 
     Attributes:
       steps: of one strip.
@@ -64,11 +64,11 @@ class Shares:
 
     def begin(self, block: Any) -> Any:
         """The first step of a block, of all strips; of `blocks`: their number."""
-        return lax.div(block * (self.steps * self.strips), self.blocks)
+        return _quotient(block * (self.steps * self.strips), self.blocks)
 
     def owner(self, step: Any) -> Any:
         """The block that has a step."""
-        return lax.div((step + 1) * self.blocks - 1, self.steps * self.strips)
+        return _quotient((step + 1) * self.blocks - 1, self.steps * self.strips)
 
     def part(self, block: Any, strip: Any) -> Any:
         """Which of a strip's sums a block writes."""
@@ -77,12 +77,16 @@ class Shares:
     @property
     def parts(self) -> int:
         """The most sums that a strip has."""
-        every = range(0, self.steps * self.strips, self.steps)
-        return max(_owner(self, step + self.steps - 1) - _owner(self, step) for step in every) + 1
+        return max(self.part(self.last(strip), strip) for strip in range(self.strips)) + 1
+
+    def last(self, strip: Any) -> Any:
+        """The last block that has a part of a strip."""
+        return self.owner((strip + 1) * self.steps - 1)
 
 
-def _owner(shares: Shares, step: int) -> int:
-    return ((step + 1) * shares.blocks - 1) // (shares.steps * shares.strips)
+def _quotient(a: Any, b: int) -> Any:
+    """Of what is not negative: `//` of traced values would ask for a sign."""
+    return a // b if isinstance(a, int) else lax.div(a, b)
 
 
 def _kernel(shares: Shares, per_scale: int | None, bits: int, on: Any, table: bool, *refs: Any) -> None:
@@ -222,9 +226,7 @@ def _run(x: jax.Array, packed: Packed, config: Config, interpret: bool) -> jax.A
     integers = x.dtype == jnp.int8
     if integers:
         padded = fragments.permute_rows(padded, packed.bits)
-    swizzle = gpu.find_swizzle(LANES * width(x.dtype), "x")
-    transforms = (gpu.TilingTransform((8, swizzle * 8 // width(x.dtype))), gpu.SwizzleTransform(swizzle))
-    per_scale = None if packed.group_size is None else packed.group_size // LANES
+    per_scale = fragments.tiles_of(packed.group_size)
     steps, strips = spec.tiled_k // LANES // depth, spec.tiled_n // ROWS // warpgroups * (padded.shape[0] // tokens)
     shares = Shares(steps, strips, min(PROCESSORS, steps * strips))
     on, table = interpreted if interpret else registers, packed.levels is not None
@@ -237,19 +239,18 @@ def _run(x: jax.Array, packed: Packed, config: Config, interpret: bool) -> jax.A
         thread_name="warpgroup",
         scratch_types=[
             gpu.SMEM((stages, depth, warpgroups, *packed.codes.shape[-2:]), jnp.int32),
-            gpu.SMEM((stages, _scales(per_scale, depth), warpgroups * ROWS), jnp.float32),
-            gpu.SMEM((stages, tokens, depth * LANES), x.dtype, transforms=transforms),
+            gpu.SMEM((stages, _scales(packed.group_size, depth), warpgroups * ROWS), jnp.float32),
+            registers.shared_tile((stages, tokens, depth * LANES), x.dtype),
             gpu.Barrier(num_arrivals=3, num_barriers=stages),
             gpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
-            *((gpu.SMEM(registers.PAIRS, jnp.int32), gpu.Barrier()) if table else ()),
+            *registers.table_places(packed.levels),
             *(interpreted.scratch(warpgroups, tokens, LANES if integers else LANES // 2, x.dtype) if interpret else ()),
         ],
         compiler_params=compat.gpu_params(),
         interpret=compat.gpu_interpreter() if interpret else False,
         kernel_name=f"mpq_{'t' if table else 'w'}{packed.bits}a{width(x.dtype)}",
     )
-    values = () if packed.levels is None else (registers.pairs(packed.levels),)
-    parts = call(packed.codes, packed.scales, padded, *values)[:, :m, : spec.n]
+    parts = call(packed.codes, packed.scales, padded, *registers.table_values(packed.levels))[:, :m, : spec.n]
     total = _added(parts, shares, padded.shape[0] // tokens, ROWS * warpgroups, tokens)
     return total / registers.over(packed.bits) if integers else total
 
@@ -258,14 +259,14 @@ def _added(parts: jax.Array, shares: Shares, batches: int, columns: int, tokens:
     """The sums of every strip in the order of its blocks; what no block wrote is left out."""
     token, column = (lax.broadcasted_iota(jnp.int32, parts.shape[1:], axis) for axis in (0, 1))
     strip = lax.div(column, columns) * batches + lax.div(token, tokens)
-    last = shares.part(shares.owner((strip + 1) * shares.steps - 1), strip)
+    last = shares.part(shares.last(strip), strip)
     written = [parts[0], *(jnp.where(i <= last, parts[i], 0.0) for i in range(1, shares.parts))]
     return functools.reduce(jnp.add, written)
 
 
-def _scales(per_scale: int | None, depth: int) -> int:
+def _scales(group_size: int | None, depth: int) -> int:
     """Scales of a column that a step needs."""
-    return depth if per_scale == 1 else 1
+    return depth if group_size == LANES else 1
 
 
 def tiles(problem: Problem) -> Config:
@@ -284,7 +285,7 @@ def candidates(problem: Problem) -> tuple[Config, ...]:
         for warpgroups, depth in ((4, 2), (2, 2), (4, 1), (2, 1)):
             fit = _room(problem) // _stage_bytes(problem, warpgroups, depth, tokens)
             config = (warpgroups, depth, tokens, 1 << min(3, int(math.log2(max(fit, 1)))))
-            sums = tokens * (1 if problem.group_size is None else 1 + _scales(_per_scale(problem), depth))
+            sums = tokens * (1 if problem.group_size is None else 1 + _scales(problem.group_size, depth))
             if legal(problem, config) and config[3] >= 2 and sums * warpgroups <= 512:
                 found.append(config)
     # More sums and operands than four warpgroups have registers for; or few copies ahead.
@@ -303,10 +304,6 @@ def _rows(problem: Problem) -> int:
     return -(-whole // LANES)
 
 
-def _per_scale(problem: Problem) -> int | None:
-    return None if problem.group_size is None else problem.group_size // LANES
-
-
 def _room(problem: Problem) -> int:
     """Bytes of shared memory for stages."""
     return _SHARED - (4 * math.prod(registers.PAIRS) if problem.table else 0)
@@ -314,7 +311,7 @@ def _room(problem: Problem) -> int:
 
 def _stage_bytes(problem: Problem, warpgroups: int, depth: int, tokens: int) -> int:
     x_bytes = 1 if dot_type(problem) == "int8" else 2
-    weight = warpgroups * ROWS * (depth * LANES * problem.bits // 8 + 4 * _scales(_per_scale(problem), depth))
+    weight = warpgroups * ROWS * (depth * LANES * problem.bits // 8 + 4 * _scales(problem.group_size, depth))
     return weight + tokens * depth * LANES * x_bytes + 16
 
 
@@ -323,7 +320,7 @@ def legal(problem: Problem, config: Config) -> bool:
     if len(config) != 4 or min(config) < 1:
         return False
     warpgroups, depth, tokens, stages = config
-    columns, per_scale = -(-problem.n // LANES) * LANES // ROWS, _per_scale(problem)
+    columns, per_scale = -(-problem.n // LANES) * LANES // ROWS, fragments.tiles_of(problem.group_size)
     whole = columns % warpgroups == 0 and _rows(problem) % depth == 0 and tokens % 8 == 0 and tokens <= 256
     agree = per_scale is None or per_scale == 1 or per_scale % depth == 0
     return whole and agree and stages * _stage_bytes(problem, warpgroups, depth, tokens) <= _room(problem)

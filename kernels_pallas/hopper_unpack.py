@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas import compat, registers
+from kernels_pallas import compat, fragments, registers
 from kernels_pallas.fragments import LANES, ROWS
-from kernels_pallas.packed import Packed, width
+from kernels_pallas.packed import Packed
 
 
 def _kernel(per_scale: int | None, bits: int, table: bool, *refs: Any) -> None:
@@ -46,19 +46,13 @@ def unpacked(packed: Packed, dtype: Any) -> jax.Array:
       dtype: bfloat16: values. int8: codes times `registers.over(bits)`, rows in the order of `fragments.permute_rows`.
     """
     gpu, spec, table = compat.mosaic_gpu(), packed.spec, packed.levels is not None
-    swizzle = gpu.find_swizzle(LANES * width(dtype), "y")
-    transforms = (gpu.TilingTransform((8, swizzle * 8 // width(dtype))), gpu.SwizzleTransform(swizzle))
-    per_scale = None if packed.group_size is None else packed.group_size // LANES
     call = gpu.kernel(
-        functools.partial(_kernel, per_scale, packed.bits, table),
+        functools.partial(_kernel, fragments.tiles_of(packed.group_size), packed.bits, table),
         out_type=jax.ShapeDtypeStruct((spec.tiled_n, spec.tiled_k), dtype),
         grid=(spec.tiled_k // LANES, spec.tiled_n // ROWS),
         grid_names=("rows", "columns"),
-        scratch_types=[
-            gpu.SMEM((ROWS, LANES), dtype, transforms=transforms),
-            *((gpu.SMEM(registers.PAIRS, jnp.int32), gpu.Barrier()) if table else ()),
-        ],
+        scratch_types=[registers.shared_tile((ROWS, LANES), dtype), *registers.table_places(packed.levels)],
         compiler_params=compat.gpu_params(),
         kernel_name=f"mpq_unpack_{'t' if table else 'w'}{packed.bits}",
     )
-    return call(packed.codes, packed.scales, *(() if packed.levels is None else (registers.pairs(packed.levels),)))
+    return call(packed.codes, packed.scales, *registers.table_values(packed.levels))

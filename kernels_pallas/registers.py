@@ -13,7 +13,6 @@ arXiv:2407.10960). Every lane of a warp has its own copy in its own bank, so tha
 To int8: a field stays in the upper bits of its byte, where it counts `2^(8 - bits)` times; `over` says how often.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ import numpy as np
 
 from kernels_pallas import compat
 from kernels_pallas.fragments import LANES, ROWS, words
+from kernels_pallas.packed import width
 
 _EXPONENT = 0x4300
 """128 in bfloat16."""
@@ -85,6 +85,15 @@ def column_scales(ref: Any, shared: bool = True) -> jax.Array:
     return compat.load(ref, compat.mosaic_gpu().Layout.WGMMA.reduce(1), shared)
 
 
+def shared_tile(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory whose last axis is whole tiles of `LANES`, swizzled as the tensor cores read it."""
+    gpu, bits = compat.mosaic_gpu(), width(dtype)
+    swizzle = gpu.find_swizzle(LANES * bits, "tile")
+    return gpu.SMEM(
+        shape, dtype, transforms=(gpu.TilingTransform((8, swizzle * 8 // bits)), gpu.SwizzleTransform(swizzle))
+    )
+
+
 def multiply(sums: Any, first: jax.Array, x: Any, thread: jax.Array, scratch: Sequence[Any]) -> None:
     """Begins to add `first @ x^T` to the accumulator; `x[tokens, rows]` is in shared memory."""
     del thread, scratch
@@ -122,7 +131,7 @@ def _each(count: int, instructions: Callable[[int], str]) -> Decode:
 
 
 def _to_bfloat16(bits: int) -> Decode:
-    return _each(16 // bits, functools.partial({8: _bytes, 4: _nibbles, 2: _crumbs}[bits]))
+    return _each(16 // bits, {8: _bytes, 4: _nibbles, 2: _crumbs}[bits])
 
 
 def _bytes(i: int) -> str:
@@ -161,6 +170,17 @@ def pairs(levels: Sequence[float]) -> np.ndarray:
     byte = np.arange(PAIRS[0])
     found = both[byte % 16] | both[byte // 16] << np.uint32(16)
     return np.broadcast_to(found[:, None], PAIRS).view(np.int32)
+
+
+def table_places(levels: Sequence[float] | None) -> tuple[Any, ...]:
+    """Shared memory for `pairs`, and the barrier that says that they are there; nothing without a table."""
+    gpu = compat.mosaic_gpu()
+    return () if levels is None else (gpu.SMEM(PAIRS, jnp.int32), gpu.Barrier())
+
+
+def table_values(levels: Sequence[float] | None) -> tuple[np.ndarray, ...]:
+    """`pairs` as an operand of a kernel; nothing without a table."""
+    return () if levels is None else (pairs(levels),)
 
 
 def _looked_up(held: list[Any], table: Any) -> list[Any]:
