@@ -140,6 +140,7 @@ def test_texts_that_mean_nothing_are_refused(text, message):
     assert str(refused.value) == message
 
 
+@pytest.mark.slow
 def test_both_metrics_score_them():
     model, data = make_model(), make_data(8)
     schemes = tuple(map(parse_activation_scheme, ("fp8_e4m3_token", "int3_g2")))

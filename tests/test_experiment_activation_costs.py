@@ -39,6 +39,7 @@ def texts(tmp_path_factory):
     return tiny.model_and_texts(tmp_path_factory.mktemp("texts"))
 
 
+@pytest.mark.slow
 def test_images_are_judged_by_ranges_of_both_sets(pictures):
     sets = {
         "data": pictures / "own.npz",
@@ -82,6 +83,7 @@ def test_every_plan_and_setting_that_is_named_is_one():
     assert {peer.package for peer in activation_peers.PEERS.values()} == activation_peers.QUANTIZE.keys()
 
 
+@pytest.mark.slow
 def test_times_are_of_programs_that_give_what_the_rounded_model_gives(texts, pictures, tmp_path):
     sizes = {"window": 16, "batch_size": 4, "repeats": 2}
     text = activation_cost.Options(

@@ -44,7 +44,12 @@ def random_data(vocabulary=decoder_cases.VOCAB, time=12):
     return Dataset(tokens, np.ones_like(tokens, bool), np.arange(2, dtype=np.int32), "random tokens", "0")
 
 
-@pytest.mark.parametrize("name", decoder_cases.CASES)
+# One of each kind of block is always run: the others are `slow`.
+FIRST = ("llama", "qwen2_moe", "gemma2", "gpt2", "opt, post-norm, projected")
+FAMILIES = [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in decoder_cases.CASES]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_decoder_family_is_rotated_and_stays_what_it_was_or_says_why_not(name, tmp_path):
     model = load(str(decoder_cases.write(tmp_path / "model", name)))
     found = rotate(model, model.trace(1, 12), random_data(), KEY)

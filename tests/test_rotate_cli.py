@@ -81,7 +81,9 @@ def test_a_plan_of_the_original_is_kept_and_its_head_takes_the_scheme_of_the_tab
     ("plan", "more"),
     [
         ("int4_g16", ("--propagate", "--distill", "2", "--method", "rtn")),
-        ("int8_g16+int8_tensor_static_absmax+int8_head", ("--smooth", "--method", "rtn")),
+        pytest.param(
+            "int8_g16+int8_tensor_static_absmax+int8_head", ("--smooth", "--method", "rtn"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_comes_after_sees_the_rotated_model(run, plan, more):
