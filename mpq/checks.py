@@ -216,6 +216,7 @@ def require_schemes(plan: Plan, qtensors: Mapping[str, QTensor], weights: Sequen
         shapes = {name: array.shape for name, array in stored.items() if array is not None}
         integers = (wanted.num_groups(spec.k), spec.n)
         shape = {"qvalue": (spec.k, spec.n), "tensor_scale": (1, 1), "sub_scale": integers, "sub_minimum": integers}
+        shape["codebook"] = (1 << wanted.format.bits, 1)
         groups = wanted.scale_shape(spec.k, spec.n)
         expected = {name: (spec.batch, *shape.get(name, groups)) for name in wanted.part_bits(spec.k, spec.n)}
         low, high = float(q.qvalue.min()), float(q.qvalue.max())

@@ -27,7 +27,7 @@ from kernels_pallas.layouts import Spec
 from mpq.activations.apply import RoundedActivation
 from mpq.formats.integer import Integer
 from mpq.trace import Default, Site, Trace
-from mpq.types import MpqError, NumberFormat, Params, QTensor, WeightSpec
+from mpq.types import MpqError, Params, QTensor, WeightSpec
 
 MAX_TABLE_BITS = 4
 
@@ -50,7 +50,8 @@ def pack_weights(
       Path -> packed weight, `[batch, k, n]`, or `[k, n]` where the batch is 1.
 
     Raises:
-      MpqError: a path is unknown, or a format is neither an integer nor a table of at most 16 levels.
+      MpqError: a path is unknown, or a format is neither an integer nor a table of at most 16 levels, one for all
+        matrices of a batch.
     """
     known = {spec.path for spec in weights}
     if unknown := [path for path in qtensors if path not in known]:
@@ -185,11 +186,11 @@ def _pack(path: str, qtensor: QTensor, layout: str) -> Packed:
     """One weight; a table's codes are counted from its lowest level."""
     scheme = qtensor.scheme
     number_format, scale = scheme.format, qtensor.effective_scale if scheme.has_tensor_scale else qtensor.scale
-    levels = _levels(number_format)
+    levels = _levels(qtensor)
     if scale is None or (levels is None and not isinstance(number_format, Integer)):
         raise MpqError(
-            f"weight {path} is {scheme}: integers and tables of at most {2**MAX_TABLE_BITS} levels can be packed; "
-            "leave it among the parameters"
+            f"weight {path} is {scheme}: integers and tables of at most {2**MAX_TABLE_BITS} levels, one for all "
+            "matrices of a batch, can be packed; leave it among the parameters"
         )
     codes = np.asarray(qtensor.qvalue) - np.int8(0 if levels is None else number_format.min_qvalue)
     batch, k, n = codes.shape
@@ -212,8 +213,12 @@ def _pack(path: str, qtensor: QTensor, layout: str) -> Packed:
     )
 
 
-def _levels(number_format: NumberFormat) -> tuple[float, ...] | None:
-    """Values of all codes of a format that is no integer, lowest first; None if there are more than 16."""
+def _levels(qtensor: QTensor) -> tuple[float, ...] | None:
+    """Values of all codes of a format that is no integer, lowest first; None if there are more than 16, or tables."""
+    number_format = qtensor.scheme.format
+    if qtensor.codebook is not None:
+        tables = np.asarray(qtensor.codebook[..., 0], np.float32)
+        return tuple(map(float, tables[0])) if (tables == tables[0]).all() else None
     if isinstance(number_format, Integer) or number_format.bits > MAX_TABLE_BITS:
         return None
     codes = jnp.arange(number_format.min_qvalue, number_format.max_qvalue + 1, dtype=jnp.int8)

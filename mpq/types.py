@@ -10,10 +10,12 @@ import enum
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Protocol, Self
+from typing import Any, Self, cast
 
 import jax
 import numpy as np
+
+from mpq.grids import Blocks, LearnedFormat, NumberFormat
 
 Params = Mapping[str, jax.Array]
 """A model's parameters by path; paths join the module's attribute names with dots: `layers.0.mlp.up_proj.kernel`."""
@@ -33,47 +35,6 @@ SCALE_SUFFIXES: Mapping[str, str] = MappingProxyType(
 
 class MpqError(Exception):
     """Input that a person can mend. The message is one sentence: what was given, what is allowed, what to try."""
-
-
-class NumberFormat(Protocol):
-    """The grid of one element, before any scale.
-
-    `encode` maps values already divided by their scale to the nearest qvalue; `decode` is its inverse on qvalues. A
-    format without a scale (`bf16`) has `max_magnitude = None` and its qvalues are the values themselves.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def bits(self) -> int: ...
-    @property
-    def min_qvalue(self) -> int: ...
-    @property
-    def max_qvalue(self) -> int: ...
-    @property
-    def max_magnitude(self) -> float | None: ...
-    @property
-    def uniform(self) -> bool: ...
-    def encode(self, x: jax.Array) -> jax.Array: ...
-    def decode(self, qvalue: jax.Array) -> jax.Array: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """How a block type of ggml stores its scales; with the format and the group size of a scheme it is the whole type.
-
-    Attributes:
-      name: the type's name in lower case, the text form of the scheme.
-      rows: rows of `k` in a block, which has one float16 scale.
-      sub_bits: width of the integer that each group multiplies the block's scale by; None: a block is one group.
-      minimum: whether a float16 of the block is added to every value; with `sub_bits` it is subtracted, times an
-        integer of each group, never negative.
-    """
-
-    name: str
-    rows: int
-    sub_bits: int | None = None
-    minimum: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +78,17 @@ class Scheme:
         """True if scales are factors of one float32 scale of the whole matrix."""
         return self.has_scale and self.scale_dtype == "float8_e4m3fn"
 
+    @property
+    def has_codebook(self) -> bool:
+        """True if every matrix has levels of its own."""
+        return self.format.learned
+
+    def with_levels(self, codebook: jax.Array | None) -> Self:
+        """The scheme that encodes and decodes with learned levels, as `QTensor` has them; it cannot be hashed."""
+        if codebook is None:
+            return self
+        return dataclasses.replace(self, format=cast(LearnedFormat, self.format).with_levels(codebook))
+
     def fits(self, k: int) -> bool:
         """Whether a weight of `k` rows can be stored so; blocks of ggml are never padded."""
         return self.blocks is None or k % self.blocks.rows == 0
@@ -141,6 +113,8 @@ class Scheme:
             parts["zero_point"] = _whole_bytes(scales * self.format.bits)
         if self.has_tensor_scale:
             parts["tensor_scale"] = 32
+        if self.has_codebook:
+            parts["codebook"] = 16 << self.format.bits
         if self.blocks is not None:
             sub = _whole_bytes(self.num_groups(k) * n * (self.blocks.sub_bits or 0))
             parts |= {"sub_scale": sub} if sub else {}
@@ -149,7 +123,7 @@ class Scheme:
         return parts
 
     def size_bits(self, k: int, n: int, batch: int = 1) -> int:
-        """Exact stored size of `batch` weights `w[k, n]`: qvalues, scales, zero points and padding to bytes."""
+        """Exact stored size of `batch` weights `w[k, n]`: qvalues, scales, zero points, levels and padding to bytes."""
         return batch * sum(self.part_bits(k, n).values())
 
 
@@ -343,6 +317,7 @@ class QTensor:
       tensor_scale: `float32[batch, 1, 1]`, positive, under scales of 8 bits (`Scheme.has_tensor_scale`); else None.
       sub_scale, sub_minimum: `int8[batch, groups, n]`, of blocks of ggml that have them (`Blocks`).
       minimum: `float16[batch, blocks, n]`, of blocks of ggml that have it.
+      codebook: `float16[batch, levels, 1]`, of each code its level, if those are learned (`Scheme.has_codebook`).
     """
 
     qvalue: jax.Array
@@ -353,6 +328,12 @@ class QTensor:
     sub_scale: jax.Array | None = None
     minimum: jax.Array | None = None
     sub_minimum: jax.Array | None = None
+    codebook: jax.Array | None = None
+
+    @property
+    def grid(self) -> NumberFormat:
+        """The element grid, with this weight's levels if they are learned."""
+        return self.scheme.with_levels(self.codebook).format
 
     @property
     def effective_scale(self) -> jax.Array | None:
@@ -372,12 +353,12 @@ class QTensor:
 
     def dequantize(self) -> jax.Array:
         """`float32[batch, k, n]`."""
-        value = self.scheme.format.decode(self.qvalue).astype(np.float32)
+        value = self.grid.decode(self.qvalue).astype(np.float32)
         scale, offset = self.effective_scale, self.offset
         if scale is None:
             return value
         if self.zero_point is not None:
-            value = value - self.spread(self.scheme.format.decode(self.zero_point).astype(np.float32))
+            value = value - self.spread(self.grid.decode(self.zero_point).astype(np.float32))
         value = value * self.spread(scale)
         return value if offset is None else value + self.spread(offset)
 

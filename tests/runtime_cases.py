@@ -70,7 +70,11 @@ def noise(model: Model) -> Callable[[WeightSpec, Scheme], QTensor]:
         scale, whole = rng.uniform(1, 2, groups), np.float32(w.std() / largest)
         zero = any_code(groups) if scheme.zero_point else None
         if not scheme.has_tensor_scale:
-            return QTensor(any_code(shape), jnp.asarray(scale * whole, scheme.scale_dtype), zero, scheme)
+            levels = None
+            if scheme.has_codebook:
+                levels = jnp.asarray(np.sort(rng.uniform(-1, 1, (spec.batch, 2**grid.bits, 1)), axis=1), jnp.float16)
+            scales = jnp.asarray(scale * whole, scheme.scale_dtype)
+            return QTensor(any_code(shape), scales, zero, scheme, codebook=levels)
         matrix = jnp.full((spec.batch, 1, 1), whole)
         return QTensor(any_code(shape), jnp.asarray(scale, scheme.scale_dtype), zero, scheme, matrix)
 

@@ -124,3 +124,20 @@ def test_scales_keep_their_sign_and_stay_finite(weight):
         scale = np.asarray(far.scale, np.float32)
         assert np.isfinite(scale).all()
         assert (np.sign(scale) == np.sign(np.asarray(qtensor.scale, np.float32))).all()
+
+
+def test_learned_levels_stay_and_codes_and_scales_move(weight):
+    qtensor = RTN()(weight, parse_scheme("lut3_g16"))
+    latent = start(weight, qtensor)
+    same(freeze(latent, qtensor), qtensor)
+    latent = moved(latent)
+    stored, upstream = freeze(latent, qtensor), jax.random.normal(jax.random.key(5), weight.shape)
+    np.testing.assert_array_equal(stored.codebook, qtensor.codebook)
+    assert not np.array_equal(stored.qvalue, qtensor.qvalue)
+    np.testing.assert_array_equal(reconstruct(latent, qtensor), stored.dequantize())
+    got = jax.grad(lambda latent: jnp.sum(reconstruct(latent, qtensor) * upstream))(latent).value
+    scale, step = np.asarray(stored.spread(stored.effective_scale), np.float64), 2 / 7  # 8 levels in -1 .. 1
+    value, last = np.asarray(latent.value, np.float64) * step, np.asarray(qtensor.codebook[:, -1:], np.float64)
+    inside = (value > -1) & (value < last)
+    assert 0 < inside.mean() < 1
+    np.testing.assert_allclose(got, np.asarray(upstream) * scale * step * inside, rtol=1e-5, atol=1e-6)

@@ -23,6 +23,7 @@ from mpq.types import MpqError, Use, WeightSpec
 SCHEMES = ("int2_g16", "int3_g16_zp", "int4_g64", "int5_channel_zp", "int6_g7", "int7_channel", "int8_g32_zp_sfloat32")
 SCHEMES += ("nf3_g16", "fp4_g16", "fp8_e4m3_channel", "fp8_e5m2_g5", "nf4_g16", "bf16", "fp16", "fp32")
 SCHEMES += ("fp4_g16_sfp8", "int3_g16_zp_sfp8", "fp4_g32_se8m0", "int4_g16_sbfloat16", "int5_tensor_zp")
+SCHEMES += ("lut2_g16",)
 K, N = 37, 11
 PLAN = {"name": "mixed", "choices": {"layers.0": "int4_g64"}, "bits_per_weight": 4.25}
 CONFIG = {"model_type": "llama", "hidden_size": 37}
@@ -50,8 +51,8 @@ def model():
     ]
     choice |= {"embed": "int4_g16", "experts": "int3_g16_zp", "stack[0]": "int2_g16", "stack[1]": "bf16"}
     choice |= {"half[1]": "int8_channel"}
-    params |= {"experts_nvfp4": draw(3, K, N), "experts_tensor": draw(3, K, N)}
-    for path, text in (("experts_nvfp4", "nvfp4"), ("experts_tensor", "int3_tensor_zp")):
+    params |= {"experts_nvfp4": draw(3, K, N), "experts_tensor": draw(3, K, N), "experts_lut": draw(3, K, N)}
+    for path, text in (("experts_nvfp4", "nvfp4"), ("experts_tensor", "int3_tensor_zp"), ("experts_lut", "lut2_g16")):
         weights.append(spec(path, path, shape=(3, K, N), permutation=(0, 1, 2), batch=3))
         choice[path] = text
     params |= {

@@ -11,6 +11,7 @@ from mpq.types import MpqError, Scheme
 TEXTS = ("int2_g16", "int3_g64_zp", "int4_g128", "int8_channel", "int5_channel_zp", "nf4_g64", "bf16", "fp16", "fp32")
 TEXTS += ("nf3_g64", "fp4_g32", "fp8_e4m3_channel", "fp8_e5m2_g128", "int8_tensor", "int4_tensor_zp_sbfloat16")
 TEXTS += ("fp4_g16_sfp8", "int4_g32_zp_sfp8", "int4_channel_sfp8", "fp4_g32_se8m0", "fp8_e4m3_tensor_se8m0")
+TEXTS += ("lut2_g32", "lut3_g64_sfp8", "lut4_channel_sfloat32", "lut4_tensor")
 
 
 @pytest.mark.parametrize("text", [*TEXTS, "int4_g64_sfloat32", "int4_g64_zp_sfloat32", "nf4_channel_sfloat32"])
@@ -43,6 +44,8 @@ def test_the_text_form_says_every_part():
         ("nf3_channel_sbfloat16", {"qvalue": 1224, "scale": 11 * 16}),
         ("nvfp4", {"qvalue": 1632, "scale": 3 * 11 * 8, "tensor_scale": 32}),
         ("fp4_g32_se8m0", {"qvalue": 1632, "scale": 2 * 11 * 8}),
+        ("lut3_g16", {"qvalue": 1224, "scale": 3 * 11 * 16, "codebook": 8 * 16}),
+        ("lut4_g32_sfp8", {"qvalue": 1632, "scale": 2 * 11 * 8, "tensor_scale": 32, "codebook": 16 * 16}),
         ("fp8_e5m2_tensor", {"qvalue": 3256, "scale": 16}),
         ("bf16", {"qvalue": 6512}),
     ],
@@ -70,6 +73,9 @@ def test_nvfp4_takes_four_and_a_half_bits_and_mxfp4_a_quarter_less():
         ("fp4_g32_se8m0_zp", "unknown scheme 'fp4_g32_se8m0_zp'"),
         ("fp4_g32_zp_se8m0", "a zero point goes with integer formats only"),
         ("int4_g32_zp_se8m0", "a range with a zero point needs other scales than powers of two"),
+        ("lut3_g32_zp", "a zero point goes with integer formats only, not lut3"),
+        ("lut3_g32_se8m0", "wrong: a table of levels is mirrored by negative scales; write _sfp8"),
+        ("lut5_g32", "unknown scheme 'lut5_g32'"),
         ("int4_tensor_sfp8", "a single scale needs no float32 beside it; write _tensor_sfloat32"),
         ("bf16_sfp8", "bf16 has no scale"),
         ("", "unknown scheme ''"),

@@ -114,7 +114,7 @@ def test_unknown_paths_and_formats_are_refused(model):
         pack_weights(traced.weights, {"nothing": qtensors[first]})
     for text in ("bf16", "fp8_e4m3_channel"):
         odd = Candidates(params, traced.weights, RTN()).choose({first: parse_scheme(text)})
-        with pytest.raises(MpqError, match=f"is {text}: integers and tables of at most 16 levels can be packed"):
+        with pytest.raises(MpqError, match=f"is {text}: integers and tables of at most 16 levels, one for all"):
             pack_weights(traced.weights, odd)
 
 

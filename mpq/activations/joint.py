@@ -25,7 +25,8 @@ from mpq.activations.rows import ActivationSpec
 from mpq.activations.scheme import ActivationScheme
 from mpq.activations.table import ActivationTable
 from mpq.allocate import Constraint, Problem
-from mpq.types import MpqError, NumberFormat, Scheme, WeightSpec
+from mpq.grids import NumberFormat
+from mpq.types import MpqError, Scheme, WeightSpec
 
 FLOAT_BITS = 16
 """Of activations and of the cache where they stay in floating point."""

@@ -72,7 +72,7 @@ def start(
     assert qtensor.scale is not None
     zero_point = None
     if scale and qtensor.zero_point is not None:
-        zero_point = qtensor.scheme.format.decode(qtensor.zero_point)
+        zero_point = qtensor.grid.decode(qtensor.zero_point)
     log_scale = jnp.zeros(qtensor.scale.shape) if scale else None
     if not (rounding and rank):
         return Latent(start_value(w, qtensor) if rounding else None, log_scale, zero_point)
@@ -87,11 +87,11 @@ def start_value(w: jax.Array, qtensor: QTensor) -> jax.Array:
 
     A code that is the nearest one starts at the weight itself, any other (GPTQ's) in the middle of its step.
     """
-    scheme, decode = qtensor.scheme, qtensor.scheme.format.decode
+    grid, decode = qtensor.grid, qtensor.grid.decode
     shift = 0.0 if qtensor.zero_point is None else qtensor.spread(decode(qtensor.zero_point))
     exact = w / qtensor.spread(_effective(qtensor))
-    nearest = scheme.format.encode(exact + shift) == qtensor.qvalue
-    return jnp.where(nearest, exact, decode(qtensor.qvalue) - shift) / _step(scheme)
+    nearest = grid.encode(exact + shift) == qtensor.qvalue
+    return jnp.where(nearest, exact, decode(qtensor.qvalue) - shift) / _step(qtensor.scheme)
 
 
 def reconstruct(latent: Latent, qtensor: QTensor) -> jax.Array:
@@ -100,16 +100,16 @@ def reconstruct(latent: Latent, qtensor: QTensor) -> jax.Array:
     A low-rank update is merged before.
     """
     stored = freeze(jax.lax.stop_gradient(latent), qtensor)
-    decode = qtensor.scheme.format.decode
+    decode = qtensor.grid.decode
     shift = 0.0
     if stored.zero_point is not None:
         zero_point = decode(stored.zero_point)
         if latent.zero_point is not None:
-            zero_point = _straight_through(zero_point, _within(latent.zero_point, qtensor.scheme))
+            zero_point = _straight_through(zero_point, _within(latent.zero_point, qtensor))
         shift = qtensor.spread(zero_point)
     value = decode(stored.qvalue)
     if latent.value is not None:
-        value = _straight_through(value, _within(latent.value * _step(qtensor.scheme) + shift, qtensor.scheme))
+        value = _straight_through(value, _within(latent.value * _step(qtensor.scheme) + shift, qtensor))
     scale = _effective(stored)
     if latent.log_scale is not None:
         scale = scale * _straight_through(jnp.ones(()), latent.log_scale)
@@ -118,7 +118,7 @@ def reconstruct(latent: Latent, qtensor: QTensor) -> jax.Array:
 
 def freeze(latent: Latent, qtensor: QTensor) -> QTensor:
     """The stored weight: latent numbers rounded; parts that are not learned are those of `qtensor`."""
-    scheme, number_format = qtensor.scheme, qtensor.scheme.format
+    scheme, number_format = qtensor.scheme, qtensor.grid
     scale, zero_point, qvalue = qtensor.scale, qtensor.zero_point, qtensor.qvalue
     assert scale is not None
     if latent.log_scale is not None:
@@ -126,7 +126,7 @@ def freeze(latent: Latent, qtensor: QTensor) -> QTensor:
         magnitude = round_scale(jnp.abs(first) * jnp.exp(latent.log_scale), scheme.scale_dtype)
         scale = jnp.where(first < 0, -magnitude, magnitude).astype(scheme.scale_dtype)
     if latent.zero_point is not None:
-        zero_point = jnp.round(_within(latent.zero_point, scheme)).astype(jnp.int8)
+        zero_point = jnp.round(_within(latent.zero_point, qtensor)).astype(jnp.int8)
     if latent.value is not None:
         shift = 0.0 if zero_point is None else qtensor.spread(number_format.decode(zero_point))
         qvalue = number_format.encode(latent.value * _step(scheme) + shift)
@@ -141,11 +141,11 @@ def _step(scheme: Scheme) -> float:
     return 2 * number_format.max_magnitude / (number_format.max_qvalue - number_format.min_qvalue)
 
 
-def _within(value: jax.Array, scheme: Scheme) -> jax.Array:
+def _within(value: jax.Array, qtensor: QTensor) -> jax.Array:
     """`value` clipped to the range of the grid; what lies beyond has no gradient."""
-    ends = jnp.asarray([scheme.format.min_qvalue, scheme.format.max_qvalue], jnp.int8)
-    low, high = scheme.format.decode(ends)
-    return jnp.clip(value, low, high)
+    grid = qtensor.grid
+    end = lambda code: grid.decode(jnp.full((1,) * value.ndim, code, jnp.int8))
+    return jnp.clip(value, end(grid.min_qvalue), end(grid.max_qvalue))
 
 
 def _straight_through(exact: jax.Array, smooth: jax.Array) -> jax.Array:

@@ -10,9 +10,9 @@
 
 A quantized weight is a sub-tree: `qvalue` (`uint8[batch, bytes]`, a bit stream per batch entry, see `packing`; for a
 float format the values), `scale` (`[batch, groups, n]` in its dtype; scales of 8 bits as their bytes, `uint8`),
-`zero_point` (a bit stream too) and `tensor_scale` (`float32[batch, 1, 1]`), as the scheme has them, and in blocks of
-ggml `minimum` and the bit streams `sub_scale` and `sub_minimum`. Everything else of
-the model is under `params` in the dtype that it was stored in. Arrays are one chunk each and not compressed:
+`zero_point` (a bit stream too), `tensor_scale` (`float32[batch, 1, 1]`) and `codebook` (`float16[batch, levels, 1]`),
+as the scheme has them, and in blocks of ggml `minimum` and the bit streams `sub_scale` and `sub_minimum`. Everything
+else of the model is under `params` in the dtype that it was stored in. Arrays are one chunk each and not compressed:
 the chunk files are the payload, and `payload_bytes` counts them. Any Orbax user can read the arrays with
 `PyTreeCheckpointer().restore`.
 

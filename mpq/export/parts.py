@@ -29,7 +29,8 @@ def to_parts(qtensor: QTensor) -> dict[str, np.ndarray]:
     for name, codes in integers.items():
         if codes is not None:
             parts[name] = np.stack([pack(entry, *_integer_range(qtensor.scheme)) for entry in np.asarray(codes)])
-    return parts | ({} if qtensor.tensor_scale is None else {"tensor_scale": np.asarray(qtensor.tensor_scale)})
+    whole = {"tensor_scale": qtensor.tensor_scale, "codebook": qtensor.codebook}
+    return parts | {name: np.asarray(array) for name, array in whole.items() if array is not None}
 
 
 def from_parts(part: Callable[[str], np.ndarray], scheme: Scheme, k: int, n: int, batch: int) -> QTensor:
@@ -58,9 +59,11 @@ def from_parts(part: Callable[[str], np.ndarray], scheme: Scheme, k: int, n: int
     }
     minimum = jnp.asarray(part("minimum")) if "minimum" in stored else None
     tensor_scale = jnp.asarray(part("tensor_scale")) if scheme.has_tensor_scale else None
+    codebook = jnp.asarray(part("codebook")) if scheme.has_codebook else None
     scale = part("scale").view(scheme.scale_dtype) if part("scale").dtype == np.uint8 else part("scale")
     qvalue = codes("qvalue", k, n, grid)
-    return QTensor(qvalue, jnp.asarray(scale), zero_point, scheme, tensor_scale, minimum=minimum, **integers)
+    beside = {"minimum": minimum, "codebook": codebook, **integers}
+    return QTensor(qvalue, jnp.asarray(scale), zero_point, scheme, tensor_scale, **beside)
 
 
 def _integer_range(scheme: Scheme) -> tuple[int, int]:

@@ -7,12 +7,13 @@
     int8_tensor       one for the whole matrix
     int3_g32_zp       with a zero point of 3 bits beside each scale
     nf4_g64_sfp8      scales of 8 bits (e4m3) under one float32 for the whole matrix; so `nvfp4` is fp4_g16_sfp8
+    lut3_g64          8 levels fitted to each matrix, under scales of groups; so lut2 and lut4
     fp4_g32_se8m0     scales that are powers of two, 8 bits; `mxfp4` is this one in whole blocks, as ggml has it
     int4_g64_sfloat32 scales of float32, or of bfloat16 with `_sbfloat16`
     bf16              no scale
     q4_k, q8_0        a block type of ggml, see `mpq.formats.ggml`; f16 and f32 are what ggml calls fp16 and fp32
 
-Sizes are exact: `Scheme.size_bits` counts codes, scales, zero points and what fills up the last byte.
+Sizes are exact: `Scheme.size_bits` counts codes, scales, zero points, learned levels and what fills up the last byte.
 """
 
 import re
@@ -23,8 +24,10 @@ from mpq.formats.codebook import NF3_LEVELS, NF4_LEVELS, Codebook
 from mpq.formats.floating import Float
 from mpq.formats.ggml import GGML_SCHEMES
 from mpq.formats.integer import Integer
+from mpq.formats.learned import Learned
 from mpq.formats.minifloat import Minifloat
-from mpq.types import SCALE_SUFFIXES, MpqError, NumberFormat, Scheme
+from mpq.grids import NumberFormat
+from mpq.types import SCALE_SUFFIXES, MpqError, Scheme
 
 FORMATS: Mapping[str, NumberFormat] = MappingProxyType(
     {
@@ -37,6 +40,9 @@ FORMATS: Mapping[str, NumberFormat] = MappingProxyType(
         "int8": Integer(8),
         "nf3": Codebook("nf3", NF3_LEVELS),
         "nf4": Codebook("nf4", NF4_LEVELS),
+        "lut2": Learned(2),
+        "lut3": Learned(3),
+        "lut4": Learned(4),
         "fp4": Minifloat("fp4", 2, 1, max_qvalue=7),
         "fp8_e4m3": Minifloat("fp8_e4m3", 4, 3, max_qvalue=126),
         "fp8_e5m2": Minifloat("fp8_e5m2", 5, 2, max_qvalue=123),
@@ -87,6 +93,8 @@ def parse_scheme(text: str) -> Scheme:
         )
     if zero_point and scale == "_se8m0":
         raise MpqError(f"scheme {text!r} is wrong: a range with a zero point needs other scales than powers of two")
+    if number_format.learned and scale == "_se8m0":
+        raise MpqError(f"scheme {text!r} is wrong: a table of levels is mirrored by negative scales; write _sfp8")
     if granularity == "tensor" and scale == "_sfp8":
         raise MpqError(f"scheme {text!r} is wrong: a single scale needs no float32 beside it; write _tensor_sfloat32")
     group_size = int(granularity[1:]) if granularity.startswith("g") else None

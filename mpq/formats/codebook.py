@@ -74,6 +74,11 @@ class Codebook:
         """False: the steps differ."""
         return False
 
+    @property
+    def learned(self) -> bool:
+        """False."""
+        return False
+
     def encode(self, x: jax.Array) -> jax.Array:
         """Index of the nearest level of each element of `x`, already divided by its scale. `int8`, same shape."""
         levels = jnp.asarray(self.levels, x.dtype)

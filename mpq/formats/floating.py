@@ -38,6 +38,11 @@ class Float:
         """False."""
         return False
 
+    @property
+    def learned(self) -> bool:
+        """False."""
+        return False
+
     def encode(self, x: jax.Array) -> jax.Array:
         """`x` rounded to the dtype; what is beyond its range becomes its largest value."""
         largest = float(jnp.finfo(self.dtype).max)

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from mpq.formats.codebook import Codebook
 from mpq.formats.integer import Integer
 from mpq.formats.minifloat import Minifloat
-from mpq.types import Blocks, MpqError, NumberFormat, Scheme
+from mpq.grids import Blocks, NumberFormat
+from mpq.types import MpqError, Scheme
 
 # The 16 values of ggml's `kvalues_iq4nl`.
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -63,6 +64,11 @@ class Unsigned:
     def uniform(self) -> bool:
         """True: equal steps."""
         return True
+
+    @property
+    def learned(self) -> bool:
+        """False."""
+        return False
 
     def encode(self, x: jax.Array) -> jax.Array:
         """Nearest code of each element of `x`, already shifted and divided by its scale. `int8`, same shape."""

@@ -44,6 +44,11 @@ class Integer:
         """True: equal steps, so a zero point makes sense."""
         return True
 
+    @property
+    def learned(self) -> bool:
+        """False."""
+        return False
+
     def encode(self, x: jax.Array) -> jax.Array:
         """Nearest qvalue (ties to even) of each element of `x`, already divided by its scale. `int8`, same shape."""
         lowest, highest = (jnp.asarray(end, x.dtype) for end in (self.min_qvalue, self.max_qvalue))

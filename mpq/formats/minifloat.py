@@ -54,6 +54,11 @@ class Minifloat:
         return False
 
     @property
+    def learned(self) -> bool:
+        """False."""
+        return False
+
+    @property
     def _lowest(self) -> int:
         """Binary exponent of the smallest step."""
         return 2 - 2 ** (self.exponent_bits - 1) - self.mantissa_bits

@@ -73,7 +73,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, QTensor]:
             read = lambda place: np.frombuffer(archive.read(f"{root}data/weights/{place['path_name']}"), np.uint8)
             found: dict[str, QTensor] = {}
             for weight, (scheme, k, n, batch) in weights.items():
-                parts = {p: f"{weight}.{p}" for p in ("qvalue", "scale", "zero_point", "tensor_scale")}
+                parts = {p: f"{weight}.{p}" for p in ("qvalue", "scale", "zero_point", "tensor_scale", "codebook")}
                 arrays = {part: read(places[place]) for part, place in parts.items() if place in places}
                 found[weight] = read_codes(arrays, parse_scheme(scheme), k, n, batch)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:

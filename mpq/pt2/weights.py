@@ -136,9 +136,19 @@ class Weights:
         graph, grid = self._graph, self._qtensors[spec.path].scheme.format
         if isinstance(grid, Integer):
             return self._codes(spec, part, shape, "float32")
+        if grid.learned:
+            return self._looked_up(spec, shape)
         every = jnp.arange(grid.min_qvalue, grid.max_qvalue + 1, dtype=jnp.int8)
         levels = graph.constant(np.asarray(grid.decode(every)), np.float32)
         return graph.one(operator.getitem, levels, self._codes(spec, part, shape, "int32", 0))
+
+    def _looked_up(self, spec: WeightSpec, shape: tuple[int, int]) -> Any:
+        """Values of codes in the table of each matrix, `float32[batch, *shape]`."""
+        graph = self._graph
+        codes = graph.one(graph.torch.reshape, self._codes(spec, "qvalue", shape, "int64", 0), (spec.batch, -1))
+        levels = graph.cast(self._parts(spec)["codebook"], "float32")
+        levels = graph.one(graph.torch.reshape, levels, (spec.batch, -1))
+        return graph.one(graph.torch.reshape, graph.one(graph.torch.gather, levels, 1, codes), (spec.batch, *shape))
 
     def _spread(self, spec: WeightSpec, value: Any) -> Any:
         """One number a group to one a row, as far as they differ."""
@@ -184,6 +194,7 @@ def read_codes(arrays: Mapping[str, np.ndarray], scheme: Scheme, k: int, n: int,
     """
     groups = scheme.scale_shape(k, n)
     how = {"scale": (scheme.scale_dtype, (batch, *groups)), "tensor_scale": ("float32", (batch, 1, 1))}
+    how["codebook"] = "float16", (batch, 1 << scheme.format.bits, 1)
     how |= {"qvalue": ("uint8", (batch, -1)), "zero_point": ("uint8", (batch, -1))}
     if isinstance(scheme.format, Float):
         how["qvalue"] = scheme.format.dtype, (batch, k, n)

@@ -128,7 +128,8 @@ class _Between(NamedTuple):
 def _learn(w: jax.Array, start: QTensor, gram: jax.Array, width: jax.Array | None, options: AdaRound) -> QTensor:
     """The better of `start` and what is learned, for every output column of `w[batch, k, n]`."""
     form, scheme = start.scheme, with_width(start.scheme, width)
-    start, between = dataclasses.replace(start, scheme=scheme), _between(w, start, scheme)
+    between = _between(w, start, scheme.with_levels(start.codebook))
+    start = dataclasses.replace(start, scheme=scheme)
     error = w - start.dequantize()
     least = jnp.sum(error * dot(gram, error), axis=-2, keepdims=True)
     h = _settled(w, between, gram, jnp.where(least > 0, least, 1.0), options)

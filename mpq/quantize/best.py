@@ -79,10 +79,10 @@ def _better(new: QTensor, old: QTensor, w: jax.Array, gram: jax.Array, width: ja
     with_scheme = lambda q: dataclasses.replace(q, scheme=scheme)
     got = better(with_scheme(new), with_scheme(old), w, gram)
     same = jnp.ones((len(w), 1, 1), bool)
-    shared = [(new.tensor_scale, old.tensor_scale)]
+    shared = [(new.tensor_scale, old.tensor_scale), (new.codebook, old.codebook)]
     if form.per_tensor:
         shared += [(new.scale, old.scale), (new.zero_point, old.zero_point)]
     for a, b in shared:
         if a is not None and b is not None:
-            same &= a == b
+            same &= (a == b).all(axis=(1, 2), keepdims=True)
     return dataclasses.replace(jax.tree.map(lambda a, b: jnp.where(same, a, b), got, with_scheme(old)), scheme=form)

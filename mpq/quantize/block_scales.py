@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq.formats.ggml import sub_range
+from mpq.grids import Blocks
 from mpq.quantize.rounding import round_scale
-from mpq.types import Blocks, QTensor, Scheme
+from mpq.types import QTensor, Scheme
 
 _STEPS = 15  # step sizes tried for each group, that of its whole range among them
 _TINY = np.float32(1e-30)

@@ -14,8 +14,8 @@ Differences from the paper:
   float32 rounding.
 - Inputs that calibration never excited (zero on the gram's diagonal) are rounded to nearest, not set to zero: other
   text may excite them.
-- What all groups of a matrix share (a tensor scale, or the one scale of a scheme per tensor) is that of the original
-  weights: it has to be known before the first row is rounded.
+- What all groups of a matrix share (a tensor scale, learned levels, or the one scale of a scheme per tensor) is that of
+  the original weights: it has to be known before the first row is rounded.
 - In blocks of ggml the groups of a block have their scales and minima, all at once, when its first row is reached.
 - Output columns are independent; one whose loss comes out above RTN's, because clipping made the greedy order fail,
   gets RTN's codes and scales. So the layer loss is never above RTN's, by construction.
@@ -123,7 +123,7 @@ class GPTQ:
         chain = factor(gram, place, jnp.float32(self.damping), chunks)
         n, shared = w.shape[-1], scales.Shared()
         tile = self.columns if n < _WIDE else 8 * self.columns
-        if scheme.per_tensor or scheme.has_tensor_scale:
+        if scheme.per_tensor or scheme.has_tensor_scale or scheme.has_codebook:
             row_weight = scales.row_weight(gram.diagonal(axis1=-2, axis2=-1))
             shared = _fit_matrix(w, row_weight, *common(scheme), self.scale)
         w = jnp.pad(w, ((0, 0), (0, 0), (0, -n % tile)))
@@ -204,26 +204,29 @@ def _one(
     What is shared comes back along `n`, as everything that is chosen by column.
     """
     k, row_weight = w.shape[0], scales.row_weight(diagonal)
-    nearest = scales.quantize(w, scheme, method, row_weight, shared)
+    nearest, grid = scales.quantize(w, scheme, method, row_weight, shared), scheme.with_levels(shared.codebook)
     if act_order:
-        qvalue, residual = _in_order(at_places(w, place), chain.links, nearest, place, block)
+        qvalue, residual = _in_order(at_places(w, place), chain.links, nearest, grid, place, block)
         got = dataclasses.replace(nearest, qvalue=unplace(qvalue, place, k))
     else:
         placed = at_places(w, place), at_places(row_weight[:, None], place)
-        qvalue, fit, residual = _in_groups(*placed, chain, shared, scheme, _chunks(scheme, k)[0], method, block)
+        qvalue, fit, residual = _in_groups(*placed, chain, shared, grid, _chunks(scheme, k)[0], method, block)
         qvalue = unplace(qvalue, place, k)
         if isinstance(fit, block_scales.BlockFit):
             got = block_scales.store(qvalue, fit, scheme)
         else:
-            got = QTensor(qvalue, fit[0].astype(scheme.scale_dtype), fit[1], scheme, shared.tensor_scale)
+            got = dataclasses.replace(
+                nearest, qvalue=qvalue, scale=fit[0].astype(scheme.scale_dtype), zero_point=fit[1]
+            )
     first, second = (w - q.dequantize() for q in (got, nearest))
     allowance = chain.damping * jnp.sum((first - second) * (first + second), axis=0)
-    loss = jnp.sum(chain.weight[:, None] * residual**2, axis=0) - allowance
+    weight = jnp.where(place < k, chain.weight, 0.0)  # without a row there is no error, though no level may be 0
+    loss = jnp.sum(weight[:, None] * residual**2, axis=0) - allowance
     return choose(below(loss, chain, at_places(second, place)), got, nearest)
 
 
 def _in_order(
-    w: jax.Array, links: jax.Array, nearest: QTensor, place: jax.Array, block: int
+    w: jax.Array, links: jax.Array, nearest: QTensor, scheme: Scheme, place: jax.Array, block: int
 ) -> tuple[jax.Array, jax.Array]:
     """Codes of rows in any order, under the scales of `nearest`; and `links @ error`."""
     effective = nearest.effective_scale
@@ -231,7 +234,7 @@ def _in_order(
     k = nearest.qvalue.shape[0]
     group = jnp.minimum(place, k - 1) // (nearest.scheme.group_size or k)
     grid = jax.tree.map(lambda a: a[group], _Grid(effective, nearest.zero_point, nearest.offset))
-    qvalue, _, residual = _round_rows(w, jnp.zeros_like(w), links, grid, block, nearest.scheme)
+    qvalue, _, residual = _round_rows(w, jnp.zeros_like(w), links, grid, block, scheme)
     return qvalue, residual
 
 
@@ -250,7 +253,7 @@ def _in_groups(
     A group takes its scales when all earlier rows have had their effect on it.
     """
     size, n = w.shape[0] // groups, w.shape[1]
-    shared = jax.tree.map(lambda a: a[0], shared)
+    shared = jax.tree.map(lambda a: a[0], shared._replace(codebook=None))
 
     def group(
         error: jax.Array, row: tuple[jax.Array, jax.Array | None]

@@ -15,8 +15,8 @@ Differences from the paper:
   depend on the size of the weights.
 - Of all rounds, the absmax start among them, a group keeps the one of the smallest norm whose squared error is not
   above the start's. So the squared error is never above that of RTN, by construction.
-- What all groups of a matrix share (a tensor scale, or the one scale of a scheme per tensor) is RTN's, and so is all of
-  a block of ggml with integers of groups or a minimum.
+- What all groups of a matrix share (a tensor scale, learned levels, or the one scale of a scheme per tensor) is RTN's,
+  and so is all of a block of ggml with integers of groups or a minimum.
 
 It knows nothing of the inputs, so where some of them are much larger than others, algorithms that see a gram do better.
 """
@@ -89,9 +89,10 @@ def _hqq(w: jax.Array, scheme: Scheme, width: jax.Array | None, options: HQQ) ->
     ones = jnp.ones((*w.shape[:-1], 1))
     shared = scales.fit_matrix(w, inside, "absmax", ones[..., 0])
     x, real = scales.grouped(w, inside), scales.grouped(ones, inside)
-    start = scales.fit_group(x, inside, "absmax", real, shared.tensor_scale)
-    fit = _refined(x, real, start, inside, shared.tensor_scale, options)
-    got = scales.rounded(x, w.shape[-2], *fit, inside, shared.tensor_scale)
+    grid = inside.with_levels(shared.codebook)
+    start = scales.fit_group(x, grid, "absmax", real, shared.tensor_scale)
+    fit = _refined(x, real, start, grid, shared.tensor_scale, options)
+    got = scales.rounded(x, w.shape[-2], *fit, inside, shared)
     return dataclasses.replace(got, scheme=scheme)
 
 
@@ -106,7 +107,7 @@ def _refined(
         """Codes, and the errors that they leave, in steps of the start."""
         scale, zero_point = fit[0] * unit, fit[1]
         qvalue = scales.encode(x, scale, zero_point, scheme)
-        return qvalue, (x - scales.decode(qvalue, scale, zero_point, scheme)) / step
+        return qvalue, real * (x - scales.decode(qvalue, scale, zero_point, scheme)) / step
 
     def one_round(index: jax.Array, state: tuple[_Fit, _Fit, jax.Array]) -> tuple[_Fit, _Fit, jax.Array]:
         current, best, least = state
@@ -146,6 +147,7 @@ def _least_squares(
         zero_point = scheme.format.encode(mean)
         level = (level - scheme.format.decode(zero_point)[..., None, :]) * real
     product, square = jnp.sum(level * target, axis=-2), jnp.sum(level**2, axis=-2)
+    product, step = product * jnp.sign(scale), step * jnp.sign(scale)[..., None, :]  # scales keep their sign
     # A group of zeros, or a zero point that moved past all codes, leaves nothing to fit.
     fitted = jnp.where(product > 0, product / jnp.where(square > 0, square, 1.0) * step[..., 0, :] / unit, scale)
     return scales.round_scale(fitted, scheme.scale_dtype), zero_point

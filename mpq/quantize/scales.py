@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpq.quantize import block_scales
+from mpq.quantize import block_scales, codebooks
 from mpq.quantize.rounding import round_scale
 from mpq.types import MpqError, QTensor, Scheme
 
@@ -51,18 +51,20 @@ class Shared(NamedTuple):
     Attributes:
       tensor_scale: `float32[..., 1, 1]`, if scales are factors of it.
       scale, zero_point: `float32[..., 1, 1]` and `int8[..., 1, 1]`, if the matrix is one group.
+      codebook: `float16[..., levels, 1]`, if levels are learned.
     """
 
     tensor_scale: jax.Array | None = None
     scale: jax.Array | None = None
     zero_point: jax.Array | None = None
+    codebook: jax.Array | None = None
 
     def restore(self, qtensor: QTensor) -> QTensor:
         """`qtensor` with these in their shapes, after its arrays were computed by column and joined."""
         if self.scale is not None:
             scale = self.scale.astype(qtensor.scheme.scale_dtype)
             qtensor = dataclasses.replace(qtensor, scale=scale, zero_point=self.zero_point)
-        return dataclasses.replace(qtensor, tensor_scale=self.tensor_scale)
+        return dataclasses.replace(qtensor, tensor_scale=self.tensor_scale, codebook=self.codebook)
 
 
 def check_method(method: str) -> None:
@@ -96,12 +98,20 @@ def fit_matrix(w: jax.Array, scheme: Scheme, method: str, weight: jax.Array) -> 
       method: one of `METHODS`.
       weight: `float32[..., k]`, weight of each row's squared error; read by `mse` only.
     """
-    if scheme.per_tensor:
-        column = w.reshape(*w.shape[:-2], 1, -1, 1)  # one group of one column
-        row = jnp.broadcast_to(weight[..., None], w.shape).reshape(column.shape)
-        return Shared(None, *fit_group(column, scheme, method, row))
-    if not scheme.has_tensor_scale:
-        return Shared()
+    tensor_scale = _tensor_scale(w, scheme) if scheme.has_tensor_scale else None
+    codebook = None
+    if scheme.has_codebook:
+        fit = functools.partial(_fit_codebook, scheme=scheme, method=method)
+        codebook = (jax.vmap(fit) if w.ndim > 2 else fit)(w, weight, tensor_scale)
+    if not scheme.per_tensor:
+        return Shared(tensor_scale, codebook=codebook)
+    column = w.reshape(*w.shape[:-2], 1, -1, 1)  # one group of one column
+    row = jnp.broadcast_to(weight[..., None], w.shape).reshape(column.shape)
+    return Shared(None, *fit_group(column, scheme.with_levels(codebook), method, row), codebook)
+
+
+def _tensor_scale(w: jax.Array, scheme: Scheme) -> jax.Array:
+    """`float32[..., 1, 1]`: what scales in e4m3 are factors of."""
     low, high = (jnp.abs(end(w, axis=(-2, -1), keepdims=True, initial=0.0)) for end in (jnp.min, jnp.max))
     if scheme.zero_point:
         steps = jnp.float32(scheme.format.max_qvalue - scheme.format.min_qvalue)
@@ -111,7 +121,25 @@ def fit_matrix(w: jax.Array, scheme: Scheme, method: str, weight: jax.Array) -> 
     scale = largest / np.float32(jnp.finfo(scheme.scale_dtype).max)
     # At least 2^-110: the product with the smallest e4m3, 2^-9, is a normal float32.
     scale = jnp.where(largest > 0, jnp.maximum(scale, np.float32(2.0**-110)), 1.0)
-    return Shared(jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=11))
+    return jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=11)
+
+
+def _fit_codebook(
+    w: jax.Array, weight: jax.Array, tensor_scale: jax.Array | None, *, scheme: Scheme, method: str
+) -> jax.Array:
+    """`float16[levels, 1]` of `w[k, n]`."""
+    if method == "absmax":
+        weight = jnp.ones_like(weight)
+    x, row = grouped(w, scheme), grouped(weight[:, None], scheme)
+    unit = np.float32(1) if tensor_scale is None else tensor_scale
+
+    def fit_scale(levels: jax.Array | None, method: str) -> jax.Array:
+        groups = (jnp.broadcast_to(a, x.shape).reshape(1, -1, 1) for a in (x, row)) if scheme.per_tensor else (x, row)
+        part, part_row = groups
+        scale, _ = fit_group(part, scheme.with_levels(levels), method, part_row, tensor_scale)
+        return (scale * unit)[:, None]
+
+    return codebooks.fit(x, row, scheme, fit_scale, search=method == "mse")
 
 
 def fit_group(
@@ -136,9 +164,12 @@ def fit_group(
         propose = lambda ends: _affine(low * ends[..., 0], high * ends[..., 1], scheme, unit)
     else:
         base = _symmetric(jnp.abs(x).max(axis=-2), scheme) / unit
-        # IQ4_NL has no level 0: the smallest scale brings it closest. A power of two is never 0.
-        empty = 1.0 if scheme.blocks is None or scheme.scale_dtype == _POWER_OF_TWO else 0.0
-        propose = lambda factor: (round_scale(jnp.where(base > 0, base * factor, empty), scheme.scale_dtype), None)
+        if scheme.has_codebook:  # the largest magnitude takes the level -1
+            base = jnp.where(x.max(axis=-2) > -x.min(axis=-2), -base, base)
+        # IQ4_NL and learned levels have no 0: the smallest scale brings it closest. A power of two is never 0.
+        without = scheme.has_codebook or (scheme.blocks is not None and scheme.scale_dtype != _POWER_OF_TWO)
+        empty = 0.0 if without else 1.0
+        propose = lambda factor: (round_scale(jnp.where(base != 0, base * factor, empty), scheme.scale_dtype), None)
     candidates = _candidates(scheme) if method == "mse" else _candidates(scheme)[:1]
     if len(candidates) == 1:
         return propose(candidates[0])
@@ -159,12 +190,9 @@ def _candidates(scheme: Scheme) -> jax.Array:
     """Factors of the absmax scale `[candidates]`, or of both ends of the range `[candidates, 2]`; absmax first."""
     if scheme.scale_dtype == _POWER_OF_TWO:
         return jnp.array(_POWERS, jnp.float32)
+    mirrored = scheme.format.uniform or scheme.has_codebook or scheme.blocks is not None
     # By width, in a table: the width may be known only when the compiled function runs.
-    make = (
-        _ends
-        if scheme.zero_point
-        else functools.partial(_factors, mirrored=scheme.format.uniform or scheme.blocks is not None)
-    )
+    make = _ends if scheme.zero_point else functools.partial(_factors, mirrored=mirrored)
     return jnp.asarray(np.stack([make(bits / 10) for bits in range(_MOST_BITS + 1)]))[scheme.format.bits]
 
 
@@ -178,8 +206,8 @@ def _factors(smallest: float, mirrored: bool) -> np.ndarray:
     """`float32[candidates]`.
 
     Integers reach one step further below than above (two's complement): a negative scale makes a different grid of
-    them, and is tried too. Other formats are the same on both sides, or have no such freedom, except IQ4_NL,
-    which reaches further below too.
+    them, and is tried too. Other formats are the same on both sides, or have no such freedom, except IQ4_NL and learned
+    levels, which reach further below too.
     """
     factors = np.linspace(smallest, _LARGEST, _NUM_FACTORS, dtype=np.float32)
     return np.concatenate([[np.float32(1)], factors, *([-factors] if mirrored else [])])
@@ -244,8 +272,8 @@ def quantize(w: jax.Array, scheme: Scheme, method: str, weight: jax.Array, share
     x, row = grouped(w, scheme), grouped(weight[..., None], scheme)
     scale, zero_point = shared.scale, shared.zero_point
     if scale is None:
-        scale, zero_point = fit_group(x, scheme, method, row, shared.tensor_scale)
-    return rounded(x, w.shape[-2], scale, zero_point, scheme, shared.tensor_scale)
+        scale, zero_point = fit_group(x, scheme.with_levels(shared.codebook), method, row, shared.tensor_scale)
+    return rounded(x, w.shape[-2], scale, zero_point, scheme, shared)
 
 
 def grouped(a: jax.Array, scheme: Scheme) -> jax.Array:
@@ -262,7 +290,7 @@ def rounded(
     scale: jax.Array,
     zero_point: jax.Array | None,
     scheme: Scheme,
-    tensor_scale: jax.Array | None = None,
+    shared: Shared,
 ) -> QTensor:
     """Groups rounded to nearest under given scales.
 
@@ -272,9 +300,10 @@ def rounded(
       scale: `float32`, `[..., groups, n]` or one of the matrix, exactly representable in the scheme's scale dtype.
       zero_point: `int8` of that shape, or None.
       scheme: a scheme with a scale.
-      tensor_scale: what the scales are factors of, or None.
+      shared: what scales are factors of, and the levels if they are learned.
     """
-    effective = scale if tensor_scale is None else scale * tensor_scale
-    qvalue = encode(x, effective, zero_point, scheme)
+    effective = scale if shared.tensor_scale is None else scale * shared.tensor_scale
+    qvalue = encode(x, effective, zero_point, scheme.with_levels(shared.codebook))
     qvalue = qvalue.reshape(*x.shape[:-3], -1, x.shape[-1])[..., :k, :]
-    return QTensor(qvalue, scale.astype(scheme.scale_dtype), zero_point, scheme, tensor_scale)
+    scale = scale.astype(scheme.scale_dtype)
+    return QTensor(qvalue, scale, zero_point, scheme, shared.tensor_scale, codebook=shared.codebook)

@@ -17,8 +17,8 @@ Differences from the paper:
 - Output columns are independent. Each keeps the best of all its steps, the start among them; so the layer loss is never
   above that of GPTQ, nor of RTN, by construction.
 - For formats with uneven levels v counts in the mean distance of the nearest level to its neighbours.
-- What all groups of a matrix share (a tensor scale, or the one scale of a scheme per tensor) is that of the start, and
-  so is all of a block of ggml with integers of groups or a minimum.
+- What all groups of a matrix share (a tensor scale, learned levels, or the one scale of a scheme per tensor) is that of
+  the start, and so is all of a block of ggml with integers of groups or a minimum.
 """
 
 import dataclasses
@@ -142,7 +142,7 @@ class _Codes(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("steps", "ranges"))
 def _learn(w: jax.Array, start: QTensor, gram: jax.Array, width: jax.Array | None, steps: int, ranges: bool) -> QTensor:
     """The best of all steps from `start` for every output column of `w[batch, k, n]`."""
-    scheme = with_width(start.scheme, width)
+    scheme = with_width(start.scheme, width).with_levels(start.codebook)
     begin = _begin(w, start, scheme)
     ranges = ranges and not scheme.per_tensor
 
@@ -224,7 +224,12 @@ def _span(scheme: Scheme) -> tuple[jax.Array, jax.Array]:
     grid = scheme.format
     if grid.uniform:
         return jnp.asarray(grid.min_qvalue, jnp.float32), jnp.asarray(grid.max_qvalue, jnp.float32)
-    return grid.decode(jnp.int8(grid.min_qvalue)), grid.decode(jnp.int8(grid.max_qvalue))
+    return _level(scheme, grid.min_qvalue), _level(scheme, grid.max_qvalue)
+
+
+def _level(scheme: Scheme, code: int) -> jax.Array:
+    """What a code decodes to, in groups of every matrix: `float32[1 or batch, 1, 1, 1]`."""
+    return scheme.format.decode(jnp.full((1, 1, 1, 1), code, jnp.int8))
 
 
 def _reach(scheme: Scheme) -> tuple[jax.Array, jax.Array]:
@@ -232,7 +237,7 @@ def _reach(scheme: Scheme) -> tuple[jax.Array, jax.Array]:
     grid, (lowest, highest) = scheme.format, _span(scheme)
     if grid.uniform:
         return lowest - 0.5, highest + 0.5
-    second, last_but_one = grid.decode(jnp.int8(grid.min_qvalue + 1)), grid.decode(jnp.int8(grid.max_qvalue - 1))
+    second, last_but_one = _level(scheme, grid.min_qvalue + 1), _level(scheme, grid.max_qvalue - 1)
     return lowest - (second - lowest) / 2, highest + (highest - last_but_one) / 2
 
 

@@ -18,10 +18,18 @@ BATCH, K, N = 2, 40, 6
 # k is no multiple of 16 or 24: the last group is shorter. One shape throughout, so each pair is compiled once.
 TEXTS = ("int2_g16", "int3_g24_zp", "int4_channel", "nf4_g16", "fp8_e4m3_channel", "bf16")
 TEXTS += ("fp4_g16_sfp8", "fp4_g32_se8m0", "int3_tensor_zp")  # NVFP4, MXFP4, and one scale for all
+TEXTS += ("lut2_g16",)
 SCHEMES = {text: parse_scheme(text) for text in TEXTS}
 # What compiles long is asked for few, those that it treats differently.
 FEW = dict.fromkeys(("best", "gptq_act_order"), ("int2_g16", "fp4_g16_sfp8", "int3_tensor_zp"))
-FEW["adaround"] = FEW["signround"] = ("int2_g16", "int3_g24_zp", "nf4_g16", "fp4_g16_sfp8", "int3_tensor_zp")
+FEW["adaround"] = FEW["signround"] = (
+    "int2_g16",
+    "int3_g24_zp",
+    "nf4_g16",
+    "fp4_g16_sfp8",
+    "int3_tensor_zp",
+    "lut2_g16",
+)
 PAIRS = [(q, s) for q in QUANTIZERS for s in FEW.get(q, SCHEMES)]
 GRAMS = pytest.mark.parametrize("with_gram", [True, False], ids=["gram", "no gram"])
 # What fits scales of its own: a diagonal gram does not make it RTN.
@@ -68,7 +76,12 @@ def representable(scheme: Scheme, seed: int = 1) -> tuple[np.ndarray, np.ndarray
     zero = (
         jnp.asarray(rng.integers(grid.min_qvalue, grid.max_qvalue + 1, shape), jnp.int8) if scheme.zero_point else None
     )
-    return np.asarray(QTensor(jnp.asarray(codes), scale, zero, scheme, tensor_scale).dequantize()), codes
+    levels = None
+    if scheme.has_codebook:
+        inner = np.linspace(-0.4, 0.8, grid.max_qvalue)[:, None] + rng.uniform(-0.1, 0.1, (BATCH, grid.max_qvalue, 1))
+        levels = jnp.asarray(np.pad(inner, ((0, 0), (1, 0), (0, 0)), constant_values=-1), jnp.float16)
+    qtensor = QTensor(jnp.asarray(codes), scale, zero, scheme, tensor_scale, codebook=levels)
+    return np.asarray(qtensor.dequantize()), codes
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
@@ -89,6 +102,7 @@ class TestEveryQuantizer:
         assert (got.scale is None) == (not scheme.has_scale)
         assert (got.zero_point is None) == (not scheme.zero_point)
         assert (got.tensor_scale is None) == (not scheme.has_tensor_scale)
+        assert (got.codebook is None) == (not scheme.has_codebook)
         if got.tensor_scale is not None:
             assert (got.tensor_scale.shape, got.tensor_scale.dtype) == ((BATCH, 1, 1), jnp.float32)
             assert (got.tensor_scale > 0).all()
@@ -149,7 +163,8 @@ class TestEveryQuantizer:
         w[0], w[1, :, 2] = 0, 0
         got = np.asarray(run(quantizer, text, w, gram if with_gram else None).dequantize())
         assert (got[0] == 0).all()
-        assert (got[1, :, 2] == 0).all()
+        # Learned levels need not have a 0: under the smallest float16 scale, no more than that is left.
+        assert (np.abs(got[1, :, 2]) <= (2.0**-24 if SCHEMES[text].has_codebook else 0)).all()
 
     @GRAMS
     @pytest.mark.parametrize("size", [1e-30, 1e-7, 1e6, 1e30])
@@ -169,7 +184,7 @@ class TestEveryQuantizer:
         scheme, (w, gram) = SCHEMES[text], problem()
         got = run(quantizer, text, w, gram)
         parts = {"qvalue": got.qvalue, "scale": got.scale, "zero_point": got.zero_point}
-        parts["tensor_scale"] = got.tensor_scale
+        parts |= {"tensor_scale": got.tensor_scale, "codebook": got.codebook}
         for entry in range(BATCH):
             arrays = {name: np.asarray(array[entry]) for name, array in parts.items() if array is not None}
             packed = {

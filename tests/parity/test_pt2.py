@@ -36,7 +36,16 @@ pytestmark = [
 ]
 
 WHOLE = ("int4_g16", "int8_channel", "int2_g16_zp", "int8_g16_zp_sbfloat16", "int4_tensor_zp", "bf16")
-ODD = ("int3_g16", "int5_g12", "nf4_g16_sfp8", "int6_channel_zp_sfloat32", "int7_g16_zp", "fp4_g16_se8m0", "fp16")
+ODD = (
+    "lut3_g16",
+    "int3_g16",
+    "int5_g12",
+    "nf4_g16_sfp8",
+    "int6_channel_zp_sfloat32",
+    "int7_g16_zp",
+    "fp4_g16_se8m0",
+    "fp16",
+)
 FAMILIES = {
     "llama": ODD,
     "gemma2": WHOLE,

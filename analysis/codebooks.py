@@ -1,0 +1,111 @@
+"""`python -m analysis.codebooks`: what learned levels buy, from committed results of rounding and of distillation."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from analysis.pages import write_page
+from analysis.text import with_error
+
+FOLDER = Path("experiments/results/codebooks")
+Result = Mapping[str, Any]
+
+ALGORITHMS = {"rtn_mse": "to nearest, scales searched", "gptq": "GPTQ", "qep": "QEP"}
+INGREDIENTS = {"fine": "GPTQ", "propagated": "QEP", "propagated_varied": "codes and scales distilled after QEP"}
+_LEARNED = "lut"
+
+
+def rounding(result: Result, part: str) -> str:
+    """KL by scheme and algorithm; of learned levels also the share of the best fixed table's of that width."""
+    rows = [row for row in result["rows"] if row["part"] == part]
+    found = [name for name in ALGORITHMS if any(row["algorithm"] == name for row in rows)]
+    lines = [
+        "| scheme | bits per weight | " + " | ".join(ALGORITHMS[name] for name in found) + " |",
+        "|---|---:|" + "---:|" * len(found),
+    ]
+    for scheme, bits in dict.fromkeys((row["scheme"], row["bits_per_weight"]) for row in rows):
+        cells = [_cell(rows, scheme, name) for name in found]
+        lines.append("| " + " | ".join([f"`{scheme}`", f"{bits:.4f}", *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _cell(rows: Sequence[Result], scheme: str, algorithm: str) -> str:
+    of = {row["scheme"]: row for row in rows if row["algorithm"] == algorithm}
+    if scheme not in of:
+        return "–"
+    text = with_error(of[scheme]["kl"], of[scheme]["kl_stderr"])
+    width = lambda name: name.split("_")[0][-1]
+    fixed = [row["kl"] for name, row in of.items() if width(name) == width(scheme) and not name.startswith(_LEARNED)]
+    share = scheme.startswith(_LEARNED) and fixed
+    return f"{text}, {100 * of[scheme]['kl'] / min(fixed):.0f} %" if share else text
+
+
+def plans(results: Sequence[Result]) -> str:
+    """KL of plans by what they may choose from, a column a budget, and how many weights take learned levels."""
+    budgets = sorted({row["budget"] for result in results for row in result["rows"]})
+    lines = [
+        "| levels | rounded by | " + " | ".join(f"{budget:g} bpw" for budget in budgets) + " |",
+        "|---|---|" + "---:|" * len(budgets),
+    ]
+    for name, what in INGREDIENTS.items():
+        for result in results:
+            of = {row["budget"]: row for row in result["rows"] if row["ingredient"] == name}
+            if of:
+                cells = [_plan(of[budget], _learns(result)) if budget in of else "–" for budget in budgets]
+                levels = "fixed and learned" if _learns(result) else "fixed"
+                lines.append("| " + " | ".join([levels, what, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _learns(result: Result) -> bool:
+    return any(scheme.startswith(_LEARNED) for scheme in result["options"]["fine"])
+
+
+def _plan(row: Result, learns: bool) -> str:
+    count = sum(number for scheme, number in row["schemes"].items() if scheme.startswith(_LEARNED))
+    of = f", {count} of {sum(row['schemes'].values())} learned" if learns else ""
+    return f"{with_error(row['kl'], row['kl_stderr'])} ({row['bits_per_weight']:.3f}{of})"
+
+
+def page(results: Sequence[Result]) -> str:
+    """Every model."""
+    return "\n\n".join(_parts(results)) + "\n"
+
+
+def _parts(results: Sequence[Result]) -> Iterator[str]:
+    yield "# What learned levels buy"
+    yield (
+        "Written by `python -m analysis.codebooks` from the files beside it; `experiments/rounding.py` and "
+        "`experiments/distillation.py` say how they are made. KL to the original on text that no stage saw, nats per "
+        "token, standard errors over windows. Sizes count codes, scales and tables. Per cent are of the better of the "
+        "fixed tables of that width."
+    )
+    for result in results:
+        if "options" not in result:
+            config = result["record"]["config"]
+            yield f"## One scheme for all weights: {config['model']}"
+            yield f"{config['windows']} windows of {config['window']} tokens to judge by. The weights of the blocks:"
+            yield rounding(result, "blocks")
+            yield "All weights:"
+            yield rounding(result, "all")
+    for model in dict.fromkeys(result["options"]["model"] for result in results if "options" in result):
+        of = [result for result in results if "options" in result and result["options"]["model"] == model]
+        options = of[0]["options"]
+        yield f"## Plans of a budget: {model}"
+        yield (
+            f"Schemes of the weights of the blocks, by the exact solver on Fisher losses, from "
+            f"{', '.join((*options['uniform'], *options['fine']))}; or also from "
+            f"{', '.join(s for r in of for s in r['options']['fine'] if s.startswith(_LEARNED))}. In brackets bits per "
+            f"weight."
+        )
+        yield plans(sorted(of, key=_learns))
+
+
+def main() -> int:
+    """Write the page."""
+    return write_page(FOLDER, page)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
