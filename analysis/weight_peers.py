@@ -1,0 +1,130 @@
+"""`python -m analysis.weight_peers`: the tables of `experiments/weight_peers.py`, from its committed results."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from analysis.pages import write_page
+from analysis.text import significant, with_error
+
+FOLDER = Path("experiments/results/weight_peers")
+Result = Mapping[str, Any]
+
+SPARE = 1.01
+"""A peer may take so much more than a budget: sizes that its own search of bits ends at are not round."""
+GOAL = 0.5
+"""Share of the best peer's excess loss that ours may leave."""
+
+INGREDIENTS = {
+    "propagated": "mpq, allocated and rounded (QEP)",
+    "propagated_varied": "mpq, allocated, rounded (QEP) and distilled",
+}
+
+
+def best_peer(result: Result, budget: float) -> Mapping[str, Any] | None:
+    """The peer that leaves the least excess loss on the text like the calibration text, of those that fit."""
+    fits = lambda row: row["by"] == "peer" and 0 < (row.get("bits_per_weight") or 0) <= SPARE * budget
+    return min(filter(fits, result["rows"]), key=lambda row: row["test"]["excess"], default=None)
+
+
+def own(result: Result, budget: float, ingredient: str) -> Mapping[str, Any] | None:
+    """Our row, if there is one."""
+    wanted = (row for row in result["rows"] if (row.get("budget"), row.get("ingredient")) == (budget, ingredient))
+    return next(wanted, None)
+
+
+def goals(result: Result) -> str:
+    """A row a budget and ingredient of ours: the best peer of the size, ours, and whether half of its excess is met."""
+    lines = [
+        "| budget | best peer | bpw | excess | KL | KL, other | ours | bpw | excess | KL | KL, other | excess, ratio "
+        "| KL, ratio | at most half of the excess |",
+        "|---:|---|" + "---:|" * 4 + "---|" + "---:|" * 6 + "---|",
+    ]
+    for budget in sorted({row["budget"] for row in result["rows"] if row["by"] == "mpq"}):
+        for ingredient, what in INGREDIENTS.items():
+            peer, ours = best_peer(result, budget), own(result, budget, ingredient)
+            if peer is not None and ours is not None:
+                excess, kl = (ours["test"][name] / peer["test"][name] for name in ("excess", "kl"))
+                met = "yes" if excess <= GOAL else "**no**"
+                cells = [peer["name"], *_cells(peer), what, *_cells(ours), f"{excess:.2f}", f"{kl:.2f}", met]
+                lines.append(f"| {budget:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def everything(result: Result) -> str:
+    """A row a setting: size, quality on both texts, seconds."""
+    lines = [
+        "| | bpw | KL | excess | same first choice | KL, other | excess, other | s | s of a processor |",
+        "|---|" + "---:|" * 8,
+    ]
+    for row in sorted(filter(lambda row: "refused" not in row, result["rows"]), key=_order):
+        test, other = row["test"], row["other"]
+        name = row["name"] if row["by"] == "peer" else f"{INGREDIENTS[row['ingredient']]}, {row['budget']:g}"
+        cells = [name, significant(row["bits_per_weight"], 4), with_error(test["kl"], test["kl_stderr"])]
+        cells += [with_error(test["excess"], test["excess_stderr"]), f"{100 * test['agreement']:.1f} %"]
+        cells += [with_error(other["kl"], other["kl_stderr"]), with_error(other["excess"], other["excess_stderr"])]
+        cells += [f"{row['seconds']:.1f}", f"{row['cpu_seconds']:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def refused(result: Result) -> str:
+    """What peers do not take, in their own words; empty if they take all."""
+    rows = [row for row in result["rows"] if "refused" in row]
+    return "\n".join(f"- {row['name']}: `{row['refused'][:160].replace('`', '')}`" for row in rows)
+
+
+def page(results: Sequence[Result]) -> str:
+    """Every model."""
+    return "\n\n".join(_parts(results)) + "\n"
+
+
+def _parts(results: Sequence[Result]) -> Iterator[str]:
+    yield "# Weights rounded by other tools, beside ours"
+    yield (
+        "Written by `python -m analysis.weight_peers` from the files beside it; `experiments/weight_peers.py` says how "
+        "they are made. Same model, windows, calibration text and way of counting bits: codes, scales and zero points "
+        "of the linear weights of the blocks. KL is to the original, the excess is the rise of the loss, both in nats "
+        "per token, on text like the calibration text and, where it says other, on another domain's; standard errors "
+        f"over windows. The best peer of a size leaves the least excess and takes at most {100 * (SPARE - 1):.0f} % "
+        "more bits than the budget. The machine did other work beside: seconds of a processor are the fairer ones."
+    )
+    for result in results:
+        config, perplexity = result["record"]["config"], result["perplexity"]
+        yield f"## {config['model']}"
+        yield (
+            f"Perplexity of the original {perplexity['test']:.4f} on `{config['test']}`, {perplexity['other']:.1f} on "
+            f"`{config['other']}`; {config['windows']} windows of {config['window']} tokens of each, and of "
+            f"`{config['data']}` to calibrate on; ours distilled in {config['steps']} steps. {_versions(result)}"
+        )
+        yield goals(result)
+        yield "All settings:"
+        yield everything(result)
+        if said := refused(result):
+            yield "What peers did not take, in their own words:"
+            yield said
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    test, other = row["test"], row["other"]
+    texts = [with_error(test[name], test[f"{name}_stderr"]) for name in ("excess", "kl")]
+    return [f"{row['bits_per_weight']:.3f}", *texts, with_error(other["kl"], other["kl_stderr"])]
+
+
+def _order(row: Mapping[str, Any]) -> tuple[bool, float, str]:
+    return row["by"] == "mpq", row["bits_per_weight"] or 0, row["name"]
+
+
+def _versions(result: Result) -> str:
+    found = {name: v for row in result["rows"] for name, v in row.get("versions", {}).items()}
+    return "Peers: " + ", ".join(f"{name} {found[name]}" for name in sorted(found, key=str.lower)) + "."
+
+
+def main() -> int:
+    """Write the page."""
+    return write_page(FOLDER, page)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""`experiments.weight_peers` on a tiny model, whose peers are stood in for, and the page made of it."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from analysis.weight_peers import INGREDIENTS, best_peer, page
+from experiments import weight_peers
+from experiments.weight_peer_worker import METHODS
+from experiments.weight_peers import FLOAT, PEERS, Options, by_window, refusal, size_bits
+from mpq.files import read_json
+from mpq.types import MpqError
+from tests import tiny
+
+STAND_IN = """
+import json, sys
+from pathlib import Path
+import numpy as np
+job = json.loads(Path(sys.argv[1]).read_text())
+if job["method"] == "torchao":
+    sys.exit("AssertionError: 172 is no multiple of 32")
+for name, file in job["texts"].items():
+    tokens = np.load(file)
+    np.save(Path(job["out"]) / f"{name}.npy", np.zeros((*tokens.shape, 96), np.float32))
+layers = [["model.layers.0.mlp.up_proj", 64, 32, 3, 32, 16, 0, False]]
+made = {"layers": layers, "seconds": 1.5, "cpu_seconds": 1.25, "versions": {"hqq": "0.2"}}
+(Path(job["out"]) / "made.json").write_text(json.dumps(made))
+"""
+"""What a worker does, without quantizing: every token is as likely as any other."""
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    root = tmp_path_factory.mktemp("peers")
+    (root / "worker.py").write_text(STAND_IN)
+    texts = tiny.model_and_texts(root)
+    small = {"windows": 8, "window": 16, "batch_size": 4, "steps": 2, "budgets": (3.5,)}
+    options = Options(
+        **texts,
+        python=Path(sys.executable),
+        other=texts["test"],
+        out=root / "tiny.json",
+        peers=("HQQ W3g64", "torchao W3g32"),
+        ingredients=("propagated",),
+        **small,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weight_peers, "WORKER", root / "worker.py")
+        weight_peers.main(dataclasses.replace(options, ingredients=()))
+        first = read_json(options.out, "results")
+        weight_peers.main(options)
+    result = read_json(options.out, "results")
+    assert result["rows"][:2] == first["rows"]  # not computed again
+    return result
+
+
+def test_peers_and_ours_are_judged_alike(result):
+    peer, refused, ours = result["rows"]
+    assert peer["by"] == "peer"
+    # Equal likelihoods: the loss is log(96) on any text.
+    assert np.log(result["perplexity"]["test"]) + peer["test"]["excess"] == pytest.approx(np.log(96), abs=1e-5)
+    assert peer["test"] == peer["other"]
+    assert refused == {"by": "peer", "name": "torchao W3g32", "refused": "AssertionError: 172 is no multiple of 32"}
+    assert ours["name"] == "propagated 3.5"
+    assert 0 < ours["bits_per_weight"] <= 3.5
+    assert 0 < ours["test"]["kl"] == ours["other"]["kl"]
+
+
+def test_the_page_tells_of_every_row(result):
+    text = page([result])
+    peer = result["rows"][0] | {"bits_per_weight": 3.5}
+    assert "| HQQ W3g64 | " in text
+    assert "- torchao W3g32: `AssertionError: 172 is no multiple of 32`" in text
+    assert f"| {INGREDIENTS['propagated']}, 3.5 | " in text
+    assert "at most half" in text
+    assert "hqq 0.2" in text
+    assert best_peer(result, 3.5) is None  # what it left as it was counts 16 bits
+    assert best_peer(result | {"rows": [peer]}, 3.49) == peer  # within a hundredth
+    assert best_peer(result | {"rows": [peer]}, 3.4) is None
+    ours = result["rows"][2]
+    half = ours["test"] | {"excess": peer["test"]["excess"] / 2}
+    for excess, word in ((1.0, "| yes |"), (1.01, "| **no** |")):
+        row = ours | {"test": half | {"excess": excess * half["excess"]}}
+        assert word in page([result | {"rows": [peer, row]}])
+
+
+def test_bits_count_scales_zero_points_and_what_was_left():
+    row = ["a", 4, 172, 3, 32, 16, 3, False]  # 6 groups a row, the last of 12 values
+    assert size_bits([row], 4 * 172) == 4 * 172 * 3 + 4 * 6 * (16 + 3)
+    flat = ["a", 4, 172, 4, 64, 8.125, 0, True]  # 11 groups in all: 688 / 64 = 10.75
+    assert size_bits([flat], 4 * 172 + 10) == 4 * 172 * 4 + 11 * 8.125 + 10 * 16
+    with pytest.raises(MpqError, match=r"^the layers of a peer hold 688 values, of 687 that are counted: give the "):
+        size_bits([flat], 687)
+
+
+def test_logits_are_found_by_their_window(tmp_path):
+    texts = []
+    for name, first in (("a", 0), ("b", 100)):
+        tokens = np.arange(first, first + 12, dtype=np.int32).reshape(3, 4)
+        np.save(tmp_path / f"{name}.npy", tokens[..., None] * np.ones(5, np.float32))
+        texts.append((tokens, tmp_path / f"{name}.npy"))
+    windows = np.stack([texts[1][0][2], texts[0][0][1]]).astype(np.int64)
+    np.testing.assert_array_equal(by_window(texts)(windows), windows[..., None] * np.ones(5))
+
+
+def test_a_worker_says_why_it_failed():
+    assert refusal("Traceback\nValueError: no\n\n", Path("python"), "hqq") == "ValueError: no"
+    assert refusal("", Path("python"), "hqq") == "nothing was printed"
+    wanted = r"^env/python cannot run hqq \(ModuleNotFoundError: No module named 'hqq'\): give an "
+    with pytest.raises(MpqError, match=wanted):
+        refusal("Traceback\nModuleNotFoundError: No module named 'hqq'", Path("env/python"), "hqq")
+
+
+def test_every_setting_has_a_method():
+    assert {peer.method for peer in PEERS.values()} <= set(METHODS)
+    assert PEERS[FLOAT].method == "nothing"
+    with pytest.raises(MpqError, match=r"^unknown peer 'W1': the valid ones are PyTorch, float32, AutoRound W2g32, "):
+        weight_peers.main(Options("m", *map(Path, "pdtoo"), peers=("W1",)))
