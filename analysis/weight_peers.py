@@ -17,6 +17,7 @@ GOAL = 0.5
 """Share of the best peer's excess loss that ours may leave."""
 
 INGREDIENTS = {
+    "uniform": "mpq, one scheme for all, GPTQ",
     "propagated": "mpq, allocated and rounded (QEP)",
     "propagated_varied": "mpq, allocated, rounded (QEP) and distilled",
 }

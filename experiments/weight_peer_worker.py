@@ -5,7 +5,7 @@ Writes:  logits of every text as `float32[windows, time, vocabulary]`, and `made
 
 Imports nothing of this repository: the environment need not have its packages. A job names `folder` (Hugging Face
 layout), `method` (of `METHODS`), its `options`, files of tokens `int32[windows, time]` for `calibration` and for each
-of `texts`, the folder `out`, and `save`, where a method that writes a folder of its own leaves it. `made.json` has what
+of `texts`, the folder `out`, and `save`, where a method that makes a checkpoint leaves it. `made.json` has what
 was quantized, `layers`: name, rows, columns, bits of a code, values that share a scale, bits of a scale and of a zero
 point, and whether a group may go on in the next row; seconds, also of the processor; versions.
 """
@@ -14,6 +14,7 @@ import copy
 import importlib
 import importlib.metadata
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,12 +59,11 @@ def nothing(job: Job, tokens: np.ndarray) -> Quantized:
     return loaded(job["folder"], **job["options"]), []
 
 
-def auto_round(job: Job, tokens: np.ndarray) -> Quantized:
-    """AutoRound at `bits`, or its AutoScheme at `avg_bits` among `choices`; `group_size`, and `sym`."""
+def _auto_round(job: Job, options: Mapping[str, Any], tokens: np.ndarray) -> Any:
+    """AutoRound with `options`: `bits`, or AutoScheme at `avg_bits` among `choices`; `group_size`, and `sym`."""
     torch, package = importlib.import_module("torch"), importlib.import_module("auto_round")
-    options, model = dict(job["options"]), loaded(job["folder"])
+    model = loaded(job["folder"])
     tokenizer = importlib.import_module("transformers").AutoTokenizer.from_pretrained(job["folder"])
-    data = [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in batches(tokens)]
     shared: dict[str, Any] = {"nsamples": len(tokens), "seqlen": tokens.shape[1], "batch_size": BATCH}
     shared |= {"device_map": "cpu", "enable_torch_compile": False, "amp": False}
     if "avg_bits" in options:
@@ -74,14 +74,15 @@ def auto_round(job: Job, tokens: np.ndarray) -> Quantized:
         width = {"group_size": options["group_size"], "sym": options["sym"], "data_type": "int", "act_bits": 16}
         schemes = [package.QuantizationScheme.from_dict({"bits": b, **width}) for b in options["choices"]]
         scheme = package.AutoScheme(avg_bits=options["avg_bits"], options=schemes)
-        made = package.AutoRound(model, tokenizer, scheme=scheme, dataset=str(text), **shared)
-    else:
-        loader = torch.utils.data.DataLoader(data, batch_size=None)
-        made = package.AutoRound(model, tokenizer, scheme="W4A16", dataset=loader, **options, **shared)
-    if job.get("save"):
-        made.quantize_and_save(job["save"], format=job["format"])
-        return None, []
-    model, config = made.quantize()
+        return package.AutoRound(model, tokenizer, scheme=scheme, dataset=str(text), **shared)
+    data = [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in batches(tokens)]
+    loader = torch.utils.data.DataLoader(data, batch_size=None)
+    return package.AutoRound(model, tokenizer, scheme="W4A16", dataset=loader, **options, **shared)
+
+
+def auto_round(job: Job, tokens: np.ndarray) -> Quantized:
+    """AutoRound as the options have it, its weights rounded in place."""
+    model, config = _auto_round(job, job["options"], tokens).quantize()
     layers = []
     for name, module in linear(model):
         own = config[name]
@@ -89,6 +90,13 @@ def auto_round(job: Job, tokens: np.ndarray) -> Quantized:
             size = own["group_size"], 16, 0 if own["sym"] else own["bits"]
             layers.append((name, *module.weight.shape, own["bits"], *size, False))
     return model, layers
+
+
+def auto_round_folder(job: Job, tokens: np.ndarray) -> Quantized:
+    """AutoRound's own folder in `format`, beside the options of `auto_round`, as stock transformers loads it."""
+    options = {name: value for name, value in job["options"].items() if name != "format"}
+    _auto_round(job, options, tokens).quantize_and_save(job["save"], format=job["options"]["format"])
+    return loaded(str(next(Path(job["save"]).rglob("config.json")).parent)), []
 
 
 def hqq(job: Job, tokens: np.ndarray) -> Quantized:
@@ -130,6 +138,21 @@ def bitsandbytes(job: Job, tokens: np.ndarray) -> Quantized:
         module.weight.data = values.reshape(shape)
         layers.append((name, *shape, 4, block, 8 + 32 / 256 if double else 32, 0, True))
     return model, layers
+
+
+def bitsandbytes_folder(job: Job, tokens: np.ndarray) -> Quantized:
+    """Of transformers with bitsandbytes: `quant_type`, `double`; logits are those of its own layers."""
+    del tokens
+    torch, transformers = importlib.import_module("torch"), importlib.import_module("transformers")
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=job["options"]["quant_type"],
+        bnb_4bit_use_double_quant=job["options"]["double"],
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = loaded(job["folder"], quantization_config=config)
+    model.save_pretrained(job["save"])
+    return model, []
 
 
 def modelopt(job: Job, tokens: np.ndarray) -> Quantized:
@@ -186,18 +209,35 @@ def read_by_gptqmodel(job: Job, tokens: np.ndarray) -> Quantized:
 
 
 METHODS: Mapping[str, Callable[[Job, np.ndarray], Quantized]] = {
-    f.__name__: f for f in (nothing, auto_round, hqq, bitsandbytes, modelopt, torchao, gptqmodel, read_by_gptqmodel)
+    f.__name__: f
+    for f in (
+        nothing,
+        auto_round,
+        auto_round_folder,
+        hqq,
+        bitsandbytes,
+        bitsandbytes_folder,
+        modelopt,
+        torchao,
+        gptqmodel,
+        read_by_gptqmodel,
+    )
 }
-
 MODULES: Mapping[str, tuple[str, ...]] = {
     "auto_round": ("auto_round",),
+    "auto_round_folder": ("auto_round",),
     "hqq": ("hqq.core.quantize",),
     "bitsandbytes": ("bitsandbytes.functional",),
+    "bitsandbytes_folder": ("bitsandbytes",),
     "modelopt": ("modelopt.torch.quantization",),
     "torchao": ("torchao.quantization",),
     "gptqmodel": ("gptqmodel",),
+    "read_by_gptqmodel": ("gptqmodel",),
 }
 """What a method imports."""
+
+READERS = ("nothing", "read_by_gptqmodel")
+"""What runs a folder as it is."""
 
 
 def versions() -> dict[str, str]:
@@ -216,19 +256,20 @@ def main(path: str) -> None:
     torch = importlib.import_module("torch")
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with its own default it fails on two cores
     job = json.loads(Path(path).read_text())
     out = Path(job["out"])
     for module in ("transformers", *MODULES.get(job["method"], ())):
         importlib.import_module(module)
-    loaded(job["folder"], **job["options"] if job["method"] == "nothing" else {})  # what PyTorch does once is not timed
+    if job["method"] not in READERS:
+        loaded(job["folder"])  # what PyTorch does once is not timed
     start, cpu = time.perf_counter(), time.process_time()
     model, layers = METHODS[job["method"]](job, np.load(job["calibration"]))
     spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-    if model is not None:
-        with torch.no_grad():
-            for name, file in job["texts"].items():
-                logits = [model(batch).logits.float().numpy() for batch in batches(np.load(file))]
-                np.save(out / f"{name}.npy", np.concatenate(logits))
+    with torch.no_grad():
+        for name, file in job["texts"].items():
+            logits = [model(batch).logits.float().numpy() for batch in batches(np.load(file))]
+            np.save(out / f"{name}.npy", np.concatenate(logits))
     made = {"layers": layers, "versions": versions(), **{key: round(value, 2) for key, value in spent.items()}}
     (out / "made.json").write_text(json.dumps(made))
 

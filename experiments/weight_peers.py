@@ -221,13 +221,10 @@ class Work:
 class Judged:
     """Both texts, and the original on them."""
 
-    def __init__(self, options: Options, comparison: Comparison) -> None:
-        other = windows_of(comparison.model, options.other, options.windows, options.window)
-        self.model = comparison.model
-        self.references = {
-            "test": comparison.reference,
-            "other": Reference(comparison.model, other, options.batch_size),
-        }
+    def __init__(self, path: Path, comparison: Comparison) -> None:
+        options, self.model, self.calibration = comparison.options, comparison.model, comparison.calibration
+        other = windows_of(self.model, path, options.windows, options.window)
+        self.references = {"test": comparison.reference, "other": Reference(self.model, other, options.batch_size)}
         self.original = {name: self.scores(name, self.model, self.model.params) for name in self.references}
 
     def scores(self, text: str, model: Model, params: Params) -> DocumentScores:
@@ -251,6 +248,17 @@ class Judged:
                 "perplexity": result.quality,
             }
         return found
+
+    def head(self, options: Any) -> dict[str, Any]:
+        """What stands beside the rows of an experiment with these options, whose paths are told by their names."""
+        config = {key: v.name if isinstance(v, Path) else v for key, v in dataclasses.asdict(options).items()}
+        inputs = {name: reference.data.digest for name, reference in self.references.items()}
+        inputs |= {"data": self.calibration.digest, "model": self.model.digest}
+        record = RunRecord.collect(
+            config | {"model": self.model.name}, seeds={"distill": 0, "fisher": 0}, inputs=inputs
+        )
+        perplexity = {name: original.summary().quality for name, original in self.original.items()}
+        return {"perplexity": perplexity, "record": record.to_json()}
 
 
 def rows(
@@ -299,17 +307,8 @@ def main(options: Options) -> None:
     done = rows_in(options.out)
     shared = {f.name: getattr(options, f.name) for f in dataclasses.fields(Ours) if hasattr(options, f.name)}
     comparison = Comparison(Ours(**shared))
-    judged = Judged(options, comparison)
-    paths = ("python", "data", "test", "other", "out")
-    config = dataclasses.asdict(options) | {key: getattr(options, key).name for key in paths}
-    config |= {"model": comparison.model.name}
-    inputs = {name: reference.data.digest for name, reference in judged.references.items()}
-    inputs |= {"data": comparison.calibration.digest, "model": comparison.model.digest}
-    head = {
-        "perplexity": {name: original.summary().quality for name, original in judged.original.items()},
-        "record": RunRecord.collect(config, seeds={"distill": 0, "fisher": 0}, inputs=inputs).to_json(),
-    }
-    keep(rows(options, comparison, judged, done), options.out, head, done)
+    judged = Judged(options.other, comparison)
+    keep(rows(options, comparison, judged, done), options.out, judged.head(options), done)
 
 
 if __name__ == "__main__":

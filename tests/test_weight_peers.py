@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from analysis.weight_peers import INGREDIENTS, best_peer, page
-from experiments import weight_peers
+from experiments import peer_folders, weight_peers
 from experiments.weight_peer_worker import METHODS
 from experiments.weight_peers import FLOAT, PEERS, Options, by_window, refusal, size_bits
 from mpq.files import read_json
@@ -25,6 +25,9 @@ if job["method"] == "torchao":
 for name, file in job["texts"].items():
     tokens = np.load(file)
     np.save(Path(job["out"]) / f"{name}.npy", np.zeros((*tokens.shape, 96), np.float32))
+if job["method"] == "auto_round_folder":
+    Path(job["save"]).mkdir()
+    (Path(job["save"]) / "a.safetensors").write_bytes(bytes(12))
 layers = [["model.layers.0.mlp.up_proj", 64, 32, 3, 32, 16, 0, False]]
 made = {"layers": layers, "seconds": 1.5, "cpu_seconds": 1.25, "versions": {"hqq": "0.2"}}
 (Path(job["out"]) / "made.json").write_text(json.dumps(made))
@@ -33,22 +36,45 @@ made = {"layers": layers, "seconds": 1.5, "cpu_seconds": 1.25, "versions": {"hqq
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory):
+def options(tmp_path_factory):
     root = tmp_path_factory.mktemp("peers")
     (root / "worker.py").write_text(STAND_IN)
     texts = tiny.model_and_texts(root)
-    small = {"windows": 8, "window": 16, "batch_size": 4, "steps": 2, "budgets": (3.5,)}
-    options = Options(
+    return Options(
         **texts,
         python=Path(sys.executable),
         other=texts["test"],
         out=root / "tiny.json",
         peers=("HQQ W3g64", "torchao W3g32"),
-        ingredients=("propagated",),
-        **small,
+        ingredients=("uniform",),
+        budgets=(3.5,),
+        windows=8,
+        window=16,
+        batch_size=4,
+        steps=2,
     )
+
+
+@pytest.fixture(scope="module")
+def folders(options):
+    shared = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+    shared = {name: value for name, value in shared.items() if name in peer_folders.Options.__annotations__}
+    out = options.out.with_name("folders.json")
+    asked = peer_folders.Options(**shared | {"out": out, "cases": ("AutoRound W4g32",), "methods": ("rtn",)})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weight_peers, "WORKER", root / "worker.py")
+        patch.setattr(weight_peers, "WORKER", options.out.with_name("worker.py"))
+        peer_folders.main(asked)
+        first = read_json(out, "results")
+        peer_folders.main(dataclasses.replace(asked, methods=("rtn", "distilled")))
+    found = read_json(out, "results")
+    assert found["rows"][:2] == first["rows"]  # not computed again
+    return found
+
+
+@pytest.fixture(scope="module")
+def result(options):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weight_peers, "WORKER", options.out.with_name("worker.py"))
         weight_peers.main(dataclasses.replace(options, ingredients=()))
         first = read_json(options.out, "results")
         weight_peers.main(options)
@@ -64,7 +90,7 @@ def test_peers_and_ours_are_judged_alike(result):
     assert np.log(result["perplexity"]["test"]) + peer["test"]["excess"] == pytest.approx(np.log(96), abs=1e-5)
     assert peer["test"] == peer["other"]
     assert refused == {"by": "peer", "name": "torchao W3g32", "refused": "AssertionError: 172 is no multiple of 32"}
-    assert ours["name"] == "propagated 3.5"
+    assert ours["name"] == "uniform 3.5"
     assert 0 < ours["bits_per_weight"] <= 3.5
     assert 0 < ours["test"]["kl"] == ours["other"]["kl"]
 
@@ -74,7 +100,7 @@ def test_the_page_tells_of_every_row(result):
     peer = result["rows"][0] | {"bits_per_weight": 3.5}
     assert "| HQQ W3g64 | " in text
     assert "- torchao W3g32: `AssertionError: 172 is no multiple of 32`" in text
-    assert f"| {INGREDIENTS['propagated']}, 3.5 | " in text
+    assert f"| {INGREDIENTS['uniform']}, 3.5 | " in text
     assert "at most half" in text
     assert "hqq 0.2" in text
     assert best_peer(result, 3.5) is None  # what it left as it was counts 16 bits
@@ -85,6 +111,20 @@ def test_the_page_tells_of_every_row(result):
     for excess, word in ((1.0, "| yes |"), (1.01, "| **no** |")):
         row = ours | {"test": half | {"excess": excess * half["excess"]}}
         assert word in page([result | {"rows": [peer, row]}])
+
+
+def test_folders_are_made_and_judged(folders):
+    rows = {row["method"]: row for row in folders["rows"]}
+    assert list(rows) == ["theirs", "rtn", "distilled"]
+    assert {row["scheme"] for row in rows.values()} == {"int4_g32"}
+    assert rows["theirs"]["bytes"] == 12  # what the stand-in writes
+    assert rows["rtn"]["bytes"] == rows["distilled"]["bytes"] > 10_000
+    assert all(row["test"]["kl"] > 0 for row in rows.values())
+    options = Options("m", *map(Path, "pdtoo"))
+    for part, message in (("cases", "unknown case 'W1': "), ("methods", "unknown method 'W1': ")):
+        asked = peer_folders.Options(*dataclasses.astuple(options)[:6], **{part: ("W1",)})
+        with pytest.raises(MpqError, match=rf"^{message}the valid ones are "):
+            peer_folders.main(asked)
 
 
 def test_bits_count_scales_zero_points_and_what_was_left():
