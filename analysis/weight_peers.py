@@ -1,4 +1,4 @@
-"""`python -m analysis.weight_peers`: the tables of `experiments/weight_peers.py`, from its committed results."""
+"""`python -m analysis.weight_peers`: tables of `experiments.weight_peers` and `peer_folders`, from their results."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,6 +76,34 @@ def refused(result: Result) -> str:
     return "\n".join(f"- {row['name']}: `{row['refused'][:160].replace('`', '')}`" for row in rows)
 
 
+METHODS = {
+    "theirs": "its own quantizer",
+    "rtn": "mpq, nearest (no data)",
+    "gptq": "mpq, GPTQ",
+    "qep": "mpq, QEP",
+    "distilled": "mpq, QEP and distilled",
+}
+
+
+def folders(result: Result) -> str:
+    """A row a case and method: bytes, KL, and the share of it that the runtime's own quantizer leaves."""
+    lines = [
+        "| runtime and format | made by | bytes | KL | over its own | excess | same first choice | KL, other |",
+        "|---|---|" + "---:|" * 6,
+    ]
+    rows = {(row["case"], row["method"]): row for row in result["rows"] if "refused" not in row}
+    for case in dict.fromkeys(case for case, _ in rows):
+        for method, what in METHODS.items():
+            if (row := rows.get((case, method))) is not None:
+                test, other, theirs = row["test"], row["other"], rows.get((case, "theirs"))
+                ratio = "" if theirs is None else f"{test['kl'] / theirs['test']['kl']:.2f}"
+                cells = [f"{case} (`{row['scheme']}`)", what, f"{row['bytes']:,}"]
+                cells += [with_error(test["kl"], test["kl_stderr"]), ratio]
+                cells += [with_error(test["excess"], test["excess_stderr"]), f"{100 * test['agreement']:.1f} %"]
+                lines.append("| " + " | ".join([*cells, with_error(other["kl"], other["kl_stderr"])]) + " |")
+    return "\n".join(lines)
+
+
 def page(results: Sequence[Result]) -> str:
     """Every model."""
     return "\n\n".join(_parts(results)) + "\n"
@@ -91,20 +119,32 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
         f"over windows. The best peer of a size leaves the least excess and takes at most {100 * (SPARE - 1):.0f} % "
         "more bits than the budget. The machine did other work beside: seconds of a processor are the fairer ones."
     )
-    for result in results:
-        config, perplexity = result["record"]["config"], result["perplexity"]
-        yield f"## {config['model']}"
-        yield (
-            f"Perplexity of the original {perplexity['test']:.4f} on `{config['test']}`, {perplexity['other']:.1f} on "
-            f"`{config['other']}`; {config['windows']} windows of {config['window']} tokens of each, and of "
-            f"`{config['data']}` to calibrate on; ours distilled in {config['steps']} steps. {_versions(result)}"
-        )
+    for result in (result for result in results if "peers" in result["record"]["config"]):
+        yield f"## {result['record']['config']['model']}"
+        yield f"{_texts(result)} Ours distilled in {result['record']['config']['steps']} steps. {_versions(result)}"
         yield goals(result)
         yield "All settings:"
         yield everything(result)
         if said := refused(result):
             yield "What peers did not take, in their own words:"
             yield said
+    for result in (result for result in results if "cases" in result["record"]["config"]):
+        yield f"## Checkpoints of {result['record']['config']['model']}, each run by the runtime that reads both"
+        yield (
+            f"{_texts(result)} Written by `experiments/peer_folders.py`: one format for all weights of the blocks, the "
+            f"rest in float32, so that what differs is which codes and scales are chosen within it. bitsandbytes sees "
+            f"no data. Distilled in {result['record']['config']['steps']} steps. {_versions(result)}"
+        )
+        yield folders(result)
+
+
+def _texts(result: Result) -> str:
+    config, perplexity = result["record"]["config"], result["perplexity"]
+    return (
+        f"Perplexity of the original {perplexity['test']:.4f} on `{config['test']}`, {perplexity['other']:.1f} on "
+        f"`{config['other']}`; {config['windows']} windows of {config['window']} tokens of each, and of "
+        f"`{config['data']}` to calibrate on."
+    )
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.weight_peers import INGREDIENTS, best_peer, page
+from analysis.weight_peers import INGREDIENTS, METHODS, best_peer, page
 from experiments import peer_folders, weight_peers
-from experiments.weight_peer_worker import METHODS
+from experiments.weight_peer_worker import METHODS as WORKS
 from experiments.weight_peers import FLOAT, PEERS, Options, by_window, refusal, size_bits
 from mpq.files import read_json
 from mpq.types import MpqError
@@ -113,6 +113,14 @@ def test_the_page_tells_of_every_row(result):
         assert word in page([result | {"rows": [peer, row]}])
 
 
+def test_the_page_tells_of_every_folder(folders):
+    text = page([folders])
+    assert "| AutoRound W4g32 (`int4_g32`) | its own quantizer | 12 |" in text
+    for row in folders["rows"]:
+        assert f"| {METHODS[row['method']]} | {row['bytes']:,} | " in text
+    assert " | 1.00 | " in text  # theirs over theirs
+
+
 def test_folders_are_made_and_judged(folders):
     rows = {row["method"]: row for row in folders["rows"]}
     assert list(rows) == ["theirs", "rtn", "distilled"]
@@ -155,7 +163,7 @@ def test_a_worker_says_why_it_failed():
 
 
 def test_every_setting_has_a_method():
-    assert {peer.method for peer in PEERS.values()} <= set(METHODS)
+    assert {peer.method for peer in PEERS.values()} <= set(WORKS)
     assert PEERS[FLOAT].method == "nothing"
     with pytest.raises(MpqError, match=r"^unknown peer 'W1': the valid ones are PyTorch, float32, AutoRound W2g32, "):
         weight_peers.main(Options("m", *map(Path, "pdtoo"), peers=("W1",)))
