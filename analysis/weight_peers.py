@@ -104,6 +104,20 @@ def folders(result: Result) -> str:
     return "\n".join(lines)
 
 
+def times(result: Result) -> str:
+    """A row a model: what `mpq run` took, and on what it spent it."""
+    lines = [
+        "| model | budget | s | s of a processor | compiled, s | traced and lowered, s | stages, s | KL |",
+        "|---|---|" + "---:|" * 4 + "---|---:|",
+    ]
+    for row in result["rows"]:
+        stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in row["stages"].items())
+        kl = ", ".join(with_error(plan["kl"], plan.get("kl_stderr")) for plan in row["plans"].values())
+        cells = [row["model"], row["budget"], *(f"{row[name]:.1f}" for name in ("seconds", "cpu_seconds", "compiled"))]
+        lines.append("| " + " | ".join([*cells, f"{row['traced'] + row['lowered']:.1f}", stages, kl]) + " |")
+    return "\n".join(lines)
+
+
 def page(results: Sequence[Result]) -> str:
     """Every model."""
     return "\n\n".join(_parts(results)) + "\n"
@@ -136,6 +150,14 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
             f"no data. Distilled in {result['record']['config']['steps']} steps. {_versions(result)}"
         )
         yield folders(result)
+    for result in (result for result in results if "settings" in result["record"]["config"]):
+        yield "## From the first import to the report"
+        yield (
+            "`mpq run` on one core, with one metric, one budget and one rounding algorithm "
+            "(`experiments/end_to_end.py`). Seconds of peers above are of quantizing alone, without imports, evaluation "
+            "and report."
+        )
+        yield times(result)
 
 
 def _texts(result: Result) -> str:

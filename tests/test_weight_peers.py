@@ -4,13 +4,16 @@ import dataclasses
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from analysis.weight_peers import INGREDIENTS, METHODS, best_peer, page
-from experiments import peer_folders, weight_peers
+from experiments import end_to_end, peer_folders, weight_peers
 from experiments.weight_peer_worker import METHODS as WORKS
 from experiments.weight_peers import FLOAT, PEERS, Options, by_window, refusal, size_bits
+from mpq.config import load_config
 from mpq.files import read_json
 from mpq.types import MpqError
 from tests import tiny
@@ -167,3 +170,28 @@ def test_every_setting_has_a_method():
     assert PEERS[FLOAT].method == "nothing"
     with pytest.raises(MpqError, match=r"^unknown peer 'W1': the valid ones are PyTorch, float32, AutoRound W2g32, "):
         weight_peers.main(Options("m", *map(Path, "pdtoo"), peers=("W1",)))
+
+
+def test_the_time_of_a_run_has_its_parts(tmp_path, monkeypatch):
+    asked = []
+
+    def run(config, overrides, root):
+        asked.extend(overrides)
+        jax.jit(lambda x: x + len(asked))(jnp.zeros(3))  # something is compiled
+        (root / "costs.json").write_text('{"seconds": {"stats": 1.25}}')
+        return {"run": str(root), "plans": {"mixed": {"kl": 0.5}}}
+
+    monkeypatch.setattr(end_to_end, "run", run)
+    options = end_to_end.Options("reference", "reference", tmp_path / "times.json", budget="3.0bpw")
+    end_to_end.main(options)
+    end_to_end.main(options)  # in the place of the first
+    (row,) = read_json(options.out, "results")["rows"]
+    assert row["model"] == "reference"
+    assert row["stages"] == {"stats": 1.25}
+    assert row["plans"] == {"mixed": {"kl": 0.5}}
+    assert 0 < row["traced"] + row["lowered"] + row["compiled"] < row["seconds"]
+    config = load_config(str(end_to_end.CONFIG), asked[: len(asked) // 2])
+    assert (config.metrics, config.compare_methods, config.budgets) == (("fisher",), (), ("3.0bpw",))
+    assert dict(config.sensitivity_windows) == {"fisher": 16}
+    read = page([read_json(options.out, "results")])
+    assert "| reference | 3.0bpw | " in read
