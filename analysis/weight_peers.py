@@ -154,8 +154,8 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
         yield "## From the first import to the report"
         yield (
             "`mpq run` on one core, with one metric, one budget and one rounding algorithm "
-            "(`experiments/end_to_end.py`). Seconds of peers above are of quantizing alone, without imports, evaluation "
-            "and report."
+            "(`experiments/end_to_end.py`). Seconds of peers above are of quantizing alone, without imports, "
+            "evaluation and report."
         )
         yield times(result)
 
