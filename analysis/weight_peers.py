@@ -1,7 +1,7 @@
 """`python -m analysis.weight_peers`: tables of `experiments.weight_peers` and `peer_folders`, from their results."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,15 @@ def times(result: Result) -> str:
     return "\n".join(lines)
 
 
+def merged(results: Iterable[Result]) -> list[Result]:
+    """One result a model: the rows of all its files, which differ in the environment of the peers alone."""
+    found: dict[str, dict[str, Any]] = {}
+    for result in results:
+        same = found.setdefault(result["record"]["config"]["model"], {**result, "rows": []})
+        same["rows"] = [*same["rows"], *result["rows"]]
+    return list(found.values())
+
+
 def page(results: Sequence[Result]) -> str:
     """Every model."""
     return "\n\n".join(_parts(results)) + "\n"
@@ -133,7 +142,7 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
         f"over windows. The best peer of a size leaves the least excess and takes at most {100 * (SPARE - 1):.0f} % "
         "more bits than the budget. The machine did other work beside: seconds of a processor are the fairer ones."
     )
-    for result in (result for result in results if "peers" in result["record"]["config"]):
+    for result in merged(result for result in results if "peers" in result["record"]["config"]):
         yield f"## {result['record']['config']['model']}"
         yield f"{_texts(result)} Ours distilled in {result['record']['config']['steps']} steps. {_versions(result)}"
         yield goals(result)
@@ -142,7 +151,7 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
         if said := refused(result):
             yield "What peers did not take, in their own words:"
             yield said
-    for result in (result for result in results if "cases" in result["record"]["config"]):
+    for result in merged(result for result in results if "cases" in result["record"]["config"]):
         yield f"## Checkpoints of {result['record']['config']['model']}, each run by the runtime that reads both"
         yield (
             f"{_texts(result)} Written by `experiments/peer_folders.py`: one format for all weights of the blocks, the "

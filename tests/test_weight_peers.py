@@ -116,6 +116,11 @@ def test_the_page_tells_of_every_row(result):
         assert word in page([result | {"rows": [peer, row]}])
 
 
+def test_files_of_one_model_are_one_table(result):
+    halves = [result | {"rows": part} for part in (result["rows"][:1], result["rows"][1:])]
+    assert page(halves) == page([result])
+
+
 def test_the_page_tells_of_every_folder(folders):
     text = page([folders])
     assert "| AutoRound W4g32 (`int4_g32`) | its own quantizer | 12 |" in text
