@@ -19,7 +19,7 @@ GOAL = 0.5
 INGREDIENTS = {
     "uniform": "mpq, one scheme for all, GPTQ",
     "propagated": "mpq, allocated and rounded (QEP)",
-    "propagated_varied": "mpq, allocated, rounded (QEP) and distilled",
+    "propagated_varied": "mpq, allocated, rounded (QEP) and distilled in {} steps",
 }
 
 
@@ -48,7 +48,15 @@ def goals(result: Result) -> str:
             if peer is not None and ours is not None:
                 excess, kl = (ours["test"][name] / peer["test"][name] for name in ("excess", "kl"))
                 met = "yes" if excess <= GOAL else "**no**"
-                cells = [peer["name"], *_cells(peer), what, *_cells(ours), f"{excess:.2f}", f"{kl:.2f}", met]
+                cells = [
+                    peer["name"],
+                    *_cells(peer),
+                    what.format(ours["steps"]),
+                    *_cells(ours),
+                    f"{excess:.2f}",
+                    f"{kl:.2f}",
+                    met,
+                ]
                 lines.append(f"| {budget:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -61,7 +69,9 @@ def everything(result: Result) -> str:
     ]
     for row in sorted(filter(lambda row: "refused" not in row, result["rows"]), key=_order):
         test, other = row["test"], row["other"]
-        name = row["name"] if row["by"] == "peer" else f"{INGREDIENTS[row['ingredient']]}, {row['budget']:g}"
+        name = row["name"]
+        if row["by"] == "mpq":
+            name = f"{INGREDIENTS[row['ingredient']].format(row['steps'])}, {row['budget']:g}"
         cells = [name, significant(row["bits_per_weight"], 4), with_error(test["kl"], test["kl_stderr"])]
         cells += [with_error(test["excess"], test["excess_stderr"]), f"{100 * test['agreement']:.1f} %"]
         cells += [with_error(other["kl"], other["kl_stderr"]), with_error(other["excess"], other["excess_stderr"])]
@@ -81,7 +91,7 @@ METHODS = {
     "rtn": "mpq, nearest (no data)",
     "gptq": "mpq, GPTQ",
     "qep": "mpq, QEP",
-    "distilled": "mpq, QEP and distilled",
+    "distilled": "mpq, QEP and distilled in {} steps",
 }
 
 
@@ -97,7 +107,7 @@ def folders(result: Result) -> str:
             if (row := rows.get((case, method))) is not None:
                 test, other, theirs = row["test"], row["other"], rows.get((case, "theirs"))
                 ratio = "" if theirs is None else f"{test['kl'] / theirs['test']['kl']:.2f}"
-                cells = [f"{case} (`{row['scheme']}`)", what, f"{row['bytes']:,}"]
+                cells = [f"{case} (`{row['scheme']}`)", what.format(row["steps"]), f"{row['bytes']:,}"]
                 cells += [with_error(test["kl"], test["kl_stderr"]), ratio]
                 cells += [with_error(test["excess"], test["excess_stderr"]), f"{100 * test['agreement']:.1f} %"]
                 lines.append("| " + " | ".join([*cells, with_error(other["kl"], other["kl_stderr"])]) + " |")
@@ -123,7 +133,8 @@ def merged(results: Iterable[Result]) -> list[Result]:
     found: dict[str, dict[str, Any]] = {}
     for result in results:
         same = found.setdefault(result["record"]["config"]["model"], {**result, "rows": []})
-        same["rows"] = [*same["rows"], *result["rows"]]
+        steps = {"steps": result["record"]["config"]["steps"]}
+        same["rows"] = [*same["rows"], *({**steps, **row} for row in result["rows"])]
     return list(found.values())
 
 
@@ -144,7 +155,7 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
     )
     for result in merged(result for result in results if "peers" in result["record"]["config"]):
         yield f"## {result['record']['config']['model']}"
-        yield f"{_texts(result)} Ours distilled in {result['record']['config']['steps']} steps. {_versions(result)}"
+        yield f"{_texts(result)} {_versions(result)}"
         yield goals(result)
         yield "All settings:"
         yield everything(result)
@@ -156,7 +167,7 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
         yield (
             f"{_texts(result)} Written by `experiments/peer_folders.py`: one format for all weights of the blocks, the "
             f"rest in float32, so that what differs is which codes and scales are chosen within it. bitsandbytes sees "
-            f"no data. Distilled in {result['record']['config']['steps']} steps. {_versions(result)}"
+            f"no data. {_versions(result)}"
         )
         yield folders(result)
     for result in (result for result in results if "settings" in result["record"]["config"]):

@@ -161,6 +161,7 @@ def rows(
                     qtensors = rounded(comparison, parse_scheme(scheme), method, options.steps)
                     made = work(written(place, comparison, qtensors, container), reader)
                 row: dict[str, Any] = {"case": case, "method": method, "scheme": scheme, "container": container}
+                row["steps"] = options.steps
                 if isinstance(made, str):
                     yield row | {"refused": made}
                     continue

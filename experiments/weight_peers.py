@@ -289,6 +289,7 @@ def rows(
                 "by": "mpq",
                 "ingredient": ingredient,
                 "budget": budget,
+                "steps": options.steps,
                 "bits_per_weight": sum(w.size_bits(qtensors[w.path].scheme) for w in comparison.weights) / values,
                 "schemes": {scheme: schemes.count(scheme) for scheme in sorted(set(schemes))},
                 **{key: round(value, 2) for key, value in spent.items()},

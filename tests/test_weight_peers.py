@@ -125,7 +125,7 @@ def test_the_page_tells_of_every_folder(folders):
     text = page([folders])
     assert "| AutoRound W4g32 (`int4_g32`) | its own quantizer | 12 |" in text
     for row in folders["rows"]:
-        assert f"| {METHODS[row['method']]} | {row['bytes']:,} | " in text
+        assert f"| {METHODS[row['method']].format(2)} | {row['bytes']:,} | " in text
     assert " | 1.00 | " in text  # theirs over theirs
 
 
