@@ -114,6 +114,8 @@ def test_the_page_tells_of_every_row(result):
     for excess, word in ((1.0, "| yes |"), (1.01, "| **no** |")):
         row = ours | {"test": half | {"excess": excess * half["excess"]}}
         assert word in page([result | {"rows": [peer, row]}])
+        assert word not in (small := page([result | {"rows": [peer | {"bits_per_weight": 3.3}, row]}]))
+        assert "| no peer of this size |" in small
 
 
 def test_files_of_one_model_are_one_table(result):
