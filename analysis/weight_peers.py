@@ -24,6 +24,9 @@ INGREDIENTS = {
     "propagated_varied": "mpq, allocated, rounded (QEP) and distilled in {} steps",
 }
 
+STRONGEST = tuple(f"AutoRound W{bits}g32" for bits in (2, 3, 4))
+"""Settings whose absence from a table has to be told: nothing else came near them where all were run."""
+
 
 def best_peer(result: Result, budget: float) -> Mapping[str, Any] | None:
     """The peer that leaves the least excess loss on the text like the calibration text, of those that fit."""
@@ -163,6 +166,8 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
         yield f"## {result['record']['config']['model']}"
         yield f"{_texts(result)} {_versions(result)}"
         yield goals(result)
+        if missing := [name for name in STRONGEST if name not in {row["name"] for row in result["rows"]}]:
+            yield f"Not run: {', '.join(missing)}; the best peer of those sizes may be better than the one above."
         yield "All settings:"
         yield everything(result)
         if said := refused(result):

@@ -105,6 +105,7 @@ def test_the_page_tells_of_every_row(result):
     assert "- torchao W3g32: `AssertionError: 172 is no multiple of 32`" in text
     assert f"| {INGREDIENTS['uniform']}, 3.5 | " in text
     assert "at most half" in text
+    assert "Not run: AutoRound W2g32, AutoRound W3g32, AutoRound W4g32; " in text
     assert "hqq 0.2" in text
     assert best_peer(result, 3.5) is None  # what it left as it was counts 16 bits
     assert best_peer(result | {"rows": [peer]}, 3.49) == peer  # within a hundredth
