@@ -1,0 +1,192 @@
+r"""Checkpoints of `mpq export` beside those that their runtime's own quantizer makes, of the same format and size.
+
+Run:     python -m experiments.peer_folders --model reference --python ENV/bin/python --data TEXT --test TEXT
+         --other TEXT --out FILE   (environments as for `experiments/weight_peers.py`)
+Expect:  a lower KL to the original in every row; where no data is seen, the same codes
+Resume:  type the same command again: rows that the file holds are not computed again
+Writes:  one JSON object: by case and method, bytes of the weights' file and quality on two texts, from the logits of
+         the runtime, which reads both sides' folders alike
+
+All have one scheme for the linear weights of the blocks, and the rest in float32. What differs is which codes and
+scales are chosen within the format. Standard errors are over windows.
+"""
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import tyro
+
+from experiments.activation_peers import as_model
+from experiments.distillation import Comparison
+from experiments.distillation import Options as Ours
+from experiments.kept import keep, rows_in
+from experiments.weight_peers import Judged, Peer, Work
+from mpq.artifacts import make_plan
+from mpq.config import known
+from mpq.distill import Distill
+from mpq.export import orbax
+from mpq.export.arguments import export_arguments
+from mpq.formats import parse_scheme
+from mpq.hf.containers import CONTAINERS
+from mpq.hf.export import save
+from mpq.models.hub import resolve
+from mpq.quantize import RTN, Candidates
+from mpq.types import QTensor, Scheme
+
+
+class Case(NamedTuple):
+    """A format that a runtime reads, and its own quantizer.
+
+    Attributes:
+      theirs: what makes their folder.
+      reader: what runs ours.
+      container: of `mpq.hf.containers`.
+      scheme: of the linear weights, as large as theirs.
+    """
+
+    theirs: Peer
+    reader: Peer
+    container: str
+    scheme: str
+
+
+def _auto_round(bits: int) -> Peer:
+    return Peer("auto_round_folder", {"bits": bits, "group_size": 32, "sym": True, "format": "llm_compressor"})
+
+
+def _gptqmodel(bits: int) -> Peer:
+    return Peer("gptqmodel", {"bits": bits, "group_size": 32, "sym": True})
+
+
+_STOCK, _GPTQMODEL = Peer("nothing", {}), Peer("read_by_gptqmodel", {})
+CASES: Mapping[str, Case] = {
+    "bitsandbytes NF4": Case(
+        Peer("bitsandbytes_folder", {"quant_type": "nf4", "double": False}), _STOCK, "bnb", "nf4_g64_sfloat32"
+    ),
+    "AutoRound W4g32": Case(_auto_round(4), _STOCK, "hf", "int4_g32"),
+    "GPTQModel W4g32": Case(_gptqmodel(4), _GPTQMODEL, "gptq", "int4_g32"),
+    "GPTQModel W3g32": Case(_gptqmodel(3), _GPTQMODEL, "gptq", "int3_g32"),
+}
+METHODS = ("rtn", "gptq", "qep", "distilled")
+"""Ours: without data, each weight for itself, each making up for those before it, and that distilled."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is compared.
+
+    Attributes:
+      model: a folder of a Llama, or `reference`.
+      python: of an environment with the peers.
+      data, test: calibration and held-out text.
+      other: text of another domain.
+      out: JSON file.
+      cases: of `CASES`.
+      methods: of `METHODS`.
+      steps: of a distillation.
+      windows: of every text, `window` tokens each, `batch_size` a pass.
+    """
+
+    model: str
+    python: Path
+    data: Path
+    test: Path
+    other: Path
+    out: Path
+    cases: tuple[str, ...] = ("bitsandbytes NF4", "AutoRound W4g32")
+    methods: tuple[str, ...] = METHODS
+    steps: int = 600
+    windows: int = 64
+    window: int = 256
+    batch_size: int = 8
+
+
+def rounded(comparison: Comparison, scheme: Scheme, method: str, steps: int) -> dict[str, QTensor]:
+    """The weights of the blocks under one scheme, made by one of `METHODS`."""
+    choice = dict.fromkeys((w.path for w in comparison.weights), scheme)
+    if method == "rtn":
+        return Candidates(comparison.model.params, comparison.traced.weights, RTN()).choose(choice)
+    if method == "gptq":
+        return comparison.candidates.choose(choice)
+    qtensors = comparison.propagated(comparison.candidates, choice)
+    if method == "qep":
+        return qtensors
+    training = Distill(steps=steps, batch_size=comparison.options.batch_size)
+    found = training(comparison.model, comparison.traced, qtensors, comparison.calibration, key=jax.random.key(0))
+    return found.qtensors
+
+
+def written(folder: Path, comparison: Comparison, qtensors: Mapping[str, QTensor], container: str) -> Path:
+    """The checkpoint of a model with these weights, all others in float32."""
+    model, weights = comparison.model, comparison.traced.weights
+    plain = [w.path for w in weights if w.path not in qtensors]
+    rest = Candidates(model.params, weights, RTN()).choose(dict.fromkeys(plain, parse_scheme("fp32")))
+    whole = {**rest, **qtensors}
+    plan = make_plan("plan", {path: q.scheme for path, q in whole.items()}, None, weights, 0, model.digest)
+    orbax.save(folder / "plan", **export_arguments(model, weights, whole, plan))
+    save(folder / "checkpoint", orbax.load(folder / "plan"), CONTAINERS[container])
+    return folder / "checkpoint"
+
+
+def weights_bytes(folder: Path) -> int:
+    """Of all files of weights below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+def rows(
+    options: Options, comparison: Comparison, judged: Judged, done: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """One a case for theirs, then one a method for ours; those in `done` left out."""
+    has = {(row["case"], row["method"]) for row in done}
+    texts = {name: np.asarray(reference.data.inputs, np.int32) for name, reference in judged.references.items()}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        work = Work(options.python, folder, np.asarray(comparison.calibration.inputs, np.int32), texts)
+        for case in options.cases:
+            theirs, reader, container, scheme = CASES[case]
+            for method in ("theirs", *options.methods):
+                if (case, method) in has:
+                    continue
+                place = folder / "made"
+                shutil.rmtree(place, ignore_errors=True)
+                if method == "theirs":
+                    made = work(resolve(options.model), theirs, save=str(place))
+                else:
+                    qtensors = rounded(comparison, parse_scheme(scheme), method, options.steps)
+                    made = work(written(place, comparison, qtensors, container), reader)
+                row: dict[str, Any] = {"case": case, "method": method, "scheme": scheme, "container": container}
+                row["steps"] = options.steps
+                if isinstance(made, str):
+                    yield row | {"refused": made}
+                    continue
+                size = weights_bytes(place if method == "theirs" else place / "checkpoint")
+                quality = judged.quality(as_model(judged.model, made.logits), judged.model.params)
+                yield row | {"bytes": size, "versions": made.row["versions"], **quality}
+
+
+def main(options: Options) -> None:
+    """Compare, print, write after every row.
+
+    Raises:
+      MpqError: a case or a method is not among those there are, the environment of the peers lacks one, or the model or
+        a text is wrong.
+    """
+    for name in options.cases:
+        known("case", name, CASES)
+    for name in options.methods:
+        known("method", name, dict.fromkeys(METHODS))
+    done = rows_in(options.out)
+    shared = {f.name: getattr(options, f.name) for f in dataclasses.fields(Ours) if hasattr(options, f.name)}
+    comparison = Comparison(Ours(**shared))
+    judged = Judged(options.other, comparison)
+    keep(rows(options, comparison, judged, done), options.out, judged.head(options), done)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
