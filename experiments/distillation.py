@@ -16,7 +16,7 @@ import functools
 import itertools
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,14 @@ import tyro
 
 from experiments.kept import keep, rows_in
 from mpq.allocate import Frontier, Problem, solve_frontier
-from mpq.calibrate import calibrate
+from mpq.calibrate import Weighting, calibrate
 from mpq.data import new_dataset, take
 from mpq.data.text import plain_tokenizer
 from mpq.distill import Distill
 from mpq.equalize import Fold, awq, find_folds, rotate
 from mpq.evaluate import DocumentScores, Reference, score
 from mpq.formats import parse_scheme
+from mpq.guide import Guide
 from mpq.inputs import Dataset, Tokens
 from mpq.models import Model, load
 from mpq.quantize import GPTQ, Candidates, apply_plan
@@ -102,6 +103,7 @@ class Comparison:
         self.reference = Reference(self.model, test, options.batch_size)
         self.stats = calibrate(self.traced, self.model.params, self.calibration, options.batch_size)
         self.candidates = Candidates(self.model.params, self.traced.weights, GPTQ(), self.stats)
+        self.weightings: Sequence[Weighting] | None = None
         self.weights = tuple(w for w in self.traced.weights if re.search(options.only, w.path))
         if not self.weights:
             raise MpqError(f"no weight matches {options.only!r}: name some of {self.traced.weights[0].path} ...")
@@ -136,9 +138,19 @@ class Comparison:
         turned.candidates = Candidates(made.model.params, made.traced.weights, GPTQ(), turned.stats)
         return turned
 
+    def guided(self, guide: Guide) -> "Comparison":
+        """The same where rounding goes by grams of tokens that the end loss weights."""
+        led = copy.copy(self)
+        size = self.options.batch_size
+        led.weightings = list(guide(self.model, self.traced, self.calibration, size))
+        led.stats = calibrate(self.traced, self.model.params, self.calibration, size, led.weightings)
+        led.candidates = Candidates(self.model.params, self.traced.weights, GPTQ(), led.stats)
+        return led
+
     def propagated(self, candidates: Candidates, choice: dict[str, Scheme]) -> dict[str, QTensor]:
         """Weights rounded in the order of execution, each making up for those before it."""
-        return Propagation(self.traced, candidates, self.calibration, batch_size=self.options.batch_size).choose(choice)
+        options: dict[str, Any] = {"batch_size": self.options.batch_size, "weightings": self.weightings}
+        return Propagation(self.traced, candidates, self.calibration, **options).choose(choice)
 
     def scores(self, qtensors: dict[str, QTensor]) -> DocumentScores:
         """On the held-out text."""

@@ -9,9 +9,10 @@ Writes:  one JSON object: by algorithm, scheme and part of the model, bits per w
 
 `blocks` are the weights whose path matches `--only`, `all` every one. `awq` moves scales between layers before weights
 are rounded to nearest, `awq_absmax` too, with scales that need no data, and `awq_gptq` before GPTQ. `qep` is GPTQ in
-the order of execution, each weight making up for those before it, `qep_awq` after AWQ. What ends in `_rotated` rounds
-the rotated model; a tied one, whose head then has a table of its own, in its blocks alone. Text, windows and sizes are
-those of `experiments.distillation`.
+the order of execution, each weight making up for those before it, `qep_awq` after AWQ. In `gptq_guided` and
+`qep_guided` tokens count by how much the end loss depends on them (`mpq/guide.py`), with the exponent 1 where the name
+ends in 1. What ends in `_rotated` rounds the rotated model; a tied one, whose head then has a table of its own, in its
+blocks alone. Text, windows and sizes are those of `experiments.distillation`.
 """
 
 import dataclasses
@@ -31,6 +32,7 @@ from experiments.distillation import Options as Text
 from experiments.kept import keep, rows_in
 from mpq.config import known
 from mpq.formats import parse_scheme
+from mpq.guide import Guide
 from mpq.quantize import GPTQ, QUANTIZERS, RTN, Candidates
 from mpq.quantize.quantizer import Quantizer
 from mpq.quantize.signround import SignRound
@@ -46,6 +48,10 @@ ALGORITHMS: Mapping[str, Quantizer] = {
     "awq_gptq": GPTQ(),
     "qep": GPTQ(),
     "qep_awq": GPTQ(),
+    "gptq_guided": GPTQ(),
+    "qep_guided": GPTQ(),
+    "gptq_guided_1": GPTQ(),
+    "qep_guided_1": GPTQ(),
     "rtn_rotated": RTN(),
     "rtn_mse_rotated": RTN("mse"),
     "gptq_rotated": GPTQ(),
@@ -53,7 +59,10 @@ ALGORITHMS: Mapping[str, Quantizer] = {
 EQUALIZED = ("awq", "awq_absmax", "awq_gptq", "qep_awq")
 """Of `ALGORITHMS`, those that are given weights whose scales were moved by AWQ."""
 
-PROPAGATED = ("qep", "qep_awq")
+GUIDED = {"gptq_guided": 0.5, "qep_guided": 0.5, "gptq_guided_1": 1.0, "qep_guided_1": 1.0}
+"""Of `ALGORITHMS`, those that are given grams of tokens weighted by the end loss, and the exponent of the weights."""
+
+PROPAGATED = ("qep", "qep_awq", "qep_guided", "qep_guided_1")
 """Of `ALGORITHMS`, those that round in order, each weight making up for those before."""
 
 ROTATED = ("rtn_rotated", "rtn_mse_rotated", "gptq_rotated")
@@ -72,7 +81,7 @@ class Options:
       schemes: for all weights alike.
       algorithms: of `ALGORITHMS`.
       windows: of either text, `window` tokens each, `batch_size` a pass.
-      seed: of the rotations.
+      seed: of the rotations and of the guide's signs.
     """
 
     model: str
@@ -102,6 +111,12 @@ def rotated(parts: Mapping[str, Comparison], seed: int) -> dict[str, Comparison]
     return {"blocks": blocks} | ({} if more else {"all": blocks.of_all_weights()})
 
 
+def guided(parts: Mapping[str, Comparison], guide: Guide) -> dict[str, Comparison]:
+    """The same where rounding goes by grams that the end loss weights."""
+    blocks = parts["blocks"].guided(guide)
+    return {"blocks": blocks, "all": blocks.of_all_weights()}
+
+
 def layer_loss(comparison: Comparison, qtensors: Mapping[str, QTensor]) -> float:
     """Sum of tr(eT gram e) over the weights that are multiplied."""
     total, stats = 0.0, comparison.stats
@@ -117,9 +132,10 @@ def rows(options: Options, parts: Mapping[str, Comparison], done: list[dict[str,
     """One an algorithm, scheme and part, those in `done` left out."""
     known = {(row["algorithm"], row["scheme"], row["part"]) for row in done}
     turned = functools.cache(lambda: rotated(parts, options.seed))
+    led = functools.cache(lambda exponent: guided(parts, Guide(exponent, seed=options.seed)))
     for algorithm in options.algorithms:
         rounded = lambda c, name=algorithm: Candidates(c.model.params, c.traced.weights, ALGORITHMS[name], c.stats)
-        of = turned() if algorithm in ROTATED else parts
+        of = turned() if algorithm in ROTATED else led(GUIDED[algorithm]) if algorithm in GUIDED else parts
         candidates = rounded(of["blocks"])
         for scheme, part in itertools.product(options.schemes, of):
             if (algorithm, scheme, part) in known:
@@ -136,7 +152,8 @@ def rows(options: Options, parts: Mapping[str, Comparison], done: list[dict[str,
             row = measured.row(qtensors)
             del row["schemes"]
             named = {"algorithm": algorithm, "scheme": scheme, "part": part, **row}
-            yield named | {"layer_loss": layer_loss(measured, qtensors), "seconds": round(seconds, 2)}
+            plain = parts[part] if algorithm in GUIDED else measured  # a loss that compares needs the same grams
+            yield named | {"layer_loss": layer_loss(plain, qtensors), "seconds": round(seconds, 2)}
 
 
 def main(options: Options) -> None:
@@ -152,7 +169,7 @@ def main(options: Options) -> None:
     first = parts["blocks"]
     inputs = {"data": first.calibration.digest, "model": first.model.digest, "test": first.reference.data.digest}
     config = dataclasses.asdict(options) | {key: getattr(options, key).name for key in ("data", "test", "out")}
-    record = RunRecord.collect(config | {"model": first.model.name}, seeds={"rotate": options.seed}, inputs=inputs)
+    record = RunRecord.collect(config | {"model": first.model.name}, seeds={"seed": options.seed}, inputs=inputs)
     head = {
         "algorithms": {name: repr(ALGORITHMS[name]) for name in options.algorithms},
         "perplexity": first.original.summary().quality,

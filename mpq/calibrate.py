@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,15 @@ from mpq.trace import Site, Trace
 from mpq.types import LayerStats, MpqError, Params, WeightSpec
 
 _STEP = 256  # tokens
+
+Read = tuple[str, str]
+"""Path of a weight, and the value that it multiplies."""
+
+Weighting = Mapping[Read, jax.Array]
+"""`float32[batch of the weight, tokens]`: how much each token of one batch counts, at least 0."""
+
+_Key = str | Read
+"""What has sums of its own: a value that weights multiply, or, where tokens are weighted, each of its reads."""
 
 
 class _Sums(NamedTuple):
@@ -35,10 +44,13 @@ class _Seen(NamedTuple):
     """What one batch added to an input: positions, and whether all its values are finite."""
 
     positions: jax.Array  # int32
+    mass: jax.Array  # float32, what these count together
     finite: jax.Array  # bool
 
 
-def calibrate(traced: Trace, params: Params, data: Dataset, batch_size: int) -> dict[str, LayerStats]:
+def calibrate(
+    traced: Trace, params: Params, data: Dataset, batch_size: int, weightings: Iterable[Weighting] | None = None
+) -> dict[str, LayerStats]:
     """Input statistics of every weight that is multiplied.
 
     Padding (`data.mask` False) never counts, whatever the batching. Where an operation's rows are the positions of the
@@ -51,6 +63,8 @@ def calibrate(traced: Trace, params: Params, data: Dataset, batch_size: int) -> 
       params: its parameters.
       data: the calibration set.
       batch_size: windows a pass. It changes the result by rounding alone.
+      weightings: of the batches, in order (`mpq.guide.Guide` makes them): grams are means over tokens so weighted.
+        None: all count alike.
 
     Returns:
       Path of the weight -> statistics. A weight used several times has the mean over all its uses. A tied embedding has
@@ -67,12 +81,15 @@ def calibrate(traced: Trace, params: Params, data: Dataset, batch_size: int) -> 
         raise MpqError(f"{data.source} has no position that counts: all of it is padding.")
     _require_finite(traced, params)
     traced = traced.on((batch_size, *data.inputs.shape[1:]))
-    owners = _owners(traced)
+    apart = weightings is not None
+    owners = _owners(traced, apart)
     sums = {name: _zeros(site, params) for name, site in owners.items()}
-    counts = dict.fromkeys(owners, 0)
+    counts, masses = dict.fromkeys(owners, 0), dict.fromkeys(owners, 0.0)
     num_batches = -(-len(data.inputs) // batch_size)
-    for number, batch in enumerate(track(data.batches(batch_size), "calibrate", num_batches)):
-        sums, seen = _add(traced, params, sums, batch.inputs, batch.mask)
+    every = itertools.repeat(None, num_batches) if weightings is None else weightings
+    batches = track(data.batches(batch_size), "calibrate", num_batches)
+    for number, (batch, weighting) in enumerate(zip(batches, every, strict=True)):
+        sums, seen = _add(traced, params, sums, batch.inputs, batch.mask, weighting)
         seen = jax.device_get(seen)
         for name in owners:  # in the order of execution: what is not finite first made the rest so
             if not seen[name].finite:
@@ -81,7 +98,8 @@ def calibrate(traced: Trace, params: Params, data: Dataset, batch_size: int) -> 
                     f"in batch {number} of {data.source}: check the model on these inputs."
                 )
             counts[name] += int(seen[name].positions)
-    return _stats(traced, sums, counts)
+            masses[name] += float(seen[name].mass)
+    return _stats(traced, apart, sums, counts, masses)
 
 
 def count_lookups(traced: Trace, params: Params, data: Dataset, batch_size: int) -> dict[str, np.ndarray]:
@@ -168,25 +186,36 @@ def _looked_up(traced: Trace, params: Params, inputs: jax.Array, mask: jax.Array
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _add(
-    traced: Trace, params: Params, sums: dict[str, _Sums], inputs: jax.Array, mask: jax.Array
-) -> tuple[dict[str, _Sums], dict[str, _Seen]]:
+    traced: Trace,
+    params: Params,
+    sums: dict[_Key, _Sums],
+    inputs: jax.Array,
+    mask: jax.Array,
+    weighting: Weighting | None = None,
+) -> tuple[dict[_Key, _Sums], dict[_Key, _Seen]]:
     """Totals after one batch, and what it added."""
-    owners = _owners(traced)
+    apart = weighting is not None
+    owners = _owners(traced, apart)
 
-    def update(site: Site, x: jax.Array, state: dict[str, tuple[_Sums, _Seen]]) -> dict[str, tuple[_Sums, _Seen]]:
-        name = site.use.input
+    def update(site: Site, x: jax.Array, state: dict[_Key, tuple[_Sums, _Seen]]) -> dict[_Key, tuple[_Sums, _Seen]]:
+        name = _key(site, apart)
         if owners.get(name) is not site:
             return state
         counted = counted_rows(site, mask)
         rows = jnp.where(counted[:, None], site.inputs_matrix(x).astype(jnp.float32), 0.0)
-        (total, rest, absmax), (count, finite) = state[name]
-        larger, rest = add_product(total, rest, rows, rows)
+        (total, rest, absmax), (count, mass, finite) = state[name]
+        added = counted.sum(dtype=jnp.int32)
+        weighed, weight = rows, added.astype(jnp.float32)
+        if weighting is not None:
+            of_token = jnp.where(counted, weighting[site.spec.path, site.use.input], 0.0)
+            weighed, weight = rows * jnp.sqrt(of_token)[..., None], of_token.mean(axis=0).sum()
+        larger, rest = add_product(total, rest, weighed, weighed)
         # |x_i x_j| <= max(x_i^2, x_j^2): a sum that overflows does so on the diagonal too, and NaN always shows there.
         finite &= jnp.isfinite(jnp.diagonal(larger, axis1=1, axis2=2)).all()
         absmax = jnp.maximum(absmax, jnp.abs(rows).max(axis=1, initial=0.0))
-        return state | {name: (_Sums(larger, rest, absmax), _Seen(count + counted.sum(dtype=jnp.int32), finite))}
+        return state | {name: (_Sums(larger, rest, absmax), _Seen(count + added, mass + weight, finite))}
 
-    nothing = _Seen(jnp.int32(0), jnp.bool_(True))
+    nothing = _Seen(jnp.int32(0), jnp.float32(0), jnp.bool_(True))
     _, state = traced.accumulate(params, inputs, {name: (s, nothing) for name, s in sums.items()}, update)
     return {name: s for name, (s, _) in state.items()}, {name: seen for name, (_, seen) in state.items()}
 
@@ -229,13 +258,25 @@ def counted_rows(site: Site, mask: jax.Array) -> jax.Array:
     return jnp.ones(tokens, bool)
 
 
-def _owners(traced: Trace) -> dict[str, Site]:
-    """The first site of every distinct input that is multiplied."""
-    owners: dict[str, Site] = {}
+def reads(traced: Trace) -> dict[Read, Site]:
+    """The first site of every read in which a weight is multiplied."""
+    first: dict[Read, Site] = {}
     for site in traced.sites:
         if site.use.kind != "embedding":
-            owners.setdefault(site.use.input, site)
+            first.setdefault((site.spec.path, site.use.input), site)
+    return first
+
+
+def _owners(traced: Trace, apart: bool) -> dict[_Key, Site]:
+    """The first site of all that has sums of its own."""
+    owners: dict[_Key, Site] = {}
+    for site in reads(traced).values():
+        owners.setdefault(_key(site, apart), site)
     return owners
+
+
+def _key(site: Site, apart: bool) -> _Key:
+    return (site.spec.path, site.use.input) if apart else site.use.input
 
 
 def _zeros(site: Site, params: Params) -> _Sums:
@@ -244,32 +285,43 @@ def _zeros(site: Site, params: Params) -> _Sums:
     return _Sums(gram(), gram(), jnp.zeros((batch, k), jnp.float32))
 
 
-def _stats(traced: Trace, sums: dict[str, _Sums], counts: Mapping[str, int]) -> dict[str, LayerStats]:
-    """Means per weight; weights that read the same inputs get the same object. Takes the sums out of their mapping."""
-    read_by = {
-        spec.path: tuple(dict.fromkeys(u.input for u in spec.uses if u.kind != "embedding")) for spec in traced.weights
-    }
-    distinct = dict.fromkeys(inputs for inputs in read_by.values() if inputs)
+def _stats(
+    traced: Trace,
+    apart: bool,
+    sums: dict[_Key, _Sums],
+    counts: Mapping[_Key, int],
+    masses: Mapping[_Key, float],
+) -> dict[str, LayerStats]:
+    """Means per weight; weights with the same sums get the same object. Takes the sums out of their mapping."""
+    read_by: dict[str, tuple[_Key, ...]] = {spec.path: () for spec in traced.weights}
+    for (path, _), site in reads(traced).items():
+        if path in read_by:
+            read_by[path] += (_key(site, apart),)
+    distinct = dict.fromkeys(keys for keys in read_by.values() if keys)
     readers = collections.Counter(itertools.chain.from_iterable(distinct))
-    by_inputs = {inputs: _mean(inputs, sums, counts, readers) for inputs in distinct}
-    return {path: by_inputs[inputs] for path, inputs in read_by.items() if inputs}
+    of_keys = {keys: _mean(keys, sums, counts, masses, readers) for keys in distinct}
+    return {path: of_keys[keys] for path, keys in read_by.items() if keys}
 
 
 def _mean(
-    inputs: tuple[str, ...], sums: dict[str, _Sums], counts: Mapping[str, int], readers: collections.Counter[str]
+    keys: tuple[_Key, ...],
+    sums: dict[_Key, _Sums],
+    counts: Mapping[_Key, int],
+    masses: Mapping[_Key, float],
+    readers: collections.Counter[_Key],
 ) -> LayerStats:
     """Over several inputs; the sums of an input go with its last reader, or all would be held twice."""
-    count = sum(counts[name] for name in inputs)
-    gram = np.zeros(sums[inputs[0]].gram.shape)
-    for name in inputs:
-        gram += np.asarray(sums[name].gram)
-        gram += np.asarray(sums[name].rest)
-    absmax = np.max([np.asarray(sums[name].absmax) for name in inputs], axis=0)
-    readers.subtract(inputs)
-    for name in inputs:
-        if not readers[name]:
-            del sums[name]
-    return LayerStats((gram / max(count, 1)).astype(np.float32), absmax, count)
+    mass = sum(masses[key] for key in keys)
+    gram = np.zeros(sums[keys[0]].gram.shape)
+    for key in keys:
+        gram += np.asarray(sums[key].gram)
+        gram += np.asarray(sums[key].rest)
+    absmax = np.max([np.asarray(sums[key].absmax) for key in keys], axis=0)
+    readers.subtract(keys)
+    for key in keys:
+        if not readers[key]:
+            del sums[key]
+    return LayerStats((gram / (mass or 1.0)).astype(np.float32), absmax, sum(counts[key] for key in keys))
 
 
 def _require_finite(traced: Trace, params: Params) -> None:

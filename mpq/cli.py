@@ -18,8 +18,9 @@ from mpq.cli_answer import Json, Out, Source, answer
 from mpq.cli_bench import bench
 from mpq.cli_gguf import gguf
 from mpq.cli_rotate import rotate
-from mpq.cli_rows import qat, ranges
+from mpq.cli_rows import calibrate, qat, ranges
 from mpq.commands_quantize import Rounding
+from mpq.guide import Guide
 from mpq.request import Request
 from mpq.types import MpqError
 
@@ -44,36 +45,6 @@ def inspect(
     """
     show = lambda body, console: show_inspection.inspection(body, console, every=all)
     answer(lambda: commands.inspect(model, strict=strict, bpw=bpw), json, show)
-
-
-def calibrate(
-    model: Source,
-    data: str,
-    out: Out,
-    of: str = "weights",
-    keys_values: str = KEYS_AND_VALUES,
-    imatrix: Path | None = None,
-    window: int | None = None,
-    max_windows: int = 64,
-    batch_size: int = 8,
-    json: Json = False,
-) -> None:
-    """Collect what rounding uses: second moments of every weight's input, or histograms for static ranges.
-
-    Args:
-      model: checkpoint folder, hub id, or `reference`.
-      data: calibration text, or `reference`.
-      out: file of statistics to write.
-      of: weights; or ranges of activations, of kv, cached keys and values, or of both.
-      keys_values: regular expression for the weights that make keys and values.
-      imatrix: also write what llama-quantize takes of them, an importance matrix.
-      window: tokens a window; default 256, or the model's context if that is shorter.
-      max_windows: use the first so many.
-      batch_size: windows a batch.
-      json: print one JSON object.
-    """
-    text = commands.Data(data, window, max_windows, batch_size)
-    answer(lambda: commands.calibrate(model, text, out, of, keys_values, imatrix), json, commands.show_written)
 
 
 def sensitivity(
@@ -236,6 +207,7 @@ def quantize(
     awq: tyro.conf.FlagCreatePairsOff[bool] = False,
     equalize: tyro.conf.FlagCreatePairsOff[bool] = False,
     propagate: tyro.conf.FlagCreatePairsOff[bool] = False,
+    guided: tyro.conf.FlagCreatePairsOff[bool] = False,
     correct_bias: tyro.conf.FlagCreatePairsOff[bool] = False,
     correct_norms: tyro.conf.FlagCreatePairsOff[bool] = False,
     rotate: tyro.conf.FlagCreatePairsOff[bool] = False,
@@ -264,6 +236,7 @@ def quantize(
       awq: let the layers before take over what makes weights of large inputs finer (AWQ), where that lowers the error.
       equalize: give channels and what reads them ranges alike (cross-layer equalization); for one scale a tensor.
       propagate: round in the order of execution, each weight making up for what those before it did (QEP).
+      guided: tokens count by how much the end loss depends on them, in all that rounding averages (GuidedQuant).
       correct_bias: take what rounding adds to a layer's output on average out of the bias or the norm's mean behind it.
       correct_norms: and what it does to the spread out of the norm's scale: statistics of norms, estimated again.
       rotate: first mix features by orthogonal matrices, as `mpq rotate` does (QuaRot, SpinQuant).
@@ -281,6 +254,7 @@ def quantize(
         *map(bool, (smooth, awq, equalize, propagate, correct_bias, correct_norms, rotate)),
         seed=seed,
         turn=bool(rotate_inputs),
+        guide=Guide() if guided else None,
     )
     quantize = lambda: commands_quantize.quantize(model, plan, out, text, stats, how, distill, ranges, keys_values)
     answer(quantize, json, commands.show_written)

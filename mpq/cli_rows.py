@@ -1,4 +1,4 @@
-"""The sub-commands about activations and training: `mpq ranges` and `mpq qat`."""
+"""The sub-commands about statistics and training: `mpq calibrate`, `mpq ranges` and `mpq qat`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,9 +6,44 @@ from typing import Annotated
 import tyro
 
 from mpq import commands, commands_activations, commands_quantize, show
+from mpq.activations import KEYS_AND_VALUES
 from mpq.cli_answer import Json, Out, Source, answer
 from mpq.commands_quantize import Rounding
 from mpq.distill import Devices, Distill
+from mpq.guide import Guide
+
+
+def calibrate(
+    model: Source,
+    data: str,
+    out: Out,
+    of: str = "weights",
+    keys_values: str = KEYS_AND_VALUES,
+    imatrix: Path | None = None,
+    guided: tyro.conf.FlagCreatePairsOff[bool] = False,
+    window: int | None = None,
+    max_windows: int = 64,
+    batch_size: int = 8,
+    json: Json = False,
+) -> None:
+    """Collect what rounding uses: second moments of every weight's input, or histograms for static ranges.
+
+    Args:
+      model: checkpoint folder, hub id, or `reference`.
+      data: calibration text, or `reference`.
+      out: file of statistics to write.
+      of: weights; or ranges of activations, of kv, cached keys and values, or of both.
+      keys_values: regular expression for the weights that make keys and values.
+      imatrix: also write what llama-quantize takes of them, an importance matrix.
+      guided: tokens count by how much the end loss depends on them (GuidedQuant).
+      window: tokens a window; default 256, or the model's context if that is shorter.
+      max_windows: use the first so many.
+      batch_size: windows a batch.
+      json: print one JSON object.
+    """
+    text = commands.Data(data, window, max_windows, batch_size)
+    guide = Guide() if guided else None
+    answer(lambda: commands.calibrate(model, text, out, of, keys_values, imatrix, guide), json, commands.show_written)
 
 
 def ranges(

@@ -21,6 +21,7 @@ from mpq.formats import parse_scheme
 from mpq.gguf.imatrix import stats_of, write_imatrix
 from mpq.gguf.load import open_gguf
 from mpq.gguf.reader import is_gguf
+from mpq.guide import Guide
 from mpq.inputs import Dataset, Tokens
 from mpq.inspect import inspect as inspect_model
 from mpq.inspect import parse_bpw, stored_bits
@@ -71,18 +72,26 @@ def inspect(model_source: str, *, strict: bool, bpw: tuple[str, ...] = ()) -> di
 
 
 def calibrate(
-    model_source: str, text: Data, out: Path, of: str, keys_values: str, imatrix: Path | None = None
+    model_source: str,
+    text: Data,
+    out: Path,
+    of: str,
+    keys_values: str,
+    imatrix: Path | None = None,
+    guide: Guide | None = None,
 ) -> dict[str, Any]:
     """Statistics of every weight's input, also as an importance matrix; or ranges of activations and KV cache."""
     known("kind of row", of, dict.fromkeys(("weights", *commands_activations.OF)))
     if of != "weights" and imatrix is not None:
         raise MpqError(f"an importance matrix is of weights: leave --imatrix out with --of {of}")
+    if of != "weights" and guide is not None:
+        raise MpqError(f"grams that the loss guides are of weights: leave --guided out with --of {of}")
     model = load(model_source)
     data = text.dataset(model, "calibration")
     traced = text.trace(model)
     if of != "weights":
         return commands_activations.calibrate(model, traced, data, text.batch_size, out, of, keys_values)
-    stats = run_calibration(traced, model.params, data, text.batch_size)
+    stats = collect(model, traced, data, None, text.batch_size, guide)
     artifacts.save_stats(out, stats, model.digest, data)
     body = {"out": str(out), "weights": len(stats), "num_rows": len(data.inputs), "size_bytes": out.stat().st_size}
     if imatrix is None:
@@ -172,13 +181,19 @@ def run(config_path: str, overrides: list[str], root: Path) -> dict[str, Any]:
 
 
 def make_candidates(
-    model: Model, traced: Trace, method: str, data: Dataset | None, stats: Path | None, batch_size: int
+    model: Model,
+    traced: Trace,
+    method: str,
+    data: Dataset | None,
+    stats: Path | None,
+    batch_size: int,
+    guide: Guide | None = None,
 ) -> Candidates:
     """Quantized weights; statistics come from the file, else from the text; some algorithms need none."""
     wanted = stats is not None or QUANTIZERS[method].data_aware
     if wanted and stats is None and data is None:
         raise MpqError(f"method {method!r} needs calibration: give --data TEXT or --stats FILE")
-    collected = collect(model, traced, data, stats, batch_size) if wanted else {}
+    collected = collect(model, traced, data, stats, batch_size, guide) if wanted else {}
     return Candidates(model.params, traced.weights, QUANTIZERS[method], collected)
 
 
@@ -195,13 +210,19 @@ def read_stats(path: Path, model: Model, traced: Trace) -> tuple[dict[str, Layer
 
 
 def collect(
-    model: Model, traced: Trace, data: Dataset | None, stats: Path | None, batch_size: int
+    model: Model,
+    traced: Trace,
+    data: Dataset | None,
+    stats: Path | None,
+    batch_size: int,
+    guide: Guide | None = None,
 ) -> Mapping[str, LayerStats]:
     """Statistics from the file, else from the text: one of the two is there."""
     if stats is not None:
         return read_stats(stats, model, traced)[0]
     assert data is not None
-    return run_calibration(traced, model.params, data, batch_size)
+    weightings = None if guide is None else guide(model, traced, data, batch_size)
+    return run_calibration(traced, model.params, data, batch_size, weightings)
 
 
 def read_plan(text: str, model: Model, traced: Trace, keys_values: str) -> artifacts.Plan:

@@ -21,6 +21,7 @@ from mpq.distill import Distill
 from mpq.equalize import awq, equalize, find_folds, find_shifts, rotate
 from mpq.export import orbax
 from mpq.export.arguments import export_arguments
+from mpq.guide import Guide
 from mpq.inputs import Dataset
 from mpq.models import Model, load
 from mpq.quantize import QUANTIZERS, Candidates, apply_plan
@@ -45,6 +46,7 @@ class Rounding:
       rotate: before all that, mix features by orthogonal matrices.
       seed: of the rotations.
       turn: rotate inputs where they are rounded.
+      guide: weights of tokens by the end loss, in all that is averaged over them.
     """
 
     method: str = "gptq"
@@ -57,6 +59,7 @@ class Rounding:
     rotate: bool = False
     seed: int = 0
     turn: bool = False
+    guide: Guide | None = None
 
     @property
     def corrects(self) -> bool:
@@ -99,6 +102,11 @@ class Rounding:
             raise MpqError(
                 "--propagate needs --data TEXT, and the inputs that --smooth and --rotate-inputs change: leave those "
                 "out"
+            )
+        if self.guide is not None and (not data or stats):
+            raise MpqError(
+                "--guided needs --data TEXT; the grams of a file are what `mpq calibrate --guided` makes them: leave "
+                "out --stats"
             )
         if self.corrects and not data:
             raise MpqError("--correct-bias and --correct-norms need --data TEXT, on which errors are averaged")
@@ -193,10 +201,11 @@ def _round(
     batch_size: int,
 ) -> _Rounded:
     """What `how` asks for, in the order: scales, then weights."""
+    guided: dict[str, Any] = {} if how.guide is None else {"guided": True}
     if data is None or not (how.smooth or how.turn or how.awq or how.propagate):
-        candidates = make_candidates(model, traced, how.method, data, stats, batch_size)
-        return _Rounded(model, plan, chosen, candidates.choose(plan.choices), {})
-    collected, told = collect(model, traced, data, stats, batch_size), {}
+        candidates = make_candidates(model, traced, how.method, data, stats, batch_size, how.guide)
+        return _Rounded(model, plan, chosen, candidates.choose(plan.choices), guided)
+    collected, told = collect(model, traced, data, stats, batch_size, how.guide), guided
     if how.smooth:
         model, chosen, collected = smooth_model(model, traced, chosen, plan.choices, collected, data, batch_size)
         plan = plan.with_activations({one.spec.path: one.to_json() for one in chosen})
@@ -211,7 +220,8 @@ def _round(
         told["equalized"] = sum(alpha > 0 for alpha in strengths.values())
     candidates = Candidates(model.params, traced.weights, QUANTIZERS[how.method], collected)
     if how.propagate:
-        in_order = Propagation(traced, candidates, data, batch_size=batch_size)
+        weightings = None if how.guide is None else list(how.guide(model, traced, data, batch_size))
+        in_order = Propagation(traced, candidates, data, batch_size=batch_size, weightings=weightings)
         return _Rounded(model, plan, chosen, in_order.choose(plan.choices), {**told, "propagated": True})
     return _Rounded(model, plan, chosen, candidates.choose(plan.choices), told)
 

@@ -41,6 +41,7 @@ class RunConfig:
       refine_rounds: most rounds of the search on measured plans that follows the exact solution, for `method` alone;
         0: the exact solution as it is.
       refine_windows: of the calibration set, that plans are measured on.
+      guided: rounding goes by grams in which tokens count by how much the end loss depends on them (`mpq.guide`).
       propagate: the winner of every budget is rounded once more with each weight making up for those before it
         (`mpq.quantize.propagate`); it is handed out so if that is better on the selection set.
       distill_steps: of distillation of the plan that is handed out, on the calibration set; it is handed out distilled
@@ -71,6 +72,7 @@ class RunConfig:
     windows_per_document: int | None = 4
     refine_rounds: int = 0
     refine_windows: int = 16
+    guided: bool = False
     propagate: bool = True
     distill_steps: int = 0
     activations: str = ""

@@ -123,7 +123,9 @@ class HandOut:
     def _propagation(self) -> Propagation:
         run, data = self.run, self.run.divided[1]
         size = min(run.config.batch_size, len(data.inputs))
-        return Propagation(run.traced, run.candidates[run.config.method], data, batch_size=size)
+        weightings = list(run.guide(size)) if run.config.guided else None
+        candidates = run.candidates[run.config.method]
+        return Propagation(run.traced, candidates, data, batch_size=size, weightings=weightings)
 
     @functools.cached_property
     def _distilled(self) -> dict[str, QTensor]:

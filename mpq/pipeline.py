@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,13 +38,14 @@ from mpq.artifacts import (
     uniform_plan,
 )
 from mpq.budget import budget_bits
-from mpq.calibrate import calibrate
+from mpq.calibrate import Weighting, calibrate
 from mpq.config import RunConfig
 from mpq.data import divide, take
 from mpq.data.sources import read_sets
 from mpq.estimate import mean_over_documents
 from mpq.evaluate import DocumentScores, Reference, score
 from mpq.formats import parse_scheme
+from mpq.guide import Guide
 from mpq.inputs import Dataset
 from mpq.measure import PlanLoss
 from mpq.models import Model, load
@@ -125,6 +126,24 @@ class Run:
         )
 
     @functools.cached_property
+    def rounding_stats(self) -> dict[str, LayerStats]:
+        """What rounding goes by: these, or with tokens weighted by the end loss."""
+        if not self.config.guided:
+            return self.stats
+        data = self.divided[1]
+        return self.stage(
+            "guided.safetensors",
+            lambda path: load_stats(path, self.model.digest)[0],
+            lambda: calibrate(self.traced, self.model.params, data, self.config.batch_size, self.guide()),
+            lambda path, s: save_stats(path, s, self.model.digest, data),
+        )
+
+    def guide(self, batch_size: int | None = None) -> Iterator[Weighting]:
+        """Weights of the tokens that rounding's statistics are made of, a batch at a time."""
+        size = batch_size or self.config.batch_size
+        return Guide(seed=self.config.seed)(self.model, self.traced, self.divided[1], size)
+
+    @functools.cached_property
     def divided(self) -> tuple[Dataset, Dataset]:
         """The calibration set in two: what losses are measured on, and what rounding's statistics are made of."""
         return divide(self.sets["calibration"], self.config.scored_windows)
@@ -133,7 +152,7 @@ class Run:
     def candidates(self) -> dict[str, Candidates]:
         """Quantized weights by rounding algorithm, made when asked for."""
         params, weights = self.model.params, self.traced.weights
-        return {m: Candidates(params, weights, QUANTIZERS[m], self.stats) for m in self.methods}
+        return {m: Candidates(params, weights, QUANTIZERS[m], self.rounding_stats) for m in self.methods}
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -21,14 +21,14 @@ Differences from the paper: one strength for all weights; damping as GPTQ's.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.linalg import lu_factor, lu_solve
 
-from mpq.calibrate import add_product, counted_rows
+from mpq.calibrate import Read, Weighting, add_product, counted_rows
 from mpq.inputs import Dataset
 from mpq.progress import track
 from mpq.quantize.candidates import Candidates, apply_plan
@@ -54,7 +54,14 @@ class Propagation:
     """
 
     def __init__(
-        self, traced: Trace, candidates: Candidates, data: Dataset, *, batch_size: int, strength: float = STRENGTH
+        self,
+        traced: Trace,
+        candidates: Candidates,
+        data: Dataset,
+        *,
+        batch_size: int,
+        strength: float = STRENGTH,
+        weightings: Sequence[Weighting] | None = None,
     ):
         """Compute nothing yet.
 
@@ -64,6 +71,8 @@ class Propagation:
           data: the calibration set.
           batch_size: windows a pass.
           strength: how much of the fit is taken, 0 to 1.
+          weightings: of the batches, in order (`mpq.guide.Guide` makes them): every expectation is over tokens so
+            weighted. None: all count alike.
 
         Raises:
           MpqError: the strength is outside of its range.
@@ -71,6 +80,7 @@ class Propagation:
         if not 0 <= strength <= 1:
             raise MpqError(f"the strength of propagation is {strength}: it must be 0 to 1")
         self._candidates, self._data, self._batch_size, self._strength = candidates, data, batch_size, strength
+        self._weightings = weightings
         self._traced = traced.on((batch_size, *data.inputs.shape[1:]))
         self._stages = Stages(self._traced, _first_sites(self._traced))
         self._last: tuple[dict[str, Scheme], dict[str, QTensor]] = ({}, {})
@@ -83,7 +93,7 @@ class Propagation:
 
     def _rounded(self, choice: Mapping[str, Scheme]) -> dict[str, QTensor]:
         params, rounded = self._candidates.params, dict(self._candidates.params)
-        streams = _Streams(self._stages, self._data, self._batch_size)
+        streams = _Streams(self._stages, self._data, self._batch_size, self._weightings)
         qtensors: dict[str, QTensor] = {}
         groups = self._groups(choice)
         for site, specs in track(groups, "propagate", len(groups)):
@@ -91,10 +101,13 @@ class Propagation:
                 made = {spec.path: self._candidates.qtensor(spec, choice[spec.path]) for spec in specs}
             else:
                 weights = {spec.path: self._candidates.weight(spec, choice[spec.path]) for spec in specs}
-                gram, cross = streams.moments(site, params, rounded)
-                fit = _fit(gram, cross)
-                corrected = {path: w + self._strength * (fit(w) - w) for path, w in weights.items()}
-                made = {path: self._candidates.quantizer(w, choice[path], gram) for path, w in corrected.items()}
+                made = {}
+                for paths, (gram, cross) in streams.moments(site, [*weights], params, rounded).items():
+                    fit = _fit(gram, cross)
+                    for path in paths:
+                        w = weights[path]
+                        corrected = w + self._strength * (fit(w) - w)
+                        made[path] = self._candidates.quantizer(corrected, choice[path], gram)
             qtensors |= made
             rounded = apply_plan(rounded, specs, made)
         return qtensors
@@ -130,26 +143,50 @@ def _first_sites(traced: Trace) -> list[Site]:
 class _Streams:
     """What flows through the original model and through the one that is being rounded, as far as it was asked for."""
 
-    def __init__(self, stages: Stages, data: Dataset, batch_size: int):
+    def __init__(self, stages: Stages, data: Dataset, batch_size: int, weightings: Sequence[Weighting] | None):
         batches = list(data.batches(batch_size))
-        self._stages, self._reached = stages, 0
+        self._stages, self._reached, self._weightings = stages, 0, weightings
         self._masks = [batch.mask for batch in batches]
         self._original = [stages.start(batch.inputs) for batch in batches]
         self._real = list(self._original)
 
-    def moments(self, site: Site, params: Params, rounded: Params) -> tuple[jax.Array, jax.Array]:
-        """`float32[1, k, k]` E[x' x'^T] and E[x' x^T] of the value that a site reads; sites have to come in order."""
+    def moments(
+        self, site: Site, paths: Sequence[str], params: Params, rounded: Params
+    ) -> dict[tuple[str, ...], tuple[jax.Array, jax.Array]]:
+        """`float32[1, k, k]` E[x' x'^T] and E[x' x^T] of the value that a site reads; sites have to come in order.
+
+        Args:
+          site: the first that reads the value.
+          paths: of the weights that do.
+          params: the original ones.
+          rounded: those of the model that is being rounded.
+
+        Returns:
+          By weights for which they are the same: all, or each alone where tokens are weighted.
+        """
         stages, k = range(self._reached, self._stages.sites.index(site) + 1), site.spec.k
-        sums: _Moments = tuple(jnp.zeros((1, k, k)) for _ in range(4))
+        parts = [tuple(paths)] if self._weightings is None else [(path,) for path in paths]
+        sums: dict[tuple[str, ...], _Moments] = {part: tuple(jnp.zeros((1, k, k)) for _ in range(4)) for part in parts}
+        mass = dict.fromkeys(parts, 0.0)
         for i, mask in enumerate(self._masks):
             original, self._original[i] = self._run(stages, params, self._original[i])
             real, self._real[i] = self._run(stages, rounded, self._real[i])
-            sums = _add(sums, *map(site.inputs_matrix, (real, original)), counted_rows(site, mask))
+            for part in parts:
+                weight = self._weight(i, (part[0], site.use.input), counted_rows(site, mask))
+                sums[part] = _add(sums[part], *map(site.inputs_matrix, (real, original)), weight)
+                mass[part] += float(weight.sum())
         self._reached = stages.stop
-        count = sum(int(counted_rows(site, mask).sum()) for mask in self._masks)
-        gram, gram_rest, cross, cross_rest = (np.asarray(one).astype(np.float64) for one in sums)
-        mean = lambda total, rest: jnp.asarray((total + rest) / max(count, 1), jnp.float32)
-        return mean(gram, gram_rest), mean(cross, cross_rest)
+        mean = lambda total, rest, mass: jnp.asarray((total + rest) / (mass or 1.0), jnp.float32)
+        means = {}
+        for part, entry in sums.items():
+            gram, gram_rest, cross, cross_rest = (np.asarray(one).astype(np.float64) for one in entry)
+            means[part] = mean(gram, gram_rest, mass[part]), mean(cross, cross_rest, mass[part])
+        return means
+
+    def _weight(self, number: int, read: Read, counted: jax.Array) -> jax.Array:
+        """`float32[tokens]`, how much each of a batch counts."""
+        weight = counted.astype(jnp.float32)
+        return weight if self._weightings is None else weight * self._weightings[number][read][0]
 
     def _run(self, stages: range, params: Params, values: Values) -> tuple[jax.Array, Values]:
         *before, last = stages
@@ -159,9 +196,10 @@ class _Streams:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _add(sums: _Moments, real: jax.Array, original: jax.Array, counted: jax.Array) -> _Moments:
-    """Totals after one batch of `[1, tokens, k]` values, those of `counted: bool[tokens]` alone."""
-    real, original = (jnp.where(counted[:, None], x.astype(jnp.float32), 0.0) for x in (real, original))
+def _add(sums: _Moments, real: jax.Array, original: jax.Array, weight: jax.Array) -> _Moments:
+    """Totals after one batch of `[1, tokens, k]` values, each counted as `weight: float32[tokens]` says."""
+    root = jnp.sqrt(weight)[:, None]
+    real, original = (jnp.where(root > 0, x.astype(jnp.float32) * root, 0.0) for x in (real, original))
     gram, gram_rest, cross, cross_rest = sums
     return (*add_product(gram, gram_rest, real, real), *add_product(cross, cross_rest, real, original))
 
