@@ -226,7 +226,8 @@ def main(options: Options) -> None:
         options.out,
         {
             "model": run.model.name,
-            "data": [run.calibration.source, run.test.source],
+            # Names alone: where files lie is this machine's business.
+            "data": [one.source.rsplit("/", 1)[-1] for one in (run.calibration, run.test)],
             "rows": [len(run.calibration.inputs), len(run.test.inputs)],
             "statistics_rows": run.statistics_rows,
             "method": options.method,
