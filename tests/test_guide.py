@@ -208,8 +208,8 @@ def test_a_run_goes_by_it(tmp_path):
         model=str(tmp_path / "model"),
         data=str(tmp_path / "text.txt"),
         schemes=("int2_g16", "int3_g16"),
-        metrics=("fisher",),
-        allocate_by="fisher",
+        metrics=("weight_mse",),
+        allocate_by="weight_mse",
         compare_methods=(),
         budgets=("3.5bpw",),
         hand_out="3.5bpw",
@@ -219,7 +219,6 @@ def test_a_run_goes_by_it(tmp_path):
         calibration_windows=12,
         selection_windows=4,
         test_windows=4,
-        sensitivity_windows=(("fisher", 4),),
     )
     run = prepare(config, tmp_path / "runs")
     path = "layers.0.mlp.up_proj.kernel"
