@@ -20,6 +20,8 @@ INGREDIENTS = {
     "codes": "codes and scales distilled, without QEP",
     "varied": "codes and scales distilled, on varied text, without QEP",
     "propagated_varied": "codes and scales distilled, on varied text, after QEP",
+    "learned": "learned levels to choose from, too, QEP",
+    "learned_varied": "the same, codes and scales distilled, on varied text",
 }
 
 

@@ -22,6 +22,8 @@ INGREDIENTS = {
     "uniform": "mpq, one scheme for all, GPTQ",
     "propagated": "mpq, allocated and rounded (QEP)",
     "propagated_varied": "mpq, allocated, rounded (QEP) and distilled in {} steps",
+    "learned": "mpq, with learned levels, rounded (QEP)",
+    "learned_varied": "mpq, with learned levels, rounded (QEP) and distilled in {} steps",
 }
 
 STRONGEST = tuple(f"AutoRound W{bits}g32" for bits in (2, 3, 4))

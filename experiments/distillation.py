@@ -54,7 +54,8 @@ class Options:
       budgets: bits per quantized weight.
       uniform: the first ingredient is the largest of these that fits, the second a choice among them for each weight.
       fine: the third adds these to choose from.
-      ingredients: which of the eight.
+      learned: the ingredients of that name add these, too.
+      ingredients: which of the ten.
       steps: of a distillation.
       windows: of either text, `window` tokens each, `batch_size` a pass.
       sensitivity_windows: of the calibration text, for the table that plans are solved from.
@@ -75,6 +76,7 @@ class Options:
         "int3_g32_sfp8",
         "int4_g32_sfp8",
     )
+    learned: tuple[str, ...] = tuple(f"lut{bits}_g{group}_sfp8" for group in (16, 32) for bits in (2, 3, 4))
     ingredients: tuple[str, ...] = (
         "uniform",
         "allocated",
@@ -84,6 +86,8 @@ class Options:
         "codes",
         "varied",
         "propagated_varied",
+        "learned",
+        "learned_varied",
     )
     steps: int = 600
     windows: int = 64
@@ -185,6 +189,15 @@ class Comparison:
         part = {"loss_increase": table.loss_increase[:, :few], "stderr": table.stderr[:, :few]}
         return solve_frontier(Problem.from_table(dataclasses.replace(table, schemes=table.schemes[:few], **part)))
 
+    @functools.cached_property
+    def learned(self) -> "Comparison":
+        """The same with learned levels to choose from."""
+        more = copy.copy(self)
+        for name in ("table", "fine", "coarse"):
+            more.__dict__.pop(name, None)
+        more.options = dataclasses.replace(self.options, fine=(*self.options.fine, *self.options.learned))
+        return more
+
     def uniform(self, bits: int) -> dict[str, Scheme]:
         """The largest uniform scheme that fits."""
         size = lambda scheme: sum(w.size_bits(scheme) for w in self.weights)
@@ -199,6 +212,8 @@ class Comparison:
             return self.candidates.choose(self.uniform(bits))
         if ingredient == "allocated":
             return self.candidates.choose(self.coarse.at(bits=bits).choice)
+        if ingredient.startswith("learned"):
+            return self.learned.plan(ingredient.replace("learned", "propagated"), bits)
         choice = self.fine.at(bits=bits).choice
         propagated = ingredient.startswith("propagated")
         qtensors = self.propagated(self.candidates, choice) if propagated else self.candidates.choose(choice)

@@ -22,7 +22,8 @@ def options(tmp_path_factory):
         budgets=(3.5, 4.4),
         uniform=("int2_g16", "int3_g16", "int4_g16"),
         fine=("int3_g8",),
-        ingredients=("uniform", "allocated", "fine", "propagated", "scales"),
+        learned=("int4_channel",),
+        ingredients=("uniform", "allocated", "fine", "propagated", "scales", "learned"),
         steps=5,
         windows=8,
         window=16,
@@ -43,23 +44,25 @@ def result(options):
 
 def test_there_is_a_row_for_each_budget_and_ingredient_and_none_is_too_large(options, result):
     rows = {(row["budget"], row["ingredient"]): row for row in result["rows"]}
-    assert len(rows) == len(result["rows"]) == 10
+    assert len(rows) == len(result["rows"]) == 12
     assert all(row["bits_per_weight"] <= budget for (budget, _), row in rows.items())
     assert rows[3.5, "uniform"]["schemes"] == {"int2_g16": 14}
     assert rows[4.4, "uniform"]["schemes"] == {"int3_g16": 14}
     assert all("int3_g8" not in rows[budget, "allocated"]["schemes"] for budget in options.budgets)
+    assert any("int4_channel" in rows[budget, "learned"]["schemes"] for budget in options.budgets)
+    assert all("int4_channel" not in row["schemes"] for (_, name), row in rows.items() if name != "learned")
     for same in ("scales", "propagated"):
         assert rows[3.5, same]["schemes"] == rows[3.5, "fine"]["schemes"]
         assert rows[3.5, same]["kl"] != rows[3.5, "fine"]["kl"]
 
 
-def test_the_page_has_every_number(result):
+def test_the_page_has_every_number(options, result):
     text = page([result])
     for row in result["rows"]:
-        if row["ingredient"] == "scales":
+        if row["ingredient"] == options.ingredients[-1]:
             schemes = ", ".join(f"{count} {scheme}" for scheme, count in row["schemes"].items())
             assert f"| {row['budget']:g} | {row['bits_per_weight']:.3f} | {schemes} |" in text
-    for name in ("uniform", "allocated", "fine", "propagated", "scales"):
+    for name in options.ingredients:
         assert text.count(f"| {INGREDIENTS[name]} |") == 2
     assert f"| {INGREDIENTS['varied']} |" not in text
     assert f"{result['perplexity']:.4f}" in text
