@@ -117,6 +117,7 @@ def test_the_semidefinite_bound_has_the_derivative_it_says():
     assert dual.bound(at) >= -dual.smoothed(at, 0.3)[0] * dual.unit
 
 
+@pytest.mark.slow
 def test_errors_that_partly_cancel_need_the_bound_of_all_pairs_at_once():
     problem, interactions = gram(16, 5, 1, 0.1)
     budget = (problem.min_bits + problem.max_bits) // 2
