@@ -1,7 +1,7 @@
 """What the sub-commands do: files in, a stage, files out, and the plain result that `--json` prints."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from mpq.activations import ActivationRange
 from mpq.activations.plans import split_plan, uniform_rows
 from mpq.activations.range_file import load_ranges
 from mpq.allocate import solve_frontier
+from mpq.calibrate import Weighting
 from mpq.calibrate import calibrate as run_calibration
 from mpq.certainty import certainty, unknown
 from mpq.config import known, load_config
@@ -91,7 +92,8 @@ def calibrate(
     traced = text.trace(model)
     if of != "weights":
         return commands_activations.calibrate(model, traced, data, text.batch_size, out, of, keys_values)
-    stats = collect(model, traced, data, None, text.batch_size, guide)
+    weightings = None if guide is None else guide(model, traced, data, text.batch_size)
+    stats = run_calibration(traced, model.params, data, text.batch_size, weightings)
     artifacts.save_stats(out, stats, model.digest, data)
     body = {"out": str(out), "weights": len(stats), "num_rows": len(data.inputs), "size_bytes": out.stat().st_size}
     if imatrix is None:
@@ -187,13 +189,13 @@ def make_candidates(
     data: Dataset | None,
     stats: Path | None,
     batch_size: int,
-    guide: Guide | None = None,
+    weightings: Iterable[Weighting] | None = None,
 ) -> Candidates:
     """Quantized weights; statistics come from the file, else from the text; some algorithms need none."""
     wanted = stats is not None or QUANTIZERS[method].data_aware
     if wanted and stats is None and data is None:
         raise MpqError(f"method {method!r} needs calibration: give --data TEXT or --stats FILE")
-    collected = collect(model, traced, data, stats, batch_size, guide) if wanted else {}
+    collected = collect(model, traced, data, stats, batch_size, weightings) if wanted else {}
     return Candidates(model.params, traced.weights, QUANTIZERS[method], collected)
 
 
@@ -215,13 +217,12 @@ def collect(
     data: Dataset | None,
     stats: Path | None,
     batch_size: int,
-    guide: Guide | None = None,
+    weightings: Iterable[Weighting] | None = None,
 ) -> Mapping[str, LayerStats]:
     """Statistics from the file, else from the text: one of the two is there."""
     if stats is not None:
         return read_stats(stats, model, traced)[0]
     assert data is not None
-    weightings = None if guide is None else guide(model, traced, data, batch_size)
     return run_calibration(traced, model.params, data, batch_size, weightings)
 
 

@@ -201,11 +201,14 @@ def _round(
     batch_size: int,
 ) -> _Rounded:
     """What `how` asks for, in the order: scales, then weights."""
-    guided: dict[str, Any] = {} if how.guide is None else {"guided": True}
+    told: dict[str, Any] = {} if how.guide is None else {"guided": True}
     if data is None or not (how.smooth or how.turn or how.awq or how.propagate):
-        candidates = make_candidates(model, traced, how.method, data, stats, batch_size, how.guide)
-        return _Rounded(model, plan, chosen, candidates.choose(plan.choices), guided)
-    collected, told = collect(model, traced, data, stats, batch_size, how.guide), guided
+        once = None if how.guide is None or data is None else how.guide(model, traced, data, batch_size)
+        candidates = make_candidates(model, traced, how.method, data, stats, batch_size, once)
+        return _Rounded(model, plan, chosen, candidates.choose(plan.choices), told)
+    weigh = lambda model: None if how.guide is None else how.guide.kept(model, traced, data, batch_size)
+    weightings = weigh(model)
+    collected = collect(model, traced, data, stats, batch_size, weightings)
     if how.smooth:
         model, chosen, collected = smooth_model(model, traced, chosen, plan.choices, collected, data, batch_size)
         plan = plan.with_activations({one.spec.path: one.to_json() for one in chosen})
@@ -220,7 +223,8 @@ def _round(
         told["equalized"] = sum(alpha > 0 for alpha in strengths.values())
     candidates = Candidates(model.params, traced.weights, QUANTIZERS[how.method], collected)
     if how.propagate:
-        weightings = None if how.guide is None else list(how.guide(model, traced, data, batch_size))
+        if how.awq:  # scales that moved make other outputs
+            weightings = weigh(model)
         in_order = Propagation(traced, candidates, data, batch_size=batch_size, weightings=weightings)
         return _Rounded(model, plan, chosen, in_order.choose(plan.choices), {**told, "propagated": True})
     return _Rounded(model, plan, chosen, candidates.choose(plan.choices), told)

@@ -30,6 +30,7 @@ import numpy as np
 from mpq.calibrate import Read, Weighting, reads
 from mpq.inputs import Dataset
 from mpq.models.model import Model
+from mpq.progress import track
 from mpq.sensitivity.base import random_scores
 from mpq.tasks import Task
 from mpq.trace import Default, Site, Trace
@@ -87,6 +88,11 @@ class Guide:
                     )
             yield {read: squares**self.exponent for read, squares in found.items()}
             first += batch_size
+
+    def kept(self, model: Model, traced: Trace, data: Dataset, batch_size: int) -> list[Weighting]:
+        """The same of all batches at once, for whoever wants them more than once. Shows progress."""
+        batches = self(model, traced, data, batch_size)
+        return list(track(batches, "weigh tokens", -(-len(data.inputs) // batch_size)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

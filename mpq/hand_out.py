@@ -123,7 +123,7 @@ class HandOut:
     def _propagation(self) -> Propagation:
         run, data = self.run, self.run.divided[1]
         size = min(run.config.batch_size, len(data.inputs))
-        weightings = list(run.guide(size)) if run.config.guided else None
+        weightings = run.guide.kept(run.model, run.traced, data, size) if run.config.guided else None
         candidates = run.candidates[run.config.method]
         return Propagation(run.traced, candidates, data, batch_size=size, weightings=weightings)
 

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,7 +38,7 @@ from mpq.artifacts import (
     uniform_plan,
 )
 from mpq.budget import budget_bits
-from mpq.calibrate import Weighting, calibrate
+from mpq.calibrate import calibrate
 from mpq.config import RunConfig
 from mpq.data import divide, take
 from mpq.data.sources import read_sets
@@ -117,31 +117,27 @@ class Run:
     @functools.cached_property
     def stats(self) -> dict[str, LayerStats]:
         """Second moments of every weight's input."""
-        data = self.divided[1]
-        return self.stage(
-            "stats.safetensors",
-            lambda path: load_stats(path, self.model.digest)[0],
-            lambda: calibrate(self.traced, self.model.params, data, self.config.batch_size),
-            lambda path, s: save_stats(path, s, self.model.digest, data),
-        )
+        return self._calibrated("stats.safetensors")
 
     @functools.cached_property
     def rounding_stats(self) -> dict[str, LayerStats]:
         """What rounding goes by: these, or with tokens weighted by the end loss."""
-        if not self.config.guided:
-            return self.stats
-        data = self.divided[1]
+        return self._calibrated("guided.safetensors", self.guide) if self.config.guided else self.stats
+
+    def _calibrated(self, name: str, guide: Guide | None = None) -> dict[str, LayerStats]:
+        data, size = self.divided[1], self.config.batch_size
+        weigh = lambda: None if guide is None else guide(self.model, self.traced, data, size)
         return self.stage(
-            "guided.safetensors",
+            name,
             lambda path: load_stats(path, self.model.digest)[0],
-            lambda: calibrate(self.traced, self.model.params, data, self.config.batch_size, self.guide()),
+            lambda: calibrate(self.traced, self.model.params, data, size, weigh()),
             lambda path, s: save_stats(path, s, self.model.digest, data),
         )
 
-    def guide(self, batch_size: int | None = None) -> Iterator[Weighting]:
-        """Weights of the tokens that rounding's statistics are made of, a batch at a time."""
-        size = batch_size or self.config.batch_size
-        return Guide(seed=self.config.seed)(self.model, self.traced, self.divided[1], size)
+    @property
+    def guide(self) -> Guide:
+        """Weights tokens for rounding's statistics."""
+        return Guide(seed=self.config.seed)
 
     @functools.cached_property
     def divided(self) -> tuple[Dataset, Dataset]:

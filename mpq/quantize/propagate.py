@@ -167,20 +167,21 @@ class _Streams:
         stages, k = range(self._reached, self._stages.sites.index(site) + 1), site.spec.k
         parts = [tuple(paths)] if self._weightings is None else [(path,) for path in paths]
         sums: dict[tuple[str, ...], _Moments] = {part: tuple(jnp.zeros((1, k, k)) for _ in range(4)) for part in parts}
-        mass = dict.fromkeys(parts, 0.0)
+        masses: dict[tuple[str, ...], list[jax.Array]] = {part: [] for part in parts}
         for i, mask in enumerate(self._masks):
             original, self._original[i] = self._run(stages, params, self._original[i])
             real, self._real[i] = self._run(stages, rounded, self._real[i])
             for part in parts:
                 weight = self._weight(i, (part[0], site.use.input), counted_rows(site, mask))
                 sums[part] = _add(sums[part], *map(site.inputs_matrix, (real, original)), weight)
-                mass[part] += float(weight.sum())
+                masses[part].append(weight.sum())
         self._reached = stages.stop
         mean = lambda total, rest, mass: jnp.asarray((total + rest) / (mass or 1.0), jnp.float32)
         means = {}
         for part, entry in sums.items():
             gram, gram_rest, cross, cross_rest = (np.asarray(one).astype(np.float64) for one in entry)
-            means[part] = mean(gram, gram_rest, mass[part]), mean(cross, cross_rest, mass[part])
+            mass = sum(map(float, masses[part]))
+            means[part] = mean(gram, gram_rest, mass), mean(cross, cross_rest, mass)
         return means
 
     def _weight(self, number: int, read: Read, counted: jax.Array) -> jax.Array:
