@@ -146,7 +146,7 @@ class Comparison:
         """The same where rounding goes by grams of tokens that the end loss weights."""
         led = copy.copy(self)
         size = self.options.batch_size
-        led.weightings = list(guide(self.model, self.traced, self.calibration, size))
+        led.weightings = guide.kept(self.model, self.traced, self.calibration, size)
         led.stats = calibrate(self.traced, self.model.params, self.calibration, size, led.weightings)
         led.candidates = Candidates(self.model.params, self.traced.weights, GPTQ(), led.stats)
         return led
@@ -238,20 +238,26 @@ class Comparison:
 
     def row(self, qtensors: dict[str, QTensor]) -> dict[str, Any]:
         """Size and quality of a plan."""
-        scores = self.scores(qtensors)
-        excess, stderr = scores.difference(self.original, "nll")
-        result = scores.summary()
         schemes = [str(q.scheme) for q in qtensors.values()]
         size = sum(w.size_bits(qtensors[w.path].scheme) for w in self.weights)
         return {
             "bits_per_weight": size / sum(w.size for w in self.weights),
-            "excess": excess,
-            "excess_stderr": stderr,
-            "kl": result.kl,
-            "kl_stderr": result.kl_stderr,
-            "perplexity": result.quality,
+            **quality(self.scores(qtensors), self.original),
             "schemes": {scheme: schemes.count(scheme) for scheme in sorted(set(schemes))},
         }
+
+
+def quality(scores: DocumentScores, original: DocumentScores) -> dict[str, float | None]:
+    """Of a model on a text, against the original's own scores there."""
+    excess, stderr = scores.difference(original, "nll")
+    result = scores.summary()
+    return {
+        "excess": excess,
+        "excess_stderr": stderr,
+        "kl": result.kl,
+        "kl_stderr": result.kl_stderr,
+        "perplexity": result.quality,
+    }
 
 
 def windows_of(model: Model, path: Path, windows: int, window: int) -> Dataset:

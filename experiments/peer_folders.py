@@ -19,14 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import tyro
 
 from experiments.activation_peers import as_model
 from experiments.distillation import Comparison
-from experiments.distillation import Options as Ours
 from experiments.kept import keep, rows_in
-from experiments.weight_peers import Judged, Peer, Work
+from experiments.weight_peers import PEERS, Judged, Peer, Texts, compared
 from mpq.artifacts import make_plan
 from mpq.config import known
 from mpq.distill import Distill
@@ -56,55 +54,35 @@ class Case(NamedTuple):
     scheme: str
 
 
-def _auto_round(bits: int) -> Peer:
-    return Peer("auto_round_folder", {"bits": bits, "group_size": 32, "sym": True, "format": "llm_compressor"})
-
-
-def _gptqmodel(bits: int) -> Peer:
-    return Peer("gptqmodel", {"bits": bits, "group_size": 32, "sym": True})
-
-
 _STOCK, _GPTQMODEL = Peer("nothing", {}), Peer("read_by_gptqmodel", {})
 CASES: Mapping[str, Case] = {
     "bitsandbytes NF4": Case(
         Peer("bitsandbytes_folder", {"quant_type": "nf4", "double": False}), _STOCK, "bnb", "nf4_g64_sfloat32"
     ),
-    "AutoRound W4g32": Case(_auto_round(4), _STOCK, "hf", "int4_g32"),
-    "GPTQModel W4g32": Case(_gptqmodel(4), _GPTQMODEL, "gptq", "int4_g32"),
-    "GPTQModel W3g32": Case(_gptqmodel(3), _GPTQMODEL, "gptq", "int3_g32"),
+    "AutoRound W4g32": Case(
+        Peer("auto_round_folder", {**PEERS["AutoRound W4g32"].options, "format": "llm_compressor"}),
+        _STOCK,
+        "hf",
+        "int4_g32",
+    ),
+    "GPTQModel W4g32": Case(PEERS["GPTQ W4g32"], _GPTQMODEL, "gptq", "int4_g32"),
+    "GPTQModel W3g32": Case(PEERS["GPTQ W3g32"], _GPTQMODEL, "gptq", "int3_g32"),
 }
 METHODS = ("rtn", "gptq", "qep", "distilled")
 """Ours: without data, each weight for itself, each making up for those before it, and that distilled."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(Texts):
     """What is compared.
 
     Attributes:
-      model: a folder of a Llama, or `reference`.
-      python: of an environment with the peers.
-      data, test: calibration and held-out text.
-      other: text of another domain.
-      out: JSON file.
       cases: of `CASES`.
       methods: of `METHODS`.
-      steps: of a distillation.
-      windows: of every text, `window` tokens each, `batch_size` a pass.
     """
 
-    model: str
-    python: Path
-    data: Path
-    test: Path
-    other: Path
-    out: Path
     cases: tuple[str, ...] = ("bitsandbytes NF4", "AutoRound W4g32")
     methods: tuple[str, ...] = METHODS
-    steps: int = 600
-    windows: int = 64
-    window: int = 256
-    batch_size: int = 8
 
 
 def rounded(comparison: Comparison, scheme: Scheme, method: str, steps: int) -> dict[str, QTensor]:
@@ -144,10 +122,9 @@ def rows(
 ) -> Iterator[dict[str, Any]]:
     """One a case for theirs, then one a method for ours; those in `done` left out."""
     has = {(row["case"], row["method"]) for row in done}
-    texts = {name: np.asarray(reference.data.inputs, np.int32) for name, reference in judged.references.items()}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        work = Work(options.python, folder, np.asarray(comparison.calibration.inputs, np.int32), texts)
+        work = judged.work(options.python, folder)
         for case in options.cases:
             theirs, reader, container, scheme = CASES[case]
             for method in ("theirs", *options.methods):
@@ -182,9 +159,7 @@ def main(options: Options) -> None:
     for name in options.methods:
         known("method", name, dict.fromkeys(METHODS))
     done = rows_in(options.out)
-    shared = {f.name: getattr(options, f.name) for f in dataclasses.fields(Ours) if hasattr(options, f.name)}
-    comparison = Comparison(Ours(**shared))
-    judged = Judged(options.other, comparison)
+    comparison, judged = compared(options)
     keep(rows(options, comparison, judged, done), options.out, judged.head(options), done)
 
 

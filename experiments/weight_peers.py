@@ -29,7 +29,7 @@ import numpy as np
 import tyro
 
 from experiments.activation_peers import Logits, as_model
-from experiments.distillation import Comparison, windows_of
+from experiments.distillation import Comparison, quality, windows_of
 from experiments.distillation import Options as Ours
 from experiments.kept import keep, rows_in
 from mpq.config import known
@@ -89,8 +89,8 @@ PEERS: Mapping[str, Peer] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """What is compared.
+class Texts:
+    """What peers and ours are given.
 
     Attributes:
       model: a folder of a Llama, or `reference`.
@@ -98,9 +98,6 @@ class Options:
       data, test: calibration and held-out text.
       other: text of another domain.
       out: JSON file.
-      peers: of `PEERS`.
-      ingredients: of `experiments.distillation`, for ours.
-      budgets: bits per quantized weight, for ours.
       steps: of a distillation.
       windows: of every text, `window` tokens each, `batch_size` a pass.
     """
@@ -111,13 +108,25 @@ class Options:
     test: Path
     other: Path
     out: Path
-    peers: tuple[str, ...] = tuple(PEERS)
-    ingredients: tuple[str, ...] = ("propagated", "propagated_varied")
-    budgets: tuple[float, ...] = (2.5, 2.9, 3.5, 3.9, 4.5)
     steps: int = 600
     windows: int = 64
     window: int = 256
     batch_size: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Texts):
+    """What is compared.
+
+    Attributes:
+      peers: of `PEERS`.
+      ingredients: of `experiments.distillation`, for ours.
+      budgets: bits per quantized weight, for ours.
+    """
+
+    peers: tuple[str, ...] = tuple(PEERS)
+    ingredients: tuple[str, ...] = ("propagated", "propagated_varied")
+    budgets: tuple[float, ...] = (2.5, 2.9, 3.5, 3.9, 4.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,17 +246,13 @@ class Judged:
         found = {}
         for text, original in self.original.items():
             scores = self.scores(text, model, params)
-            excess, stderr = scores.difference(original, "nll")
-            result = scores.summary()
-            found[text] = {
-                "excess": excess,
-                "excess_stderr": stderr,
-                "kl": result.kl,
-                "kl_stderr": result.kl_stderr,
-                "agreement": result.agreement,
-                "perplexity": result.quality,
-            }
+            found[text] = quality(scores, original) | {"agreement": scores.summary().agreement}
         return found
+
+    def work(self, python: Path, folder: Path) -> Work:
+        """Jobs on both texts, and on the calibration text."""
+        tokens = {name: np.asarray(one.data.inputs, np.int32) for name, one in self.references.items()}
+        return Work(python, folder, np.asarray(self.calibration.inputs, np.int32), tokens)
 
     def head(self, options: Any) -> dict[str, Any]:
         """What stands beside the rows of an experiment with these options, whose paths are told by their names."""
@@ -261,14 +266,20 @@ class Judged:
         return {"perplexity": perplexity, "record": record.to_json()}
 
 
+def compared(options: Texts) -> tuple[Comparison, Judged]:
+    """Ours, and what judges all."""
+    shared = {f.name: getattr(options, f.name) for f in dataclasses.fields(Ours) if hasattr(options, f.name)}
+    comparison = Comparison(Ours(**shared))
+    return comparison, Judged(options.other, comparison)
+
+
 def rows(
     options: Options, comparison: Comparison, judged: Judged, done: list[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """One a setting of a peer, then one an ingredient and budget of ours; those in `done` left out."""
     has, values = {row["name"] for row in done}, sum(w.size for w in comparison.weights)
-    texts = {name: np.asarray(reference.data.inputs, np.int32) for name, reference in judged.references.items()}
     with tempfile.TemporaryDirectory() as folder:
-        work = Work(options.python, Path(folder), np.asarray(comparison.calibration.inputs, np.int32), texts)
+        work = judged.work(options.python, Path(folder))
         for name in options.peers:
             if name not in has:
                 made = work(resolve(options.model), PEERS[name])
@@ -306,9 +317,7 @@ def main(options: Options) -> None:
     for name in options.peers:
         known("peer", name, PEERS)
     done = rows_in(options.out)
-    shared = {f.name: getattr(options, f.name) for f in dataclasses.fields(Ours) if hasattr(options, f.name)}
-    comparison = Comparison(Ours(**shared))
-    judged = Judged(options.other, comparison)
+    comparison, judged = compared(options)
     keep(rows(options, comparison, judged, done), options.out, judged.head(options), done)
 
 

@@ -60,8 +60,7 @@ def options(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folders(options):
-    shared = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
-    shared = {name: value for name, value in shared.items() if name in peer_folders.Options.__annotations__}
+    shared = {f.name: getattr(options, f.name) for f in dataclasses.fields(weight_peers.Texts)}
     out = options.out.with_name("folders.json")
     asked = peer_folders.Options(**shared | {"out": out, "cases": ("AutoRound W4g32",), "methods": ("rtn",)})
     with pytest.MonkeyPatch.context() as patch:
