@@ -140,14 +140,14 @@ def not_a_number(monkeypatch, run):
 def decaying_statistics(monkeypatch, run):
     """An average over batches in which earlier ones decay to nothing (NNCF, `HESSIAN_INPUT_ACTIVATION`)."""
 
-    def decaying(traced, params, data, batch_size):
+    def decaying(traced, params, data, batch_size, weightings):
         found = {}
         for start in range(0, len(data.inputs), batch_size):
             rows = slice(start, start + batch_size)
             part = dataclasses.replace(
                 data, inputs=data.inputs[rows], mask=data.mask[rows], document=data.document[rows]
             )
-            for path, stats in calibrate(traced, params, part, batch_size).items():
+            for path, stats in calibrate(traced, params, part, batch_size, weightings).items():
                 before = found.get(path, stats)
                 gram = (before.gram + stats.gram) / 2
                 found[path] = dataclasses.replace(stats, gram=gram, absmax=np.maximum(before.absmax, stats.absmax))
