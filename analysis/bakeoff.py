@@ -72,7 +72,7 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
     )
     yield (
         "Kendall's tau, mean over the bands: sum of the metric → of the table corrected by "
-        f"{_numbers(result['fit_plans'] for result in results)} plans measured on the calibration set."
+        f"{_numbers(result['fit_plans'] for result in results)} further plans."
     )
     yield overview(results)
     for result in results:
@@ -80,7 +80,8 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
         yield (
             f"{result['plans']} plans a band of {result['groups']} groups; {result['rows'][0]} rows to calibrate on, "
             f"{result['rows'][1]} to judge by. {_statistics(result)} Calibrated: by a power law. Refitted: the table "
-            "corrected."
+            f"corrected. Both by {result['fit_plans']} plans, measured on the {result.get('fit_set', 'calibration')} "
+            "set."
         )
         for band in result["bands"]:
             low, high = band["bits"]

@@ -12,11 +12,12 @@ measured on the test set, which no metric sees. A metric predicts a plan by the 
     ratio      geometric mean of predicted / measured
     spread     standard deviation of the logarithm of predicted / measured
 
-`calibrated` is the same for a power law fitted to `--fit-plans` further plans, measured on the calibration set, and
-`refitted` for the table corrected by these plans (`mpq.allocate.refit`). `cost` counts forward passes over the
-calibration set: seconds without rounding and compilation over those of a forward pass, in the same process; processor
-seconds on a CPU. What no predictor can pass is told by two more numbers: `ceiling`, the agreement of the further plans'
-own KL on the calibration and the test set, and `halves`, tau between the KL of the plans on two halves of the test set.
+`calibrated` is the same for a power law fitted to `--fit-plans` further plans, measured on the set that `--fit-set`
+names, and `refitted` for the table corrected by these plans (`mpq.allocate.refit`). `cost` counts forward passes over
+the calibration set: seconds without rounding and compilation over those of a forward pass, in the same process;
+processor seconds on a CPU. What no predictor can pass is told by two more numbers: `ceiling`, the agreement of the
+further plans' own KL on the calibration and the test set, and `halves`, tau between the KL of the plans on two halves
+of the test set.
 
 Two predictors are no metric: `kl+interactions` adds to `kl` the pairs of `mpq.sensitivity.interactions`, and `marginal`
 is measured one group at a time around the plan that has the middle scheme of the band everywhere.
@@ -27,7 +28,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -75,7 +76,9 @@ class Options:
       test_rows: of the test set.
       batch_size: rows a pass.
       plans: measured on the test set, a band.
-      fit_plans: further ones, measured on both sets.
+      fit_plans: further ones, measured on the calibration and the test set.
+      fit_set: what a correction goes by: their KL on the calibration set, or on as many rows of the selection set as
+        are in the test set (only without `test`), which metrics do not see either.
       seed: of plans and keys.
     """
 
@@ -94,6 +97,7 @@ class Options:
     batch_size: int = 8
     plans: int = 200
     fit_plans: int = 40
+    fit_set: Literal["calibration", "selection"] = "calibration"
     seed: int = 0
 
 
@@ -109,15 +113,17 @@ class Bakeoff:
         if "kl" not in options.metrics:
             raise MpqError("metrics lack kl, which two predictors are made of: add it")
         self.options, self.model = options, load(options.model)
-        calibration, self.test = _sets(self.model, options)
-        self.calibration, statistics = divide(calibration, options.calibration_rows)
+        sets = _sets(self.model, options)
+        self.calibration, statistics = divide(sets["calibration"], options.calibration_rows)
+        self.sets = sets | {"calibration": self.calibration}
         self.traced = self.model.trace(options.batch_size, options.window)
         self.schemes = tuple(parse_scheme(f"int{bits}_{options.granularity}") for bits in (2, 3, 4, 5, 6, 8))
         stats = calibrate(self.traced, self.model.params, statistics, options.batch_size)
         self.candidates = Candidates(self.model.params, self.traced.weights, METHODS[options.method], stats)
         self.statistics_rows = len(statistics.inputs)
         shown_options = dataclasses.asdict(options) | {"out": "", "work": "", "metrics": "", "plans": 0, "fit_plans": 0}
-        inputs = [shown_options, self.model.digest, calibration.digest, self.test.digest]
+        del shown_options["fit_set"]
+        inputs = [shown_options, self.model.digest, sets["calibration"].digest, sets["test"].digest]
         self.digest = digest_json(inputs)[:12]
         self.folder = options.work / f"{options.out.stem}-{self.digest}"
         self.store = score_store(self.folder / "scores")
@@ -184,8 +190,8 @@ class Bakeoff:
         return rng.choice(self.allowed(band), (self.options.plans + self.options.fit_plans, groups))
 
     def measure(self, which: str, choices: Sequence[Mapping[str, Scheme]], what: str) -> tuple[np.ndarray, float]:
-        """Measured KL on the calibration or the test set, `float64[plans]`, and tau of it between halves of the set."""
-        data = {"calibration": self.calibration, "test": self.test}[which]
+        """Measured KL on one of the sets, `float64[plans]`, and tau of it between halves of the set."""
+        data = self.sets[which]
         reference = Reference(self.model, data, min(self.options.batch_size, len(data.inputs)))
         loss = PlanLoss(self.model, self.traced, self.candidates, reference, self.store)
         sums = np.array([loss.documents(choice) for choice in track(choices, f"{what} on {which}", len(choices))])
@@ -208,7 +214,8 @@ def main(options: Options) -> None:
         plans = run.plans(band, len(any_problem.names))
         choices = [any_problem.by_path(x) for x in plans]
         measured, halves = run.measure("test", choices, what)
-        fit, _ = run.measure("calibration", choices[options.plans :], what)
+        own, _ = run.measure("calibration", further := choices[options.plans :], what)
+        fit = own if options.fit_set == "calibration" else run.measure(options.fit_set, further, what)[0]
         around, cost["marginal"] = run.marginal(band, any_problem)
         judged = {name: judge(p, plans, fit, measured) for name, p in {**problems, "marginal": around}.items()}
         together = np.array([pairs.predict(scored["kl"][0], choice) for choice in choices])
@@ -217,7 +224,7 @@ def main(options: Options) -> None:
             {
                 "bits": list(band),
                 "median": _rounded(float(np.median(measured[: options.plans]))),
-                "ceiling": agreement(fit, measured[options.plans :]),
+                "ceiling": agreement(own, measured[options.plans :]),
                 "halves": _rounded(halves),
                 "metrics": judged,
             }
@@ -227,14 +234,15 @@ def main(options: Options) -> None:
         {
             "model": run.model.name,
             # Names alone: where files lie is this machine's business.
-            "data": [one.source.rsplit("/", 1)[-1] for one in (run.calibration, run.test)],
-            "rows": [len(run.calibration.inputs), len(run.test.inputs)],
+            "data": [one.source.rsplit("/", 1)[-1] for one in (run.calibration, run.sets["test"])],
+            "rows": [len(run.calibration.inputs), len(run.sets["test"].inputs)],
             "statistics_rows": run.statistics_rows,
             "method": options.method,
             "schemes": [str(s) for s in run.schemes],
             "groups": len(any_problem.names),
             "plans": options.plans,
             "fit_plans": options.fit_plans,
+            "fit_set": options.fit_set,
             "jax": jax.__version__,
             "device": jax.devices()[0].device_kind,
             "metric_rows": {name: int(rows) for name, _, rows in (m.partition(":") for m in options.metrics) if rows},
@@ -259,7 +267,7 @@ def compare(total: np.ndarray, fit: np.ndarray, measured: np.ndarray, plans: int
 
     Args:
       total: `[plans + fit_plans]`, sums of the metric.
-      fit: `[fit_plans]`, measured on the calibration set.
+      fit: `[fit_plans]`, measured on what corrections go by.
       measured: `[plans + fit_plans]`, measured on the test set.
       plans: how many are judged by.
     """
@@ -279,19 +287,21 @@ def agreement(predicted: np.ndarray, measured: np.ndarray) -> dict[str, float]:
     return {name: _rounded(float(value)) for name, value in values.items()}
 
 
-def _sets(model: Model, options: Options) -> tuple[Dataset, Dataset]:
+def _sets(model: Model, options: Options) -> dict[str, Dataset]:
     rows = options.calibration_rows + options.statistics_rows
-    limits = {"calibration": rows, "selection": 2, "test": options.test_rows}
+    selected = options.test_rows if options.fit_set == "selection" else 2
+    limits = {"calibration": rows, "selection": selected, "test": options.test_rows}
     if options.test is None:
-        sets = read_sets(model, options.data, window=options.window, limits=limits, windows_per_document=None)
-        return sets["calibration"], sets["test"]
+        return read_sets(model, options.data, window=options.window, limits=limits, windows_per_document=None)
+    if options.fit_set == "selection":
+        raise MpqError("plans are to be measured on the selection set, but --test leaves none: give --data alone")
     sources = {"calibration": options.data, "test": options.test}
     sets = {
         which: read_set(model, source, which, window=options.window, limit=limits[which])
         for which, source in sources.items()
     }
     require_disjoint(**sets)
-    return sets["calibration"], sets["test"]
+    return sets
 
 
 def _running(function: Callable[[], Any]) -> tuple[float, Any]:

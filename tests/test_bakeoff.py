@@ -65,6 +65,22 @@ def test_the_marginal_losses_of_a_plan_add_up_to_what_is_measured(options, resul
     assert around.loss[np.arange(len(plan)), plan].sum() == pytest.approx(measured[0])
 
 
+def test_corrections_may_go_by_the_selection_set(options, result):
+    selected = dataclasses.replace(options, fit_set="selection", out=options.out.with_name("tiny_selected.json"))
+    run = Bakeoff(selected)
+    assert len(run.sets["selection"].inputs) == len(run.sets["test"].inputs)
+    main(selected)
+    found = read_json(selected.out, "bake-off result")
+    assert (result["fit_set"], found["fit_set"]) == ("calibration", "selection")
+    for band, before in zip(found["bands"], result["bands"], strict=True):
+        assert {key: band[key] for key in ("ceiling", "median")} == {key: before[key] for key in ("ceiling", "median")}
+        assert band["metrics"]["kl"]["tau"] == before["metrics"]["kl"]["tau"]
+        assert band["metrics"]["kl"]["calibrated"]["ratio"] != before["metrics"]["kl"]["calibrated"]["ratio"]
+    assert "9 plans, measured on the selection set" in page([found])
+    with pytest.raises(MpqError, match="--test leaves none: give --data alone"):
+        Bakeoff(dataclasses.replace(selected, test=options.data))
+
+
 def test_metrics_without_kl_are_refused(options):
     with pytest.raises(MpqError, match="metrics lack kl"):
         Bakeoff(dataclasses.replace(options, metrics=("fisher",)))
