@@ -6,11 +6,12 @@ a quadratic multiple-choice knapsack, NP-hard in the strong sense (Kellerer, Pfe
 steps: local search from the exact solution of the separable problem, and from a plan that is given; a lower bound by a
 price of bits and moved pair terms (`minorant.py`), whose own knapsack gives one more start; branching of a limited
 width, which closes small problems and lifts the bound of others; and where these leave a gap, a bound that sees all
-pairs at once (`semidefinite.py`), as a Gram's errors of many weights that partly cancel need.
+pairs at once (`semidefinite.py`, and branching on it in `relaxed.py`), as a Gram's errors of many weights that partly
+cancel need.
 
 Cost: `O(G^2 S^2)` for each of 3 `iterations`; of the last bound `O((G S)^3)`.
-Fails on: strong correlations among more groups and schemes than `semidefinite.MOST_OPTIONS`: the plan is good, but the
-gap is wide.
+Fails on: strong correlations among more groups and schemes than `relaxed.MOST_OPTIONS`: the plan is good, but the gap
+is wide.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from mpq.allocate.lagrangian import lower_bound
 from mpq.allocate.minorant import branch, maximise
 from mpq.allocate.pairs import Pairs
 from mpq.allocate.problem import Problem
-from mpq.allocate.semidefinite import semidefinite_bound
+from mpq.allocate.relaxed import semidefinite_bound
 from mpq.types import Allocation, Status
 
 NARROW = 0.01
