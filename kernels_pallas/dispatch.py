@@ -18,6 +18,7 @@ from kernels_pallas.devices import Device, device
 from kernels_pallas.errors import KernelError
 from kernels_pallas.hopper import HOPPER
 from kernels_pallas.native import NATIVE
+from kernels_pallas.rows import PLAIN
 from kernels_pallas.tables import Entry, entries, nearest
 from kernels_pallas.tpu import TPU
 
@@ -44,7 +45,7 @@ REFERENCE = Backend(
 )
 
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
-    {"reference": REFERENCE, "cpu": CPU, "native": NATIVE, "tpu": TPU, "hopper": HOPPER, "dense": DENSE}
+    {"reference": REFERENCE, "cpu": CPU, "rows": PLAIN, "native": NATIVE, "tpu": TPU, "hopper": HOPPER, "dense": DENSE}
 )
 
 

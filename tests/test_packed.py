@@ -165,7 +165,12 @@ def test_a_cache_is_rounded_beside_packed_weights():
     np.testing.assert_allclose(jax.jit(run)(model.params, {}, tokens), want, rtol=1e-6, atol=1e-6)
 
 
-def test_a_compiled_model_holds_what_the_plan_promises():
+@pytest.mark.parametrize(
+    "schemes",
+    [("int4_g64", "int8_channel"), ("int3_g64", "lut3_g16"), ("int5_channel", "int6_g32_zp")],
+    ids="-".join,
+)
+def test_a_compiled_model_holds_what_the_plan_promises(schemes):
     """Arguments are the packed bytes, and no temporary is as large as one weight in float32."""
     rng = np.random.default_rng(0)
     params = {f"w{i}": jnp.asarray(rng.normal(size=(256, 256)) / 16, jnp.float32) for i in range(6)}
@@ -177,12 +182,14 @@ def test_a_compiled_model_holds_what_the_plan_promises():
 
     x = jnp.asarray(rng.normal(size=(2, 256)), jnp.float32)
     traced = trace(layers, params, x)
-    choice = dict(zip(params, map(parse_scheme, 3 * ["int4_g64", "int8_channel"]), strict=True))
+    choice = dict(zip(params, map(parse_scheme, 3 * schemes), strict=True))
     qtensors = Candidates(params, traced.weights, RTN()).choose(choice)
     packed = pack_weights(traced.weights, qtensors)
     compiled = jax.jit(functools.partial(evaluate_packed, traced)).lower({}, packed, x).compile()
     memory = compiled.memory_analysis()
     promised = sum(spec.size_bits(choice[spec.path]) for spec in traced.weights)
+    # learned levels are in the program
+    promised -= sum(16 * len(packed[path].levels) for path, q in qtensors.items() if q.codebook is not None)
     assert promised % 8 == 0
     assert memory.argument_size_in_bytes == promised // 8 + x.nbytes
     assert memory.temp_size_in_bytes < 256 * 256 * 4

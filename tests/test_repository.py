@@ -96,7 +96,7 @@ class TestEverySourceFile:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "mpq" / "allocate").rglob("*.py")), ids=relative)
 def test_the_allocator_knows_no_model(path):
-    allowed = {"numpy", "scipy", "mpq.allocate", "mpq.types", "mpq.progress", "mpq.units"}
+    allowed = {"numpy", "scipy", "threadpoolctl", "mpq.allocate", "mpq.types", "mpq.progress", "mpq.units"}
     for name in imports(ast.parse(path.read_text(encoding="utf-8"))):
         known = name.split(".")[0] in sys.stdlib_module_names or any(f"{name}.".startswith(f"{a}.") for a in allowed)
         assert known, f"{relative(path)} imports {name}"
