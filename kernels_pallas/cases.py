@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kernels_pallas.fragments import LANES, ROWS, words
-from kernels_pallas.layouts import NATIVE, Spec
+from kernels_pallas.layouts import LAYOUTS, Spec
 from kernels_pallas.packed import NF4, Packed, pack
 
 
@@ -58,6 +57,10 @@ CONFORMANCE = (
     Case(1, 259, 17, 2, 128, zeros=True),
     Case(3, 129, 17, 4, 64, nf4=True, x_dtype="float32"),
     Case(3, 70, 9, 3, 16, zeros=True, x_dtype="float16"),
+    Case(2, 619, 12, 5),
+    Case(3, 776, 10, 6, 32, zeros=True),
+    Case(2, 531, 11, 3, 16, activation_bits=8),
+    Case(2, 300, 9, 7, activation_bits=8),
     Case(1, 384, 130, 8, activation_bits=8),
     Case(7, 257, 64, 4, 128, activation_bits=8),
     Case(2, 131, 48, 4, activation_bits=8, zeros=True, x_dtype="float32"),
@@ -112,13 +115,10 @@ DECODE = tuple(
 
 def shapes(case: Case, layout: str) -> tuple[jax.ShapeDtypeStruct, Packed]:
     """`x` and a packed weight of a case on an accelerator, without values and zero points."""
-    spec = case.spec
-    tpu = layout == "tpu"
-    tiles = (spec.tiled_k // LANES, spec.tiled_n // ROWS, words(case.bits), LANES)
-    codes = ((spec.tiled_k, spec.tiled_n), NATIVE[case.bits]) if tpu else (tiles, jnp.int32)
+    (dtype, codes), scales = LAYOUTS[layout].stored(case.spec)
     arrays: dict[str, Any] = {
-        "codes": jax.ShapeDtypeStruct(*codes),
-        "scales": jax.ShapeDtypeStruct((spec.groups, *((1,) if tpu else ()), spec.tiled_n), jnp.float32),
+        "codes": jax.ShapeDtypeStruct(codes, dtype),
+        "scales": jax.ShapeDtypeStruct(scales, jnp.float32),
         "zeros": None,
     }
     packed = Packed(

@@ -17,6 +17,7 @@ Padding of `cpu`, `tpu` and `hopper` is what fills the last segment, group or ti
 import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,8 @@ import numpy as np
 from jax import lax
 
 from kernels_pallas import fragments
-from kernels_pallas.bits import pack_bits, unpack_bits
-from kernels_pallas.fragments import LANES
+from kernels_pallas.bits import pack_bits, packed_rows, unpack_bits
+from kernels_pallas.fragments import LANES, ROWS, words
 
 NATIVE = {8: jnp.int8, 4: jnp.int4, 2: jnp.int2}
 
@@ -73,6 +74,7 @@ class Spec:
         return -(-self.n // LANES) * LANES
 
 
+Stored = tuple[tuple[Any, tuple[int, ...]], tuple[int, ...]]
 Arrays = tuple[jax.Array, jax.Array]
 HostArrays = tuple[np.ndarray, np.ndarray]
 
@@ -86,12 +88,14 @@ class Layout:
       refuses: why a weight cannot be stored so, or None.
       store: `(codes int8[*batch, k, n], scales[*batch, groups, n or 1], spec) -> stored codes and scales`.
       load: the inverse.
+      stored: of one weight, dtype and shape of its codes, and the shape of its scales, one a column.
     """
 
     code_rank: int
     refuses: Callable[[Spec], str | None]
     store: Callable[[np.ndarray, np.ndarray, Spec], HostArrays]
     load: Callable[[jax.Array, jax.Array, Spec], Arrays]
+    stored: Callable[[Spec], Stored]
 
 
 def unsigned(codes: np.ndarray, spec: Spec) -> np.ndarray:
@@ -175,6 +179,24 @@ def _tiled_scales(scales: np.ndarray, spec: Spec) -> np.ndarray:
     return _fill(columns, spec.tiled_n)
 
 
+def _plain(spec: Spec) -> Stored:
+    return (jnp.uint8, (packed_rows(spec.k, spec.bits), spec.n)), (spec.groups, spec.n)
+
+
+def _cpu(spec: Spec) -> Stored:
+    dtype = jnp.int8 if spec.bits == 8 else jnp.uint8
+    return (dtype, (spec.segments * spec.bits // 8, spec.n, spec.segment)), (spec.groups, spec.n)
+
+
+def _tpu(spec: Spec) -> Stored:
+    return (NATIVE[spec.bits], (spec.tiled_k, spec.tiled_n)), (spec.groups, 1, spec.tiled_n)
+
+
+def _hopper(spec: Spec) -> Stored:
+    tiles = spec.tiled_k // LANES, spec.tiled_n // ROWS, words(spec.bits), LANES
+    return (jnp.int32, tiles), (spec.groups, spec.tiled_n)
+
+
 def _widths(*allowed: int, tables: bool = False, lanes: bool = False) -> Callable[[Spec], str | None]:
     def refuses(spec: Spec) -> str | None:
         if spec.bits not in allowed:
@@ -190,9 +212,12 @@ def _widths(*allowed: int, tables: bool = False, lanes: bool = False) -> Callabl
 
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
-        "plain": Layout(2, _widths(*range(1, 9), tables=True), _store_plain, _load_plain),
-        "cpu": Layout(3, _widths(8, 4, 2, tables=True), _store_cpu, _load_cpu),
-        "tpu": Layout(2, _widths(8, 4, 2, lanes=True), _store_tpu, _load_tpu),
-        "hopper": Layout(4, _widths(8, 4, 2, tables=True, lanes=True), _store_hopper, _load_hopper),
+        "plain": Layout(2, _widths(*range(1, 9), tables=True), _store_plain, _load_plain, _plain),
+        "cpu": Layout(3, _widths(8, 4, 2, tables=True), _store_cpu, _load_cpu, _cpu),
+        "tpu": Layout(2, _widths(8, 4, 2, lanes=True), _store_tpu, _load_tpu, _tpu),
+        "hopper": Layout(4, _widths(8, 4, 2, tables=True, lanes=True), _store_hopper, _load_hopper, _hopper),
     }
 )
+
+TILED = ("tpu", "hopper")
+"""Layouts whose scales are there for every column."""

@@ -13,11 +13,12 @@ from kernels_pallas import compat
 from kernels_pallas.backend import Config, Problem
 from kernels_pallas.dispatch import BACKENDS, choose, refusal
 from kernels_pallas.errors import KernelError
-from kernels_pallas.packed import Packed, dequantize
+from kernels_pallas.packed import Packed, check, dequantize
 
 FLOATS = ("float32", "bfloat16", "float16")
 CODES = "int8"
 """Dtype of activations that are rounded already."""
+PLATFORMS = ("cpu", "tpu", "cuda")
 
 
 def quantized_matmul(
@@ -56,13 +57,11 @@ def quantized_matmul(
     Raises:
       KernelError: shapes, dtypes, layout, backend and platform do not go together.
     """
-    if (activation_scale is None) != (str(x.dtype) != CODES):
-        raise KernelError(
-            f"x is {x.dtype} {'without' if activation_scale is None else 'with'} a scale of activations: "
-            "int8 codes and their scales go together"
-        )
     problem = describe(x, packed, activation_bits)
+    _check_scale(x, activation_scale)
     platform = "cuda" if platform == "gpu" else platform or compat.platform()
+    if platform not in PLATFORMS:
+        raise KernelError(f"unknown platform {platform!r}: allowed is {', '.join(PLATFORMS)}")
     if backend == "auto":
         name, config = choose(problem, platform, interpret=interpret)
     elif backend not in BACKENDS:
@@ -70,7 +69,12 @@ def quantized_matmul(
     elif reason := refusal(BACKENDS[backend], problem, platform, interpret):
         raise KernelError(f"backend {backend!r} cannot compute this matmul: {reason}")
     else:
-        name, config = backend, tuned(backend, problem, platform) if config is None else config
+        name, config = backend, tuned(backend, problem, platform) if config is None else tuple(config)
+        if not BACKENDS[name].legal(problem, config):
+            raise KernelError(
+                f"backend {name!r} has no tiles {list(config)} for this matmul: leave `config` out for "
+                f"{list(BACKENDS[name].tiles(problem))}"
+            )
     call = _Call(name, config, problem.activation_bits, interpret, str(x.dtype))
     batch = packed.batch_shape
     flat = x.reshape(*batch, -1, packed.k) if batch else x.reshape(-1, packed.k)
@@ -87,6 +91,24 @@ def tuned(backend: str, problem: Problem, platform: str) -> Config:
     return config if name == backend else BACKENDS[backend].tiles(problem)
 
 
+def _check_scale(x: jax.Array, scale: jax.Array | None) -> None:
+    """Codes have scales, one a token or fewer, and floats none."""
+    if (scale is None) != (str(x.dtype) != CODES):
+        raise KernelError(
+            f"x is {x.dtype} {'without' if scale is None else 'with'} a scale of activations: "
+            "int8 codes and their scales go together"
+        )
+    if scale is None:
+        return
+    want = (*x.shape[:-1], 1)
+    fits = scale.ndim <= x.ndim and all(a in (1, b) for a, b in zip(scale.shape[::-1], want[::-1], strict=False))
+    if not fits or str(scale.dtype) not in FLOATS:
+        raise KernelError(
+            f"scales of activations are {scale.dtype}{list(scale.shape)}: allowed are floats that broadcast to "
+            f"{list(want)}"
+        )
+
+
 def describe(x: jax.Array | jax.ShapeDtypeStruct, packed: Packed, activation_bits: int | None) -> Problem:
     """The problem that these arguments pose.
 
@@ -97,6 +119,7 @@ def describe(x: jax.Array | jax.ShapeDtypeStruct, packed: Packed, activation_bit
         raise KernelError(f"x is {x.dtype}: allowed are {', '.join(FLOATS)}, and int8 codes with their scales")
     if activation_bits not in (None, 8):
         raise KernelError(f"activations of {activation_bits} bits: allowed are 8, or None to leave them as they are")
+    check(packed)
     batch = packed.batch_shape
     front = x.shape[: len(batch)]
     if x.ndim < 1 or x.shape[-1] != packed.k or (batch and (x.ndim != len(batch) + 2 or front != batch)):

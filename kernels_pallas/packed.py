@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from kernels_pallas.bits import pack_bits, planes, unpack_bits
+from kernels_pallas.bits import pack_bits, packed_rows, planes, unpack_bits
 from kernels_pallas.errors import KernelError
-from kernels_pallas.layouts import LAYOUTS, Spec, signed, unsigned
+from kernels_pallas.layouts import LAYOUTS, TILED, Spec, signed, unsigned
 
 MAX_LEVELS = 16
 
@@ -142,6 +142,39 @@ def unpack(packed: Packed) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """
     codes, scales = LAYOUTS[packed.layout].load(packed.codes, packed.scales, packed.spec)
     return codes, scales, zero_points(packed)
+
+
+def check(packed: Packed) -> None:
+    """That the arrays are those which `pack` makes of such a weight.
+
+    Raises:
+      KernelError: the layout is unknown or does not hold the weight, or an array has another shape or dtype.
+    """
+    spec, layout = packed.spec, LAYOUTS.get(packed.layout)
+    if layout is None:
+        raise KernelError(f"unknown layout {packed.layout!r}: allowed is {', '.join(LAYOUTS)}")
+    if refusal := layout.refuses(spec):
+        raise KernelError(f"layout {packed.layout!r} does not hold this weight: {refusal}")
+    batch = packed.batch_shape if packed.codes.ndim >= layout.code_rank else ()
+    (dtype, shape), scales = layout.stored(spec)
+    allowed = {
+        "codes": [(dtype, shape)],
+        "scales": [(None, scales), (None, (*scales[:-1], 1))][: 1 if packed.layout in TILED else 2],
+        "zeros": [(jnp.uint8, (spec.groups, packed_rows(spec.n, spec.bits)))],
+    }
+    for name, wanted in allowed.items():
+        array = getattr(packed, name)
+        fits = lambda dtype, shape, array=array: (
+            array.shape == (*batch, *shape)
+            and (jnp.issubdtype(array.dtype, jnp.floating) if dtype is None else array.dtype == dtype)
+        )
+        if array is not None and not any(fits(*one) for one in wanted):
+            dtype, shape = wanted[0]
+            raise KernelError(
+                f"{name} of a weight [{spec.k}, {spec.n}] of {spec.bits} bits in layout {packed.layout!r} are "
+                f"{array.dtype}{list(array.shape)}: allowed are {'floats' if dtype is None else jnp.dtype(dtype).name}"
+                f"{[*batch, *shape]}; use what `pack` returns"
+            )
 
 
 def zero_points(packed: Packed) -> jax.Array | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -145,6 +146,48 @@ class TestRefusals:
         on("it rounds weights to bfloat16, and the activations are float32", Case(2, 128, 8, 4, x_dtype="float32"))
         on("it adds up rows of 2 groups in one integer", Case(2, 128, 8, 4, 64), activation_bits=8)
         on("values of a table have no integer product", Case(2, 128, 8, 4, nf4=True), activation_bits=8)
+
+    def test_what_pack_would_not_make(self):
+        x, packed, _ = draw(CASE, "plain", 0, exact=True)
+        of = functools.partial(dataclasses.replace, packed)
+        allowed = "in layout 'plain' are uint8[20, 6]: allowed are uint8"
+        whole = f"codes of a weight [40, 6] of 8 bits {allowed}[40, 6]; use what `pack` returns"
+        for odd, match in (
+            (of(layout="gpu"), "^unknown layout 'gpu': allowed is plain, cpu, tpu, hopper$"),
+            (
+                of(bits=9),
+                "^layout 'plain' does not hold this weight: it has 9 bits, allowed are 1, 2, 3, 4, 5, 6, 7, 8$",
+            ),
+            (of(bits=8), f"^{re.escape(whole)}$"),
+            (of(layout="cpu"), r"codes of a .* in layout 'cpu' are uint8\[20, 6\]: allowed are uint8\[2, 6, 16\]"),
+            (of(layout="tpu"), "^layout 'tpu' does not hold this weight: its groups have 16 rows, allowed are mult"),
+            (
+                of(group_size=8),
+                r"^scales of .* are float32\[3, 6\]: allowed are floats\[5, 6\]; use what `pack` returns$",
+            ),
+            (
+                of(scales=packed.scales.astype(jnp.int32)),
+                r"^scales of .* are int32\[3, 6\]: allowed are floats\[3, 6\]",
+            ),
+            (of(zeros=packed.scales), r"^zeros of .* are float32\[3, 6\]: allowed are uint8\[3, 3\]"),
+        ):
+            with pytest.raises(KernelError, match=match):
+                quantized_matmul(x, odd)
+
+    @pytest.mark.parametrize("scale", [jnp.ones(6), jnp.ones((3, 1)), jnp.ones((1, 4, 1)), jnp.ones((4, 1), jnp.int32)])
+    def test_scales_of_activations(self, scale):
+        match = (
+            rf"^scales of activations are {scale.dtype}{re.escape(str(list(scale.shape)))}: allowed are floats that "
+        )
+        self.refused(match + r"broadcast to \[4, 1\]$", x=jnp.zeros((4, 40), jnp.int8), activation_scale=scale)
+
+    def test_tiles(self):
+        case = Case(2, 128, 8, 4)
+        match = r"^backend 'tpu' has no tiles \[8, 100, 100\] for this matmul: leave `config` out for \["
+        self.refused(match, case, "tpu", backend="tpu", config=(8, 100, 100), interpret=True)
+
+    def test_an_unknown_platform(self):
+        self.refused("^unknown platform 'abacus': allowed is cpu, tpu, cuda$", platform="abacus")
 
     def test_a_table_with_rounded_activations(self):
         case = Case(2, 16, 4, 4, 8, nf4=True)
