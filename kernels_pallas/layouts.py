@@ -11,7 +11,8 @@
              k in whole groups of a multiple of 128, n to multiples of 128; scales float32[groups, n].
 
 Codes of integers are stored with an offset in `plain` and `cpu` (0 is the most negative one), as they are elsewhere.
-Padding of `cpu`, `tpu` and `hopper` is what fills the last segment, group or tile up.
+Padding of `cpu`, `tpu` and `hopper` is what fills the last segment, group or tile up, and of the latter two what
+float32 adds to narrower scales (of 16 bits for a group of 128 codes of 4 bits: 3 %).
 """
 
 import dataclasses

@@ -14,7 +14,8 @@ What a scheme with outliers leaves in floating point is multiplied by the dequan
 any.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +29,9 @@ from mpq.activations.apply import RoundedActivation
 from mpq.formats.integer import Integer
 from mpq.trace import Default, Site, Trace
 from mpq.types import MpqError, Params, QTensor, WeightSpec
+
+Multiply = Callable[..., jax.Array]
+"""`quantized_matmul` on the backend and platform that were asked for."""
 
 MAX_TABLE_BITS = 4
 
@@ -69,6 +73,7 @@ def evaluate_packed(
     activation_bits: int | None = None,
     activations: Sequence[RoundedActivation] = (),
     backend: str = "auto",
+    platform: str | None = None,
 ) -> Any:
     """What the model returns with its weights packed. Pure: use it under `jit`.
 
@@ -80,6 +85,7 @@ def evaluate_packed(
       activation_bits: 8 rounds inputs of integer weights to int8 by token; None leaves them as they are.
       activations: rows that a plan rounds, with their static ranges; for them `activation_bits` says nothing.
       backend: as `quantized_matmul` takes it.
+      platform: likewise.
 
     Raises:
       MpqError: a parameter is missing; inputs or parameters differ from what was traced.
@@ -99,6 +105,7 @@ def evaluate_packed(
     read = {one.spec.at: one for one in activations if one.spec.kind == "activation"}
     cached = {one.spec.at: one for one in activations if one.spec.kind == "kv"}
     windows = traced.inputs.shape[0] if activations else 1
+    multiply = functools.partial(quantized_matmul, backend=backend, platform=platform)
 
     def replace(site: Site, x: jax.Array, w: jax.Array, default: Default) -> jax.Array:
         if site.use.kind == "embedding":
@@ -119,16 +126,15 @@ def evaluate_packed(
             one = (lambda array: array) if weight.batch_shape else (lambda array: array[0])
             rows = one(site.inputs_matrix(x) if codes is None else codes)
             beside = None if codes is None or row is None else _outliers(site, x, row, windows)
-            y = quantized_matmul(
+            y = multiply(
                 rows,
                 weight,
                 activation_bits=bits,
                 activation_scale=None if scale is None else one(scale),
-                backend=backend,
                 out_dtype=site.output.dtype if beside is None else jnp.float32,
             )
             if beside is not None:
-                y = _add_outliers(y, one(beside), weight, backend).astype(site.output.dtype)
+                y = _add_outliers(y, one(beside), weight, multiply).astype(site.output.dtype)
             y = site.from_outputs_matrix(y if weight.batch_shape else y[None])
         if (part := cached.get(site.spec.path)) is not None:
             y = site.from_outputs_matrix(part(site.outputs_matrix(y), windows))
@@ -176,9 +182,9 @@ def _outliers(site: Site, x: jax.Array, row: RoundedActivation, windows: int) ->
     return site.inputs_matrix(view.invert(row.outliers(view(x), windows)))
 
 
-def _add_outliers(y: jax.Array, outliers: jax.Array, weight: Packed, backend: str) -> jax.Array:
+def _add_outliers(y: jax.Array, outliers: jax.Array, weight: Packed, multiply: Multiply) -> jax.Array:
     """`float32[..., n]`: `y` and the product of outliers with the dequantized weight, computed where there are any."""
-    product = lambda: quantized_matmul(outliers, weight, backend=backend, out_dtype=jnp.float32)
+    product = lambda: multiply(outliers, weight, out_dtype=jnp.float32)
     return jax.lax.cond(jnp.any(outliers != 0), lambda: y + product(), lambda: y)
 
 

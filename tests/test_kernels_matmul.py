@@ -221,6 +221,14 @@ class TestTheChoice:
         assert choose(PROBLEM, "tpu", ()) == ("tpu", tiles(PROBLEM))
         assert choose(dataclasses.replace(PROBLEM, layout="cpu", m=512), "cpu", ())[0] == "cpu"
 
+    def test_a_kernel_that_is_predicted_to_be_slower_than_dequantizing_first_is_not_taken(self):
+        """Sums of every group cost more than the whole weight in float32 where tokens are many."""
+        many = dataclasses.replace(PROBLEM, m=4096, activation_bits=8)
+        predicted = {name: BACKENDS[name].seconds(many, device("tpu", "tpu")) for name in ("tpu", "reference")}
+        assert predicted["reference"] < predicted["tpu"]
+        assert choose(many, "tpu", ()) == ("reference", ())
+        assert choose(dataclasses.replace(many, m=16), "tpu", ())[0] == "tpu"
+
     def test_entries_of_backends_that_cannot_run_here_are_not_taken(self):
         assert choose(dataclasses.replace(PROBLEM, bits=8), "tpu", self.entries)[0] == "tpu"
         assert choose(PROBLEM, "cuda", self.entries)[0] == "reference"

@@ -137,10 +137,12 @@ def test_the_cpu_layout_takes_the_same_bits_where_segments_are_whole():
     assert sizes["cpu"] == sizes["plain"] == 256 * 64 * 4 + 4 * 64 * 32
 
 
-def test_the_accelerators_layouts_take_the_same_bits_where_tiles_are_whole():
+def test_the_accelerators_layouts_take_the_same_bits_but_for_scales_in_float32_where_tiles_are_whole():
     codes, scales, _ = weight(4, 256, 128, 128, zeros=False)
+    scheme = parse_scheme("int4_g128")
     for layout in ("tpu", "hopper"):
-        assert pack(codes, scales, bits=4, group_size=128, layout=layout).size_bits == 256 * 128 * 4 + 2 * 128 * 32
+        packed = pack(codes, scales.astype(scheme.scale_dtype), bits=4, group_size=128, layout=layout)
+        assert packed.size_bits == 256 * 128 * 4 + 2 * 128 * 32 == scheme.size_bits(256, 128) + 2 * 128 * 16
 
 
 def test_the_table_is_that_of_the_library():

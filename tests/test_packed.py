@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from kernels_pallas import dequantize, quantized_matmul
 from mpq import packed as packed_module
@@ -79,6 +80,23 @@ def test_a_gpu_gets_tiles_that_are_full(k, n, layout):
     packed = pack_weights(traced.weights, qtensors, platform="gpu")["w"]
     assert packed.layout == layout
     np.testing.assert_array_equal(jax.jit(dequantize)(packed), jax.jit(QTensor.dequantize)(qtensors["w"])[0])
+
+
+@pytest.mark.parametrize(("platform", "kernel", "k"), [("tpu", "tpu_custom_call", 256), ("cuda", "mosaic_gpu", 2048)])
+def test_a_whole_model_lowers_for_accelerators(platform, kernel, k):
+    """Weights that kernels hold go through them, the others through XLA, all in one program; none for tiny weights."""
+    rng = np.random.default_rng(0)
+    schemes = {"a": "int8_channel", "b": "int4_g128", "c": "int3_g64"}
+    params = {name: jnp.asarray(rng.normal(size=(k, k)) / 16, jnp.bfloat16) for name in schemes}
+    x = jnp.asarray(rng.normal(size=(4, k)), jnp.bfloat16)
+    traced = trace(lambda p, x: jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"], params, x)
+    qtensors = Candidates(params, traced.weights, RTN()).choose({n: parse_scheme(s) for n, s in schemes.items()})
+    packed = pack_weights(traced.weights, qtensors, platform)
+    assert [weight.layout == "plain" for weight in packed.values()] == [False, False, True]
+    run = jax.jit(functools.partial(evaluate_packed, traced, platform=platform))
+    lowered = export.export(run, platforms=[platform])({}, packed, x)
+    assert lowered.mlir_module().count(f"custom_call @{kernel}") == 2
+    assert lowered.out_avals[0].shape == (4, k)
 
 
 def test_parameters_that_are_not_packed_are_needed(model):
