@@ -35,10 +35,13 @@ def layouts(case):
 
 def runs():
     """Every backend that runs here, on every case that it takes; the reference on plain weights alone, to save time."""
+    accelerator = {"cuda": [pytest.mark.gpu], "tpu": [pytest.mark.tpu]}.get(platform(), [])
     for name, backend in BACKENDS.items():
-        if backend.interpretable or platform() in backend.platforms:
+        native = platform() in backend.platforms
+        if backend.interpretable or native:
             for case, layout in accepted(name):
-                yield pytest.param(name, case, layout, id=f"{name}-{layout}-{case}")
+                marks = accelerator if native else []
+                yield pytest.param(name, case, layout, id=f"{name}-{layout}-{case}", marks=marks)
 
 
 def call(name, case, x, packed):
