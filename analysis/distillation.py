@@ -22,6 +22,8 @@ INGREDIENTS = {
     "propagated_varied": "codes and scales distilled, on varied text, after QEP",
     "learned": "learned levels to choose from, too, QEP",
     "learned_varied": "the same, codes and scales distilled, on varied text",
+    "guided": "learned levels, and grams of tokens weighted by the end loss, QEP",
+    "guided_varied": "the same, codes and scales distilled, on varied text",
 }
 
 

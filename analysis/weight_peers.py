@@ -24,6 +24,8 @@ INGREDIENTS = {
     "propagated_varied": "mpq, allocated, rounded (QEP) and distilled in {} steps",
     "learned": "mpq, with learned levels, rounded (QEP)",
     "learned_varied": "mpq, with learned levels, rounded (QEP) and distilled in {} steps",
+    "guided": "mpq, with learned levels, rounded (QEP) by end-loss-weighted grams",
+    "guided_varied": "mpq, with learned levels, rounded (QEP) by end-loss-weighted grams and distilled in {} steps",
 }
 
 STRONGEST = tuple(f"AutoRound W{bits}g32" for bits in (2, 3, 4))

@@ -55,7 +55,7 @@ class Options:
       uniform: the first ingredient is the largest of these that fits, the second a choice among them for each weight.
       fine: the third adds these to choose from.
       learned: the ingredients of that name add these, too.
-      ingredients: which of the ten.
+      ingredients: which of the twelve.
       steps: of a distillation.
       windows: of either text, `window` tokens each, `batch_size` a pass.
       sensitivity_windows: of the calibration text, for the table that plans are solved from.
@@ -88,6 +88,8 @@ class Options:
         "propagated_varied",
         "learned",
         "learned_varied",
+        "guided",
+        "guided_varied",
     )
     steps: int = 600
     windows: int = 64
@@ -198,6 +200,14 @@ class Comparison:
         more.options = dataclasses.replace(self.options, fine=(*self.options.fine, *self.options.learned))
         return more
 
+    @functools.cached_property
+    def led(self) -> "Comparison":
+        """The same under the pipeline's own guide."""
+        more = self.guided(Guide())
+        for name in ("table", "fine", "coarse", "learned"):
+            more.__dict__.pop(name, None)
+        return more
+
     def uniform(self, bits: int) -> dict[str, Scheme]:
         """The largest uniform scheme that fits."""
         size = lambda scheme: sum(w.size_bits(scheme) for w in self.weights)
@@ -212,6 +222,8 @@ class Comparison:
             return self.candidates.choose(self.uniform(bits))
         if ingredient == "allocated":
             return self.candidates.choose(self.coarse.at(bits=bits).choice)
+        if ingredient.startswith("guided"):
+            return self.led.plan(ingredient.replace("guided", "learned"), bits)
         if ingredient.startswith("learned"):
             return self.learned.plan(ingredient.replace("learned", "propagated"), bits)
         choice = self.fine.at(bits=bits).choice
