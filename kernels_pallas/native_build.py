@@ -125,13 +125,16 @@ def _steps(command: tuple[str, ...]) -> tuple[list[tuple[str, ...]], tuple[str, 
     """Commands that make object files, and the one that links them, in a scratch folder."""
     family, kernels = _FAMILIES.get((platform.system(), platform.machine()), _OTHERS)
     common = ("-O3", "-fPIC", "-c")
-    kernel = str(SOURCES / "kernel.c")
-    steps = [(*command, *common, "-x", "c", *flags, kernel, "-o", f"{name}.o") for name, flags in kernels.items()]
+    steps = [
+        (*command, *common, "-x", "c", *flags, str(SOURCES / f"{source}.c"), "-o", f"{source}_{name}.o")
+        for source in ("kernel", "panels")
+        for name, flags in kernels.items()
+    ]
     # System headers, of whose warnings nobody wants to read.
     headers = ("-isystem", jax.ffi.include_dir())
     source = str(SOURCES / "ffi.cc")
     steps.append((*command, *common, "-std=c++17", family, *headers, source, "-o", "ffi.o"))
-    objects = [f"{name}.o" for name in (*kernels, "ffi")]
+    objects = [step[-1] for step in steps]
     return steps, (*command, "-shared", *objects, "-o", "native.so")
 
 

@@ -13,13 +13,6 @@
 #define COLUMNS 64  // of a block: so many short segments are long enough to read ahead, and sums stay in a cache
 #define NEAR_BYTES 16384  // activations that are multiplied with all columns of a block before the next ones
 #define TILE 8
-#define JOIN_(a, b) a##_##b
-#define JOIN(a, b) JOIN_(a, b)
-#if defined(__clang__)
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 8")
-#endif
 
 // A segment's activations of one tile in scratch memory: vectors of token 0 to M - 1, the same of the next vector of k,
 // and so on, filled up with zeros. With rounded ones M vectors of int32 precede them.
@@ -46,7 +39,7 @@ INLINE const uint8_t *bytes_of(const Problem *p, int64_t i, int64_t column) {
 }
 
 INLINE VF code_values(VD d, int bits, int shift, Table table) {
-  return bits == 8 ? d_signed(d) : d_look_up(d, shift, table);
+  return bits == 8 ? d_signed(d, 0) : d_look_up(d, shift, table);
 }
 
 // sums[t] += scale * (codes of one field of one column's bytes) . (activations of M tokens, as `Shape` says)
@@ -79,7 +72,7 @@ INLINE void add_integers(int64_t size, const uint8_t *codes, const int8_t *q, VF
   for (int64_t k = 0; k < size; k += BYTES, q += M * BYTES) {
     int64_t rest = size - k;
     VB stored = rest >= BYTES ? b_load(codes + k) : b_load_part(codes + k, rest);
-    VB w = bits == 8 ? b_flip(stored) : b_field(stored, shift, mask);
+    VB w = bits == 8 ? b_flip(stored, FLIP) : b_field(stored, shift, mask);
     UNROLL for (int t = 0; t < M; ++t) {
       VB x = b_load(q + t * BYTES);
       part[t] = bits == 8 ? i_dot8(part[t], w, x) : i_dot(part[t], w, x);
@@ -136,11 +129,12 @@ INLINE void block(const Problem *p, int64_t first, int64_t last, int64_t token, 
 TILES(floats, 0)
 TILES(integers, 1)
 
-static void columns(const Problem *p, int64_t begin, int64_t end) {
-  for (int64_t first = begin; first < end; first += COLUMNS)
+static void multiply(const Problem *p, Part part, void *own) {
+  (void)own;
+  for (int64_t first = part.column; first < part.columns_end; first += COLUMNS)
     for (int64_t token = 0, tokens; token < p->m; token += tokens) {
       tokens = tile_of(p->m - token);
-      (p->q ? integers : floats)(p, first, min(first + COLUMNS, end), token, tokens);
+      (p->q ? integers : floats)(p, first, min(first + COLUMNS, part.columns_end), token, tokens);
     }
 }
 
@@ -177,5 +171,7 @@ static int supported(void) { return SUPPORTED; }
 
 #define STRING_(a) #a
 #define STRING(a) STRING_(a)
+extern const Way JOIN(mpq_many, ISA);
 extern const Kernel JOIN(mpq_kernel, ISA);
-const Kernel JOIN(mpq_kernel, ISA) = {STRING(ISA), supported, scratch_bytes, prepare, columns};
+const Kernel JOIN(mpq_kernel, ISA) = {
+    STRING(ISA), supported, {scratch_bytes, prepare, 0, multiply}, &JOIN(mpq_many, ISA), MANY};
