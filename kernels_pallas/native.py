@@ -19,7 +19,7 @@ from kernels_pallas.native_build import TARGET, Library, library
 from kernels_pallas.packed import MAX_LEVELS, Packed
 
 TILE = 8
-"""Tokens that share one unpacking."""
+"""Tokens that share one unpacking, where they are few."""
 
 
 def matmul(x: jax.Array, packed: Packed, isa: str = "", least: int = 0) -> jax.Array:
@@ -79,8 +79,8 @@ def _refuses(problem: Problem) -> str | None:
 
 
 def _seconds(problem: Problem, device: Device) -> float:
-    """Roofline, and unpacking for every tile of tokens, in registers, much faster than XLA's."""
-    unpack = problem.batch * -(-problem.m // TILE) * problem.k * problem.n / (16 * device.unpack)
+    """Roofline, and unpacking, much faster than XLA's: in registers for a tile of tokens, or into a cache for all."""
+    unpack = problem.batch * min(-(-problem.m // TILE), 2) * problem.k * problem.n / (16 * device.unpack)
     return device.seconds(problem.num_bytes, problem.macs, dot_type(problem)) + unpack
 
 

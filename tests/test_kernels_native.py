@@ -17,6 +17,7 @@ from kernels_pallas import BACKENDS, KernelError, native, native_build, pack, qu
 from kernels_pallas.cases import CONFORMANCE, Case, draw
 from kernels_pallas.dispatch import choose
 from kernels_pallas.matmul import describe
+from tests.conformance.test_every_kernel import MUTANTS
 from tests.kernel_cases import check
 
 FOUND = native_build.library()
@@ -61,12 +62,29 @@ def test_every_instruction_set_equals_the_oracle_with_many_tokens(case):
     check_all(case, MANY)
 
 
+@needs_library
+@pytest.mark.parametrize("activation_bits", [None, 8])
+def test_broken_weights_are_found_with_many_tokens(activation_bits):
+    case = Case(13, 256, 40, 4, 64, activation_bits, zeros=True, x_dtype="float32")
+    backend = native_backend(KERNELS[0], MANY)
+    run = jax.jit(lambda x, packed: backend(x, packed, activation_bits))
+    check(run, case, "cpu", exact=True)
+    for mutant in MUTANTS[: 4 if activation_bits else None]:  # rounding again would hide what the last one does
+        with pytest.raises(AssertionError):
+            check(functools.partial(mutant, run), case, "cpu", exact=True)
+
+
+def native_backend(isa, least):
+    run = lambda x, packed, config, interpret: native.matmul(x, packed, isa, least)
+    return dataclasses.replace(BACKENDS["native"], run=run)
+
+
 def check_all(case, least):
     """All instruction sets in one function, which is compiled once."""
-    backend = lambda isa: dataclasses.replace(
-        BACKENDS["native"], run=lambda x, packed, config, interpret: native.matmul(x, packed, isa, least)
+    backends = {isa: native_backend(isa, least) for isa in KERNELS}
+    run = jax.jit(
+        lambda x, packed: {isa: multiply(x, packed, case.activation_bits) for isa, multiply in backends.items()}
     )
-    run = jax.jit(lambda x, packed: {isa: backend(isa)(x, packed, case.activation_bits) for isa in KERNELS})
     for isa in KERNELS:
         # Longer sums of integers are not exact in float32.
         for exact in (True, False) if case.k << case.bits < 2**18 else (False,):

@@ -116,7 +116,7 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes, 
   auto found = std::find_if(kernels.begin(), kernels.end(), named);
   if (found == kernels.end()) return ffi::Error::InvalidArgument("this machine has no " + std::string(isa));
   const int64_t k = p.stride * p.segment * 8 / p.bits;
-  const bool many = k > 0 && p.m >= (least ? least : (*found)->least);
+  const bool many = k > 0 && p.m >= (least ? least : (*found)->least(&p));
   const Way &way = *(work->way = many ? (*found)->many : &(*found)->few);
   Buffer shared;
   p.scratch = shared.Get(way.shared_bytes(&p));

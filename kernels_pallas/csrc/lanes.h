@@ -3,13 +3,17 @@
 // Floats: `VF` of LANES. Codes beside them: `VD`, LANES bytes widened to 32 bits; the shift of a field leaves higher
 // fields above it, which a table of 16 entries with repeated values need not know of.
 // Bytes: `VB` of BYTES = 4 * LANES. Sums: `VI` of LANES int32; lane l adds up the products of bytes 4 l to 4 l + 3.
-// `FLIP` is what is added to a code of 8 bits to make an operand of `i_dot8`, `X_FLIP` to an activation for `i_quad`.
+// `FLIP`: added to a code of 8 bits to make an operand of `i_dot8`; `X_FLIP`: to an activation, for `i_quad`.
+// `TOKENS`: of a tile of floats in panels.c, as many as registers hold with two vectors of columns. `MANY_OF_BYTES`,
+// `MANY_OF_FLOATS`: tokens from which that is the faster way, measured for AVX-512 and AVX2, guessed for the rest.
+// `KEEP` makes a variable be in a register.
 #ifndef MPQ_LANES_H
 #define MPQ_LANES_H
 
 #include <stdint.h>
 
 #define INLINE static inline __attribute__((always_inline))
+INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
 #if defined(__clang__)
@@ -22,8 +26,9 @@
 #include <immintrin.h>
 
 #define ISA avx512
+#define MANY_OF_BYTES 4
+#define MANY_OF_FLOATS 12
 #define TOKENS 12
-#define MANY 16
 #define LANES 16
 #define FLIP 128
 #define X_FLIP 128
@@ -47,6 +52,7 @@ INLINE float f_sum(VF a) { return _mm512_reduce_add_ps(a); }
 INLINE __m128i part16(const uint8_t *p, int64_t n) { return _mm_maskz_loadu_epi8((__mmask16)((1u << n) - 1), p); }
 INLINE VD d_load(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
 INLINE VD d_load_part(const uint8_t *p, int64_t n) { return _mm512_cvtepu8_epi32(part16(p, n)); }
+INLINE VF d_bytes(const void *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p))); }
 INLINE Table t_load(const float *p) { Table t = {_mm512_loadu_ps(p)}; return t; }
 INLINE VF d_look_up(VD d, int shift, Table t) {
   return _mm512_permutexvar_ps(_mm512_srli_epi32(d, (unsigned)shift), t.values);
@@ -63,27 +69,6 @@ INLINE VB b_field(VB b, int shift, VB mask) { return _mm512_and_si512(_mm512_srl
 INLINE VB b_minus(VB a, VB b) { return _mm512_sub_epi8(a, b); }
 INLINE VB b_flip(VB b, uint8_t a) { return _mm512_xor_si512(b, b_all(a)); }
 INLINE VB b_word(const void *p) { int32_t a; __builtin_memcpy(&a, p, 4); return _mm512_set1_epi32(a); }
-INLINE void b_transpose(VB w[16]) {
-  VB pairs[16], fours[16];
-  for (int i = 0; i < 16; i += 2) {
-    pairs[i] = _mm512_unpacklo_epi32(w[i], w[i + 1]);
-    pairs[i + 1] = _mm512_unpackhi_epi32(w[i], w[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) UNROLL for (int j = 0; j < 2; ++j) {
-    fours[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + 2 + j]);
-    fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + 2 + j]);
-  }
-  // fours[i + j] has words j, 4 + j, 8 + j, 12 + j of rows i to i + 3.
-  for (int j = 0; j < 4; ++j) {
-    VB a = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0x88), b = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0xdd);
-    VB c = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0x88);
-    VB d = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0xdd);
-    w[j] = _mm512_shuffle_i32x4(a, c, 0x88);
-    w[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
-    w[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
-    w[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
-  }
-}
 INLINE VI i_load(const int32_t *p) { return _mm512_loadu_si512(p); }
 INLINE void i_store(int32_t *p, VI a) { _mm512_storeu_si512(p, a); }
 INLINE VI i_zero(void) { return _mm512_setzero_si512(); }
@@ -99,8 +84,9 @@ INLINE VI i_quad(VI sum, VB x, VB codes, int bits) { (void)bits; return i_dot(su
 #include <immintrin.h>
 
 #define ISA avx2
+#define MANY_OF_BYTES 12
+#define MANY_OF_FLOATS 24
 #define TOKENS 6
-#define MANY 16
 #define LANES 8
 #define FLIP 0
 #define X_FLIP 128
@@ -129,6 +115,7 @@ INLINE float f_sum(VF a) {
 }
 
 INLINE VD d_load(const uint8_t *p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
+INLINE VF d_bytes(const void *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p))); }
 INLINE VD d_load_part(const uint8_t *p, int64_t n) {
   uint8_t whole[8] = {0};
   for (int64_t i = 0; i < n; ++i) whole[i] = p[i];
@@ -175,7 +162,8 @@ INLINE VI i_dot8(VI sum, VB codes, VB x) {
 }
 INLINE VI i_quad(VI sum, VB x, VB codes, int bits) {
   if (bits < 8) return i_dot(sum, x, codes);  // 2 * 255 * 8 fit, too
-  VI even = _mm256_madd_epi16(_mm256_and_si256(x, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(codes, 8), 8));
+  VI codes_of_even = _mm256_srai_epi16(_mm256_slli_epi16(codes, 8), 8);
+  VI even = _mm256_madd_epi16(_mm256_and_si256(x, _mm256_set1_epi16(255)), codes_of_even);
   return i_add(sum, i_add(even, _mm256_madd_epi16(_mm256_srli_epi16(x, 8), _mm256_srai_epi16(codes, 8))));
 }
 
@@ -190,8 +178,9 @@ INLINE VI i_quad(VI sum, VB x, VB codes, int bits) {
 #define SUPPORTED 1
 #endif
 #define LANES 4
+#define MANY_OF_BYTES 12
+#define MANY_OF_FLOATS 24
 #define TOKENS 12
-#define MANY 16
 #define FLIP 0
 #define X_FLIP 0
 
@@ -238,6 +227,8 @@ INLINE VF d_look_up(VD d, int shift, Table t) {
   return (VF){t.values[code[0]], t.values[code[1]], t.values[code[2]], t.values[code[3]]};
 }
 #endif
+
+INLINE VF d_bytes(const uint8_t *p) { return d_signed(d_load(p), 0); }
 
 INLINE VB b_load_part(const void *p, int64_t n) {
   VB whole = {0};
@@ -292,26 +283,5 @@ INLINE VI i_quad(VI sum, VB x, VB codes, int bits) { (void)bits; return i_dot8(s
 #else
 #define KEEP(a)
 #endif
-
-// Word j of columns `first` to `first + LANES - 1`, `last` standing for those behind it, in the lanes of to[j]. A column
-// is `bytes` long, zeros behind them, and begins `stride` bytes after the one before it.
-INLINE void b_columns(VB to[LANES], const uint8_t *from, int64_t stride, int64_t first, int64_t last, int64_t bytes) {
-#if defined(MPQ_AVX512)
-  UNROLL for (int c = 0; c < LANES; ++c) {
-    const uint8_t *column = from + (first + c < last ? first + c : last) * stride;
-    to[c] = bytes < BYTES ? b_load_part(column, bytes) : b_load(column);
-  }
-  b_transpose(to);
-#else
-  uint32_t words[LANES][LANES];
-  for (int c = 0; c < LANES; ++c) {
-    const uint8_t *column = from + (first + c < last ? first + c : last) * stride;
-    uint32_t row[LANES] = {0};
-    __builtin_memcpy(row, column, bytes < BYTES ? bytes : BYTES);
-    for (int j = 0; j < LANES; ++j) words[j][c] = row[j];
-  }
-  for (int j = 0; j < LANES; ++j) to[j] = b_load(words[j]);
-#endif
-}
 
 #endif

@@ -25,8 +25,8 @@ typedef struct {
   int64_t column, columns_end, token, tokens_end;
 } Part;
 
-// One way to multiply: what is done once, with so many bytes of scratch memory; and a part of `y`, with so many bytes of
-// the thread's own.
+// One way to multiply: what is done once, with so many bytes of scratch memory; and a part of `y`, with so many bytes
+// of the thread's own.
 typedef struct {
   int64_t (*shared_bytes)(const Problem *);
   void (*prepare)(const Problem *);
@@ -38,9 +38,9 @@ typedef struct {
 typedef struct {
   const char *name;
   int (*supported)(void);
+  int64_t (*least)(const Problem *);  // tokens for which `many` is the faster one
   Way few;
   const Way *many;
-  int64_t least;  // tokens for which `many` is the faster one
 } Kernel;
 
 #ifdef __cplusplus
