@@ -55,7 +55,7 @@ typedef struct {
 #define FIELD(j) ((j) / M % G)
 #define TOKEN(j) ((j) % M)
 #define FIRST(j) (FIELD(j) == 0 && TOKEN(j) == 0)
-#define SUM(j) sums[COLUMN(j)][TOKEN(j)]
+#define SUM(j) sums[COLUMN(j) * M + TOKEN(j)]
 #define SCALE(j) f_all(a->scales[FIELD(j)][COLUMN(j) * a->scale_step])
 
 // A column's codes of 8 bits lie as far apart as those that use the same lines of the first cache, so they wait in the
@@ -74,7 +74,7 @@ INLINE VF code_values(const uint8_t *p, int64_t rest, int bits, int field, Table
 
 // sums[column][token] += scale * (codes of a column and field) . (activations of a token there)
 INLINE void add_floats(const Operands *a, int bits, int first, Table table, const int M, const int G, const int C,
-                       VF (*sums)[M]) {
+                       VF *sums) {
 #define START(j) VF part##j = f_zero();
 #define STEP(j)                                                                                    \
   if (IS(j)) {                                                                                     \
@@ -96,7 +96,7 @@ INLINE void add_floats(const Operands *a, int bits, int first, Table table, cons
 
 // The same of rounded activations.
 INLINE void add_integers(const Operands *a, int bits, int first, VB mask, const int M, const int G, const int C,
-                         VF (*sums)[M]) {
+                         VF *sums) {
 #define START(j)           \
   VI part##j = i_zero();   \
   if (IS(j) && a->start) part##j = i_load((const int32_t *)(a->start + FIELD(j) * a->x_stride + TOKEN(j) * BYTES));
@@ -123,8 +123,8 @@ INLINE void block(const Problem *p, int64_t first, int64_t last, int64_t token, 
   const int fields = 8 / bits, G = fields * M <= TILE ? fields : TILE / M, C = M * G < 2 ? 4 : TILE / (M * G);
   const char *x = (const char *)p->scratch + token * s.segments * s.segment_bytes;
   const int64_t step = p->scale_columns > 1, near = NEAR_BYTES / M / G / (integer ? 1 : 4);
-  VF sums[COLUMNS / M][M];
-  for (int64_t n = first; n < last; ++n) UNROLL for (int t = 0; t < M; ++t) sums[n - first][t] = f_zero();
+  VF sums[COLUMNS];  // of the first column's tokens, the next one's, and so on
+  for (int64_t t = 0; t < (last - first) * M; ++t) sums[t] = f_zero();
   Table table = t_load(p->levels);
   VB mask = b_all((uint8_t)((1 << bits) - 1));
   for (int64_t i = 0; i < p->stride; ++i)
@@ -137,27 +137,32 @@ INLINE void block(const Problem *p, int64_t first, int64_t last, int64_t token, 
         a.start = integer && k == 0 ? start : 0;
         if (f == 0)
           a.ahead = k + near < p->segment ? near : i + 1 < p->stride ? p->n * p->segment - k : C * p->segment;
-        for (int64_t n = first, count; n < last; n += count) {
-          count = n + C <= last ? C : 1;
-          VF spare[4][M], (*to)[M] = sums + (n - first);
-          if (count < C) {  // one column as if it were all of them
-            UNROLL for (int t = 0; t < M; ++t) spare[0][t] = to[0][t];
-            UNROLL for (int c = 1; c < C; ++c) UNROLL for (int t = 0; t < M; ++t) spare[c][t] = f_zero();
-            to = spare;
-            a.stride = a.scale_step = 0;
-          }
-          a.codes = bytes_of(p, i, n) + k;
-          // Segments that only fill bytes meet zeros, whatever their scale.
-          UNROLL for (int g = 0; g < G; ++g)
-            a.scales[g] = p->scales + min((f + g) * p->stride + i, p->groups - 1) * p->scale_columns + n * step;
+        a.codes = bytes_of(p, i, first) + k;
+        // Segments that only fill bytes meet zeros, whatever their scale.
+        UNROLL for (int g = 0; g < G; ++g)
+          a.scales[g] = p->scales + min((f + g) * p->stride + i, p->groups - 1) * p->scale_columns + first * step;
+        VF *to = sums;
+        int64_t n = first;
+        for (; n + C <= last; n += C, to += C * M) {
+          UNROLL for (int g = 0; g < G; ++g) __builtin_prefetch(a.scales[g] + p->scale_columns);  // the next row's
           if (integer) add_integers(&a, bits, f, mask, M, G, C, to);
           else add_floats(&a, bits, f, table, M, G, C, to);
-          if (count < C) UNROLL for (int t = 0; t < M; ++t) sums[n - first][t] = spare[0][t];
+          a.codes += C * p->segment;
+          UNROLL for (int g = 0; g < G; ++g) a.scales[g] += C * step;
+        }
+        for (a.stride = a.scale_step = 0; n < last; ++n, to += M) {  // the rest, one column as if it were all of them
+          VF spare[TILE];
+          UNROLL for (int t = 0; t < TILE; ++t) spare[t] = t < M ? to[t] : f_zero();
+          if (integer) add_integers(&a, bits, f, mask, M, G, C, spare);
+          else add_floats(&a, bits, f, table, M, G, C, spare);
+          UNROLL for (int t = 0; t < M; ++t) to[t] = spare[t];
+          a.codes += p->segment;
+          UNROLL for (int g = 0; g < G; ++g) a.scales[g] += step;
         }
       }
     }
   for (int64_t n = first; n < last; ++n)
-    UNROLL for (int t = 0; t < M; ++t) p->y[(token + t) * p->n + n] = f_sum(sums[n - first][t]);
+    UNROLL for (int t = 0; t < M; ++t) p->y[(token + t) * p->n + n] = f_sum(sums[(n - first) * M + t]);
 }
 
 #define WIDTHS(M)                                                     \

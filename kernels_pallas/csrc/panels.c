@@ -50,6 +50,7 @@ static Slab largest_slab(const Problem *p) {
 INLINE VF scales_of(const Problem *p, int64_t group, int64_t column, int64_t count) {
   const float *from = p->scales + group * p->scale_columns;
   if (p->scale_columns == 1) return f_all(*from);
+  __builtin_prefetch(from + column + WIDE);
   return count <= 0 ? f_zero() : count < LANES ? f_load_part(from + column, count) : f_load(from + column);
 }
 
