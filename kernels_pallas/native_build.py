@@ -1,6 +1,6 @@
 """`csrc` as a library of this machine: compiled when it is first wanted, kept in the user's cache, loaded once.
 
-The compiler is `$CXX`, or `c++`, `g++` or `clang++` of the PATH; XLA's headers come with jaxlib. `kernel.c` is compiled
+The compiler is `$CXX`, or `c++`, `g++` or `clang++` of the PATH; XLA's headers come with jaxlib. The C is compiled
 once for every instruction set of the processor's family and the library chooses among them as it is loaded, so one file
 serves every machine of the family that shares a home folder. Where there is no compiler, or it fails, there is a reason
 instead, and whoever asks does without. `MPQ_NATIVE=0` asks for that.
@@ -26,11 +26,11 @@ TARGET = "mpq_matmul"
 
 SOURCES = Path(__file__).parent / "csrc"
 
-# Of kernel.c, by family of processors: name -> flags.
+# Of kernel.c and panels.c, by family of processors: name -> flags.
 _X86 = {
     "avx512": ("-DMPQ_AVX512", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mavx2", "-mfma"),
     "avx2": ("-DMPQ_AVX2", "-mavx2", "-mfma"),
-    "base": (),
+    "base": ("-O2",),  # others are taken where time matters, and it would take longest to compile
 }
 _ARM = {"dotprod": ("-DMPQ_DOTPROD", "-march=armv8.2-a+dotprod"), "base": ()}
 _FAMILIES = {
