@@ -1,9 +1,10 @@
-"""CPUs, in C: few tokens times packed weights, read once, with the vector instructions that the machine has.
+"""CPUs, in C: packed weights read once, with the vector instructions that the machine has.
 
 XLA on CPUs has no fast product of one token with int8, and writes unpacked weights to memory before it multiplies them.
-`csrc/kernel.c` unpacks into registers, in AVX-512 with VNNI, AVX2, NEON or what the compiler makes of plain vectors.
-`native_build` compiles it where there is a compiler; elsewhere this backend refuses and others do the work. Tokens go
-eight by eight, and eight share one unpacking.
+There are two ways, in AVX-512 with VNNI, AVX2, NEON or what the compiler makes of plain vectors. `csrc/kernel.c`, for
+few tokens, unpacks into registers, for eight tokens at a time. `csrc/panels.c`, for many, unpacks a block of columns
+and rows once for all tokens, into memory that stays in a cache: 0.6 MB a thread, and nothing else besides the result.
+`native_build` compiles both where there is a compiler; elsewhere this backend refuses and others do the work.
 """
 
 import jax
@@ -18,16 +19,17 @@ from kernels_pallas.native_build import TARGET, Library, library
 from kernels_pallas.packed import MAX_LEVELS, Packed
 
 TILE = 8
-"""Tokens that share one unpacking."""
+"""Tokens that share one unpacking, where they are few."""
 
 
-def matmul(x: jax.Array, packed: Packed, isa: str = "") -> jax.Array:
+def matmul(x: jax.Array, packed: Packed, isa: str = "", least: int = 0) -> jax.Array:
     """`float32[m, n]`, as `backend.Run` says.
 
     Args:
       x: floats or int8 `[m, k]`.
       packed: of layout `cpu`, without batch axes.
       isa: instruction set, one of `library().kernels`; empty: the first.
+      least: tokens for which the second way is taken; 0: as many as make it the faster one on this instruction set.
 
     Raises:
       KernelError: there is no library.
@@ -39,7 +41,15 @@ def matmul(x: jax.Array, packed: Packed, isa: str = "") -> jax.Array:
     whole = jnp.pad(x, ((0, 0), (0, spec.segments * spec.segment - spec.k)))
     out = jax.ShapeDtypeStruct((x.shape[0], spec.n), jnp.float32)
     call = jax.ffi.ffi_call(TARGET, out, vmap_method="sequential")
-    return call(whole, packed.codes, plain_scales(packed), _values(packed), bits=np.int64(packed.bits), isa=isa)
+    return call(
+        whole,
+        packed.codes,
+        plain_scales(packed),
+        _values(packed),
+        bits=np.int64(packed.bits),
+        isa=isa,
+        least=np.int64(least),
+    )
 
 
 def _values(packed: Packed) -> np.ndarray:
@@ -69,8 +79,8 @@ def _refuses(problem: Problem) -> str | None:
 
 
 def _seconds(problem: Problem, device: Device) -> float:
-    """Roofline, and unpacking for every tile of tokens, in registers, much faster than XLA's."""
-    unpack = problem.batch * -(-problem.m // TILE) * problem.k * problem.n / (16 * device.unpack)
+    """Roofline, and unpacking, much faster than XLA's: in registers for a tile of tokens, or into a cache for all."""
+    unpack = problem.batch * min(-(-problem.m // TILE), 2) * problem.k * problem.n / (16 * device.unpack)
     return device.seconds(problem.num_bytes, problem.macs, dot_type(problem)) + unpack
 
 

@@ -1,6 +1,6 @@
 """`csrc` as a library of this machine: compiled when it is first wanted, kept in the user's cache, loaded once.
 
-The compiler is `$CXX`, or `c++`, `g++` or `clang++` of the PATH; XLA's headers come with jaxlib. `kernel.c` is compiled
+The compiler is `$CXX`, or `c++`, `g++` or `clang++` of the PATH; XLA's headers come with jaxlib. The C is compiled
 once for every instruction set of the processor's family and the library chooses among them as it is loaded, so one file
 serves every machine of the family that shares a home folder. Where there is no compiler, or it fails, there is a reason
 instead, and whoever asks does without. `MPQ_NATIVE=0` asks for that.
@@ -26,11 +26,11 @@ TARGET = "mpq_matmul"
 
 SOURCES = Path(__file__).parent / "csrc"
 
-# Of kernel.c, by family of processors: name -> flags.
+# Of kernel.c and panels.c, by family of processors: name -> flags.
 _X86 = {
     "avx512": ("-DMPQ_AVX512", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mavx2", "-mfma"),
     "avx2": ("-DMPQ_AVX2", "-mavx2", "-mfma"),
-    "base": (),
+    "base": ("-O2",),  # others are taken where time matters, and it would take longest to compile
 }
 _ARM = {"dotprod": ("-DMPQ_DOTPROD", "-march=armv8.2-a+dotprod"), "base": ()}
 _FAMILIES = {
@@ -125,13 +125,16 @@ def _steps(command: tuple[str, ...]) -> tuple[list[tuple[str, ...]], tuple[str, 
     """Commands that make object files, and the one that links them, in a scratch folder."""
     family, kernels = _FAMILIES.get((platform.system(), platform.machine()), _OTHERS)
     common = ("-O3", "-fPIC", "-c")
-    kernel = str(SOURCES / "kernel.c")
-    steps = [(*command, *common, "-x", "c", *flags, kernel, "-o", f"{name}.o") for name, flags in kernels.items()]
+    steps = [
+        (*command, *common, "-x", "c", *flags, str(SOURCES / f"{source}.c"), "-o", f"{source}_{name}.o")
+        for source in ("kernel", "panels")
+        for name, flags in kernels.items()
+    ]
     # System headers, of whose warnings nobody wants to read.
     headers = ("-isystem", jax.ffi.include_dir())
     source = str(SOURCES / "ffi.cc")
     steps.append((*command, *common, "-std=c++17", family, *headers, source, "-o", "ffi.o"))
-    objects = [f"{name}.o" for name in (*kernels, "ffi")]
+    objects = [step[-1] for step in steps]
     return steps, (*command, "-shared", *objects, "-o", "native.so")
 
 

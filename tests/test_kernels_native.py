@@ -17,10 +17,12 @@ from kernels_pallas import BACKENDS, KernelError, native, native_build, pack, qu
 from kernels_pallas.cases import CONFORMANCE, Case, draw
 from kernels_pallas.dispatch import choose
 from kernels_pallas.matmul import describe
+from tests.conformance.test_every_kernel import MUTANTS
 from tests.kernel_cases import check
 
 FOUND = native_build.library()
 needs_library = pytest.mark.skipif(isinstance(FOUND, str), reason=f"no native kernels: {FOUND}")
+FEW, MANY = 10**6, 1
 KERNELS = () if isinstance(FOUND, str) else FOUND.kernels
 
 # Beside the common list: all tiles of tokens at once, segments longer than what is kept near, and tails of every kind.
@@ -31,18 +33,62 @@ MORE = (
     Case(2, 66, 5, 2, 33, zeros=True, x_dtype="float32"),
     Case(1, 1030, 67, 4, nf4=True, x_dtype="float32"),
 )
+# For the way of many tokens: tiles of every size, some columns behind the last whole panel, slabs of several rows of
+# bytes and of parts of one, words that end within a group, segments that only fill bytes, several blocks of columns.
+PANELS = (
+    Case(25, 300, 97, 4, 32, zeros=True, x_dtype="float32"),
+    Case(13, 1100, 33, 8, activation_bits=8),
+    Case(9, 610, 70, 4, 33, activation_bits=8, x_dtype="float32"),
+    Case(19, 2500, 31, 4, activation_bits=8, x_dtype="float32"),
+    Case(17, 1200, 45, 2, 64, activation_bits=8, zeros=True),
+    Case(14, 700, 50, 2, x_dtype="float32"),
+    Case(16, 330, 600, 8, 66, x_dtype="float32"),
+    Case(8, 90, 1100, 4, 30, activation_bits=8, x_dtype="float32"),
+    Case(6, 420, 40, 4, 70, nf4=True, x_dtype="float32"),
+    Case(24, 50, 64, 8, 1, activation_bits=8, x_dtype="float32"),
+)
 HELD = [case for case in (*CONFORMANCE, *MORE) if case.bits in (8, 4, 2) and not case.batch]
 
 
 @needs_library
-@pytest.mark.parametrize("isa", KERNELS)
 @pytest.mark.parametrize("case", HELD, ids=str)
-def test_every_instruction_set_equals_the_oracle(isa, case):
-    multiply = lambda x, packed, config, interpret: native.matmul(x, packed, isa)
-    backend = dataclasses.replace(BACKENDS["native"], run=multiply)
-    run = jax.jit(lambda x, packed: backend(x, packed, case.activation_bits))
-    for exact in (True, False) if case.k < 2000 else (False,):  # longer sums of integers are not exact in float32
-        check(run, case, "cpu", exact)
+def test_every_instruction_set_equals_the_oracle_with_few_tokens(case):
+    check_all(case, FEW)
+
+
+@needs_library
+@pytest.mark.parametrize("case", [*HELD, *PANELS], ids=str)
+def test_every_instruction_set_equals_the_oracle_with_many_tokens(case):
+    check_all(case, MANY)
+
+
+@needs_library
+@pytest.mark.parametrize("activation_bits", [None, 8])
+def test_broken_weights_are_found_with_many_tokens(activation_bits):
+    case = Case(13, 256, 40, 4, 64, activation_bits, zeros=True, x_dtype="float32")
+    backend = native_backend(KERNELS[0], MANY)
+    run = jax.jit(lambda x, packed: backend(x, packed, activation_bits))
+    check(run, case, "cpu", exact=True)
+    for mutant in MUTANTS[: 4 if activation_bits else None]:  # rounding again would hide what the last one does
+        with pytest.raises(AssertionError):
+            check(functools.partial(mutant, run), case, "cpu", exact=True)
+
+
+def native_backend(isa, least):
+    run = lambda x, packed, config, interpret: native.matmul(x, packed, isa, least)
+    return dataclasses.replace(BACKENDS["native"], run=run)
+
+
+def check_all(case, least):
+    """All instruction sets in one function, which is compiled once."""
+    backends = {isa: native_backend(isa, least) for isa in KERNELS}
+    run = jax.jit(
+        lambda x, packed: {isa: multiply(x, packed, case.activation_bits) for isa, multiply in backends.items()}
+    )
+    for isa in KERNELS:
+        # Longer sums of integers are not exact in float32.
+        for exact in (True, False) if case.k << case.bits < 2**18 else (False,):
+            check(lambda x, packed, isa=isa: run(x, packed)[isa], case, "cpu", exact)
 
 
 @needs_library
@@ -54,10 +100,18 @@ def test_the_instruction_sets_are_those_of_the_processor():
         run(x, packed).block_until_ready()
 
 
+SHARED = (
+    Case(9, 512, 1500, 4, 64, x_dtype="float32"),
+    Case(2, 1024, 2000, 8, activation_bits=8),
+    Case(40, 512, 1500, 4, 64, x_dtype="float32"),
+    Case(200, 512, 70, 8, activation_bits=8),  # too few columns for all threads, which share out tokens
+)
+
+
 def digest():
     """Of products large enough to be shared out."""
     parts = []
-    for case in (Case(9, 512, 1500, 4, 64, x_dtype="float32"), Case(2, 1024, 2000, 8, activation_bits=8)):
+    for case in SHARED:
         x, packed, _ = draw(case, "cpu", 3, exact=False)
         run = functools.partial(quantized_matmul, activation_bits=case.activation_bits, backend="native")
         parts.append(np.asarray(jax.jit(run)(x, packed), np.float32).tobytes())

@@ -46,11 +46,26 @@ const std::vector<const Kernel *> &Kernels() {
   return here;
 }
 
+// Memory at a multiple of 64 bytes, once it is asked for.
+class Buffer {
+ public:
+  void *Get(int64_t bytes) {
+    if (!memory_) memory_.reset(new char[bytes + 63]);
+    return reinterpret_cast<void *>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) & ~uintptr_t{63});
+  }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+};
+
+int64_t Divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t RoundUp(int64_t a, int64_t b) { return Divide(a, b) * b; }
+
 // One call, shared with threads that may come late, when it is over: those touch nothing but `next`.
 struct Work {
   Problem problem;
-  const Kernel *kernel;
-  int64_t piece, pieces;
+  const Way *way;
+  int64_t columns, column_pieces, tokens, pieces;
   std::atomic<int64_t> next{0};
   std::mutex mutex;
   std::condition_variable finished;
@@ -58,8 +73,12 @@ struct Work {
 
   void Run() {
     int64_t mine = 0;
-    for (int64_t i; (i = next.fetch_add(1)) < pieces; ++mine)
-      kernel->columns(&problem, i * piece, std::min(problem.n, (i + 1) * piece));
+    Buffer own;
+    for (int64_t i; (i = next.fetch_add(1)) < pieces; ++mine) {
+      const int64_t column = i % column_pieces * columns, token = i / column_pieces * tokens;
+      const Part part = {column, std::min(problem.n, column + columns), token, std::min(problem.m, token + tokens)};
+      way->multiply(&problem, part, own.Get(way->own_bytes));
+    }
     if (mine == 0) return;
     std::lock_guard<std::mutex> lock(mutex);
     done += mine;
@@ -73,7 +92,8 @@ struct Work {
 };
 
 ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes, ffi::Buffer<ffi::F32> scales,
-                  ffi::Buffer<ffi::F32> levels, ffi::ResultBuffer<ffi::F32> y, int64_t bits, std::string_view isa) {
+                  ffi::Buffer<ffi::F32> levels, ffi::ResultBuffer<ffi::F32> y, int64_t bits, std::string_view isa,
+                  int64_t least) {
   auto work = std::make_shared<Work>();
   Problem &p = work->problem;
   const bool integer = x.element_type() == ffi::S8;
@@ -95,18 +115,26 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes, 
   auto named = [&](const Kernel *kernel) { return isa.empty() || isa == kernel->name; };
   auto found = std::find_if(kernels.begin(), kernels.end(), named);
   if (found == kernels.end()) return ffi::Error::InvalidArgument("this machine has no " + std::string(isa));
-  work->kernel = *found;
-
-  std::vector<char> scratch(work->kernel->scratch_bytes(&p) + 64);
-  p.scratch = reinterpret_cast<void *>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) & ~uintptr_t{63});
-  work->kernel->prepare(&p);
+  const int64_t k = p.stride * p.segment * 8 / p.bits;
+  const bool many = k > 0 && p.m >= (least ? least : (*found)->least(&p));
+  const Way &way = *(work->way = many ? (*found)->many : &(*found)->few);
+  Buffer shared;
+  p.scratch = shared.Get(way.shared_bytes(&p));
+  way.prepare(&p);
 
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
   // A piece of a million products outweighs handing it out; four for a thread even out what else the machine does.
-  const int64_t least = 1 + (1 << 20) / std::max<int64_t>(1, p.m * p.stride * p.segment * 8 / p.bits);
-  const int64_t even = (p.n + 4 * threads - 1) / (4 * threads);
-  work->piece = (std::max(least, even) + 63) / 64 * 64;
-  work->pieces = (p.n + work->piece - 1) / work->piece;
+  const int64_t smallest = 1 + (1 << 20) / std::max<int64_t>(1, p.m * k);
+  work->columns = RoundUp(std::max(smallest, Divide(p.n, 4 * threads)), 64);
+  work->column_pieces = Divide(p.n, work->columns);
+  work->tokens = std::max<int64_t>(1, p.m);
+  // Tokens are shared out, too, where columns are too few for all threads: so many that unpacking is not most of it.
+  if (many && work->column_pieces < threads) {
+    const int64_t least_tokens = std::max<int64_t>(48, 1 + (1 << 20) / (work->columns * k));
+    const int64_t shares = Divide(threads, std::max<int64_t>(1, work->column_pieces));
+    work->tokens = RoundUp(std::max(least_tokens, Divide(p.m, shares)), 12);
+  }
+  work->pieces = work->column_pieces * Divide(p.m, work->tokens);
   for (int64_t i = 1; i < std::min(threads, work->pieces); ++i) pool.Schedule([work] { work->Run(); });
   work->Run();
   if (work->pieces > 0) work->Wait();
@@ -134,4 +162,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mpq_matmul, Matmul,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("bits")
-                                  .Attr<std::string_view>("isa"));
+                                  .Attr<std::string_view>("isa")
+                                  .Attr<int64_t>("least"));

@@ -1,4 +1,4 @@
-// The matmul, written once over the vectors of lanes.h and compiled once for every instruction set.
+// Few tokens: the matmul, written once over the vectors of lanes.h and compiled once for every instruction set.
 //
 // A row of bytes holds segment f * stride + i in field f. For a block of columns: for every row of bytes, field and
 // column, the segment's codes meet its activations in a vector of partial sums for each token, which the group's scale
@@ -6,20 +6,13 @@
 // results do not depend on threads. Tokens go in tiles of 8, 4, 2 and 1; each reads the weight again, while it is near.
 //
 // Rounded activations: codes of few bits are multiplied as they are stored, unsigned; `prepare` computes what their
-// offset adds to every lane, once, and sums start at the negative of it. Lanes are exact int32, made float32 one by one.
+// offset adds to every lane, once, and sums start at the negative of it. Lanes are exact int32, each made float32.
 #include "problem.h"
 #include "lanes.h"
 
-#define COLUMNS 64  // of a block: so many short segments are long enough to read ahead, and sums stay in a cache
+#define COLUMNS 256  // of a block, over tokens: enough to read short segments ahead, while sums stay in a cache
 #define NEAR_BYTES 16384  // activations that are multiplied with all columns of a block before the next ones
 #define TILE 8
-#define JOIN_(a, b) a##_##b
-#define JOIN(a, b) JOIN_(a, b)
-#if defined(__clang__)
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 8")
-#endif
 
 // A segment's activations of one tile in scratch memory: vectors of token 0 to M - 1, the same of the next vector of k,
 // and so on, filled up with zeros. With rounded ones M vectors of int32 precede them.
@@ -27,7 +20,6 @@ typedef struct {
   int64_t vectors, segments, segment_bytes;  // vectors of k in a segment; bytes of one token's segment
 } Shape;
 
-INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t tile_of(int64_t tokens) { return tokens >= 8 ? 8 : tokens >= 4 ? 4 : tokens >= 2 ? 2 : 1; }
 
 INLINE Shape shape_of(const Problem *p) {
@@ -45,81 +37,132 @@ INLINE const uint8_t *bytes_of(const Problem *p, int64_t i, int64_t column) {
   return p->codes + (i * p->n + column) * p->segment;
 }
 
-INLINE VF code_values(VD d, int bits, int shift, Table table) {
-  return bits == 8 ? d_signed(d) : d_look_up(d, shift, table);
+// `size` bytes of a row, of C columns, the next `stride` further, and what G fields of them meet, from field `first`.
+typedef struct {
+  const uint8_t *codes;
+  int64_t stride, size;
+  int64_t ahead;           // bytes to those that are read soon
+  const char *x, *start;   // activations of the first field, as `Shape` says, and sums to begin with, null for zeros
+  int64_t x_stride;        // bytes to those of the next field
+  const float *scales[4];  // of the first column, in each field
+  int64_t scale_step;      // to the next column
+} Operands;
+
+// Code for each of C * G * M <= 8 sums, in variables of their own: compilers keep those in registers, arrays in memory.
+#define EACH(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+#define IS(j) ((j) < C * G * M)
+#define COLUMN(j) ((j) / (G * M))
+#define FIELD(j) ((j) / M % G)
+#define TOKEN(j) ((j) % M)
+#define FIRST(j) (FIELD(j) == 0 && TOKEN(j) == 0)
+#define SUM(j) sums[COLUMN(j) * M + TOKEN(j)]
+#define SCALE(j) f_all(a->scales[FIELD(j)][COLUMN(j) * a->scale_step])
+
+// A column's codes of 8 bits lie as far apart as those that use the same lines of the first cache, so they wait in the
+// second one.
+INLINE const uint8_t *codes_of(const Operands *a, int column, int64_t k, int bits, int read_ahead) {
+  const uint8_t *codes = a->codes + column * a->stride + k;
+  if (read_ahead && bits == 8) __builtin_prefetch(codes + a->ahead, 0, 2);
+  else if (read_ahead) __builtin_prefetch(codes + a->ahead);
+  return codes;
 }
 
-// sums[t] += scale * (codes of one field of one column's bytes) . (activations of M tokens, as `Shape` says)
-INLINE void add_floats(int64_t size, const uint8_t *codes, const float *x, VF scale, int bits, int shift, Table table,
-                       const int M, const int chains, VF *sums) {
-  VF part[4][TILE];
-  UNROLL for (int c = 0; c < chains; ++c) UNROLL for (int t = 0; t < M; ++t) part[c][t] = f_zero();
-  int64_t k = 0;
-  for (; k + chains * LANES <= size; k += chains * LANES, x += chains * M * LANES)
-    UNROLL for (int c = 0; c < chains; ++c) {
-      VF w = code_values(d_load(codes + k + c * LANES), bits, shift, table);
-      UNROLL for (int t = 0; t < M; ++t) part[c][t] = f_fma(w, f_load(x + (c * M + t) * LANES), part[c][t]);
-    }
-  for (; k < size; k += LANES, x += M * LANES) {
-    int64_t rest = size - k;
-    VF w = code_values(rest >= LANES ? d_load(codes + k) : d_load_part(codes + k, rest), bits, shift, table);
-    UNROLL for (int t = 0; t < M; ++t) part[0][t] = f_fma(w, f_load(x + t * LANES), part[0][t]);
-  }
-  UNROLL for (int t = 0; t < M; ++t) {
-    UNROLL for (int c = 1; c < chains; ++c) part[0][t] = f_add(part[0][t], part[c][t]);
-    sums[t] = f_fma(part[0][t], scale, sums[t]);
-  }
+INLINE VF code_values(const uint8_t *p, int64_t rest, int bits, int field, Table table) {
+  if (bits == 8) return rest >= LANES ? d_bytes(p) : d_signed(d_load_part(p, rest), 0);
+  return d_look_up(rest >= LANES ? d_load(p) : d_load_part(p, rest), field * bits, table);
 }
 
-// The same of rounded activations; `start` are the sums to begin with, null for zeros.
-INLINE void add_integers(int64_t size, const uint8_t *codes, const int8_t *q, VF scale, int bits, int shift, VB mask,
-                         const int M, VF *sums, const int8_t *start) {
-  VI part[TILE];
-  UNROLL for (int t = 0; t < M; ++t) part[t] = start ? i_load((const int32_t *)(start + t * BYTES)) : i_zero();
-  for (int64_t k = 0; k < size; k += BYTES, q += M * BYTES) {
-    int64_t rest = size - k;
-    VB stored = rest >= BYTES ? b_load(codes + k) : b_load_part(codes + k, rest);
-    VB w = bits == 8 ? b_flip(stored) : b_field(stored, shift, mask);
-    UNROLL for (int t = 0; t < M; ++t) {
-      VB x = b_load(q + t * BYTES);
-      part[t] = bits == 8 ? i_dot8(part[t], w, x) : i_dot(part[t], w, x);
-    }
+// sums[column][token] += scale * (codes of a column and field) . (activations of a token there)
+INLINE void add_floats(const Operands *a, int bits, int first, Table table, const int M, const int G, const int C,
+                       VF *sums) {
+#define START(j) VF part##j = f_zero();
+#define STEP(j)                                                                                    \
+  if (IS(j)) {                                                                                     \
+    const uint8_t *codes = codes_of(a, COLUMN(j), k, bits, FIRST(j));                              \
+    VF w = code_values(codes, a->size - k, bits, first + FIELD(j), table);                         \
+    const float *x = (const float *)(a->x + FIELD(j) * a->x_stride) + k * M + TOKEN(j) * LANES;    \
+    part##j = f_fma(w, f_load(x), part##j);                                                        \
+    KEEP(part##j);                                                                                 \
   }
-  UNROLL for (int t = 0; t < M; ++t) sums[t] = f_fma(i_float(part[t]), scale, sums[t]);
+#define ADD(j) \
+  if (IS(j)) SUM(j) = f_fma(part##j, SCALE(j), SUM(j));
+  EACH(START)
+  for (int64_t k = 0; k < a->size; k += LANES) { EACH(STEP) }
+  EACH(ADD)
+#undef START
+#undef STEP
+#undef ADD
 }
 
-// `y[token : token + M, first : last]`, at most COLUMNS of them.
+// The same of rounded activations.
+INLINE void add_integers(const Operands *a, int bits, int first, VB mask, const int M, const int G, const int C,
+                         VF *sums) {
+#define START(j)           \
+  VI part##j = i_zero();   \
+  if (IS(j) && a->start) part##j = i_load((const int32_t *)(a->start + FIELD(j) * a->x_stride + TOKEN(j) * BYTES));
+#define STEP(j)                                                                                    \
+  if (IS(j)) {                                                                                     \
+    const uint8_t *codes = codes_of(a, COLUMN(j), k, bits, FIRST(j));                              \
+    VB stored = a->size - k >= BYTES ? b_load(codes) : b_load_part(codes, a->size - k);            \
+    VB w = bits == 8 ? b_flip(stored, FLIP) : b_field(stored, (first + FIELD(j)) * bits, mask);    \
+    VB x = b_load(a->x + FIELD(j) * a->x_stride + k * M + TOKEN(j) * BYTES);                       \
+    part##j = bits == 8 ? i_dot8(part##j, w, x) : i_dot(part##j, w, x);                            \
+    KEEP(part##j);                                                                                 \
+  }
+#define ADD(j) \
+  if (IS(j)) SUM(j) = f_fma(i_float(part##j), SCALE(j), SUM(j));
+  EACH(START)
+  for (int64_t k = 0; k < a->size; k += BYTES) { EACH(STEP) }
+  EACH(ADD)
+}
+
+// `y[token : token + M, first : last]`, at most COLUMNS / M of them. Eight sums go on at once, of all tokens, of as
+// many fields as that leaves, and of columns: none waits for another, and codes and activations are read less often.
 INLINE void block(const Problem *p, int64_t first, int64_t last, int64_t token, int bits, int integer, const int M) {
   const Shape s = shape_of(p);
+  const int fields = 8 / bits, G = fields * M <= TILE ? fields : TILE / M, C = M * G < 2 ? 4 : TILE / (M * G);
   const char *x = (const char *)p->scratch + token * s.segments * s.segment_bytes;
-  const int64_t step = p->scale_columns > 1, near = NEAR_BYTES / M / (integer ? 1 : 4);
-  VF sums[COLUMNS][M];
-  for (int64_t n = first; n < last; ++n) UNROLL for (int t = 0; t < M; ++t) sums[n - first][t] = f_zero();
+  const int64_t step = p->scale_columns > 1, near = NEAR_BYTES / M / G / (integer ? 1 : 4);
+  VF sums[COLUMNS];  // of the first column's tokens, the next one's, and so on
+  for (int64_t t = 0; t < (last - first) * M; ++t) sums[t] = f_zero();
   Table table = t_load(p->levels);
   VB mask = b_all((uint8_t)((1 << bits) - 1));
   for (int64_t i = 0; i < p->stride; ++i)
-    for (int f = 0; f < 8 / bits; ++f) {
-      const int64_t segment = f * p->stride + i, group = p->groups == 1 ? 0 : segment;
-      if (group >= p->groups) continue;  // it only fills bytes
-      const char *start = x + segment * M * s.segment_bytes, *from = start + (integer ? M * sizeof(VF) : 0);
-      const float *scales = p->scales + group * p->scale_columns;
-      for (int64_t k = 0; k < p->segment; k += near, from += NEAR_BYTES)
-        for (int64_t n = first; n < last; ++n) {
-          const uint8_t *codes = bytes_of(p, i, n) + k;
-          const int64_t size = min(near, p->segment - k);
-          VF scale = f_all(scales[n * step]), *sum = sums[n - first];
-          const uint8_t *ahead = k + near < p->segment ? codes + near : codes - k + p->n * p->segment;
-          for (int64_t b = 0; f == 0 && b < size; b += 64) __builtin_prefetch(ahead + b);
-          if (integer)
-            add_integers(size, codes, (const int8_t *)from, scale, bits, f * bits, mask, M, sum, k ? 0 : (const int8_t *)start);
-          else if (M > 2 || size < 8 * LANES)  // else one chain of additions is slow on its own
-            add_floats(size, codes, (const float *)from, scale, bits, f * bits, table, M, 1, sum);
-          else
-            add_floats(size, codes, (const float *)from, scale, bits, f * bits, table, M, 4 / M, sum);
+    UNROLL for (int f = 0; f < fields; f += G) {
+      const char *start = x + (f * p->stride + i) * M * s.segment_bytes, *from = start + (integer ? M * sizeof(VF) : 0);
+      for (int64_t k = 0; k < p->segment; k += near, from += NEAR_BYTES / G) {
+        Operands a = {.stride = p->segment, .size = min(near, p->segment - k), .scale_step = step};
+        a.x = from;
+        a.x_stride = p->stride * M * s.segment_bytes;
+        a.start = integer && k == 0 ? start : 0;
+        if (f == 0)
+          a.ahead = k + near < p->segment ? near : i + 1 < p->stride ? p->n * p->segment - k : C * p->segment;
+        a.codes = bytes_of(p, i, first) + k;
+        // Segments that only fill bytes meet zeros, whatever their scale.
+        UNROLL for (int g = 0; g < G; ++g)
+          a.scales[g] = p->scales + min((f + g) * p->stride + i, p->groups - 1) * p->scale_columns + first * step;
+        VF *to = sums;
+        int64_t n = first;
+        for (; n + C <= last; n += C, to += C * M) {
+          UNROLL for (int g = 0; g < G; ++g) __builtin_prefetch(a.scales[g] + p->scale_columns);  // the next row's
+          if (integer) add_integers(&a, bits, f, mask, M, G, C, to);
+          else add_floats(&a, bits, f, table, M, G, C, to);
+          a.codes += C * p->segment;
+          UNROLL for (int g = 0; g < G; ++g) a.scales[g] += C * step;
         }
+        for (a.stride = a.scale_step = 0; n < last; ++n, to += M) {  // the rest, one column as if it were all of them
+          VF spare[TILE];
+          UNROLL for (int t = 0; t < TILE; ++t) spare[t] = t < M ? to[t] : f_zero();
+          if (integer) add_integers(&a, bits, f, mask, M, G, C, spare);
+          else add_floats(&a, bits, f, table, M, G, C, spare);
+          UNROLL for (int t = 0; t < M; ++t) to[t] = spare[t];
+          a.codes += p->segment;
+          UNROLL for (int g = 0; g < G; ++g) a.scales[g] += step;
+        }
+      }
     }
   for (int64_t n = first; n < last; ++n)
-    UNROLL for (int t = 0; t < M; ++t) p->y[(token + t) * p->n + n] = f_sum(sums[n - first][t]);
+    UNROLL for (int t = 0; t < M; ++t) p->y[(token + t) * p->n + n] = f_sum(sums[(n - first) * M + t]);
 }
 
 #define WIDTHS(M)                                                     \
@@ -136,11 +179,13 @@ INLINE void block(const Problem *p, int64_t first, int64_t last, int64_t token, 
 TILES(floats, 0)
 TILES(integers, 1)
 
-static void columns(const Problem *p, int64_t begin, int64_t end) {
-  for (int64_t first = begin; first < end; first += COLUMNS)
+static void multiply(const Problem *p, Part part, void *own) {
+  (void)own;
+  const int64_t step = COLUMNS / tile_of(p->m);
+  for (int64_t first = part.column; first < part.columns_end; first += step)
     for (int64_t token = 0, tokens; token < p->m; token += tokens) {
       tokens = tile_of(p->m - token);
-      (p->q ? integers : floats)(p, first, min(first + COLUMNS, end), token, tokens);
+      (p->q ? integers : floats)(p, first, min(first + step, part.columns_end), token, tokens);
     }
 }
 
@@ -175,7 +220,14 @@ static void prepare(const Problem *p) {
 
 static int supported(void) { return SUPPORTED; }
 
+// Short segments leave vectors along k half empty, and columns have no such ends.
+static int64_t least(const Problem *p) {
+  return p->q ? MANY_OF_BYTES : p->segment < 4 * LANES ? MANY_OF_FLOATS / 2 : MANY_OF_FLOATS;
+}
+
 #define STRING_(a) #a
 #define STRING(a) STRING_(a)
+extern const Way JOIN(mpq_many, ISA);
 extern const Kernel JOIN(mpq_kernel, ISA);
-const Kernel JOIN(mpq_kernel, ISA) = {STRING(ISA), supported, scratch_bytes, prepare, columns};
+const Kernel JOIN(mpq_kernel, ISA) = {
+    STRING(ISA), supported, least, {scratch_bytes, prepare, 0, multiply}, &JOIN(mpq_many, ISA)};

@@ -20,14 +20,27 @@ typedef struct {
   void *scratch;         // activations in the order in which they are read, see `prepare`
 } Problem;
 
-// A kernel for one instruction set: which machines have it; what it does once, with so many bytes of scratch memory;
-// and columns `first` to `last` of `y`.
+// A part of `y` that one thread computes.
+typedef struct {
+  int64_t column, columns_end, token, tokens_end;
+} Part;
+
+// One way to multiply: what is done once, with so many bytes of scratch memory; and a part of `y`, with so many bytes
+// of the thread's own.
+typedef struct {
+  int64_t (*shared_bytes)(const Problem *);
+  void (*prepare)(const Problem *);
+  int64_t own_bytes;
+  void (*multiply)(const Problem *, Part, void *own);
+} Way;
+
+// The ways of one instruction set, and which machines have it. `few` takes all tokens in every part.
 typedef struct {
   const char *name;
   int (*supported)(void);
-  int64_t (*scratch_bytes)(const Problem *);
-  void (*prepare)(const Problem *);
-  void (*columns)(const Problem *, int64_t first, int64_t last);
+  int64_t (*least)(const Problem *);  // tokens for which `many` is the faster one
+  Way few;
+  const Way *many;
 } Kernel;
 
 #ifdef __cplusplus
