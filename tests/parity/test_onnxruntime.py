@@ -1,10 +1,12 @@
 """Exported graphs in ONNX Runtime against the dequantized model in JAX: every kind of family, any batch and length."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
@@ -43,6 +45,32 @@ def run(path, inputs: np.ndarray) -> np.ndarray:
     return session.run(None, {given.name: inputs.astype(np.int64) if given.name == "input_ids" else inputs})[0]
 
 
+def optimized(path, folder) -> list[onnx.NodeProto]:
+    """Nodes of the graph that ONNX Runtime runs."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(folder / "optimized.onnx"), 3
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return list(onnx.load(folder / "optimized.onnx").graph.node)
+
+
+def bits_of_matmuls(nodes: Iterable[onnx.NodeProto]) -> dict[str, int]:
+    """Stored codes that `MatMulNBits` reads, and its bits."""
+    read = [node for node in nodes if (node.op_type, node.domain) == ("MatMulNBits", "com.microsoft")]
+    return {node.input[1]: next(a.i for a in node.attribute if a.name == "bits") for node in read}
+
+
+def require_matmuls_of_codes(path, folder, quantized: Exported) -> set[int]:
+    """Every matrix in blocks of 16 rows is multiplied as it is stored, in the file and in what runs; the widths."""
+    bits = {}
+    for spec in quantized.weights:
+        scheme = quantized.qtensors[spec.path].scheme
+        if scheme.group_size == 16 and len(spec.shape) == 2 and {use.kind for use in spec.uses} == {"matmul"}:
+            bits[f"{spec.path}.qvalue"] = scheme.format.bits
+    assert bits_of_matmuls(onnx.load(path).graph.node) == bits
+    assert bits_of_matmuls(optimized(path, folder)) == bits
+    return set(bits.values())
+
+
 @pytest.mark.parametrize("name", [*DECODERS, "bert", *VISION])
 def test_every_kind_of_family(name, tmp_path):
     model = made(name, tmp_path / "model")
@@ -58,6 +86,8 @@ def test_every_kind_of_family(name, tmp_path):
     part = (slice(0, 1), slice(0, 7)) if name in DECODERS else (slice(0, 1),)
     close(run(tmp_path / "model.onnx", inputs[part]), want[part])
     require_equal(load_codes(tmp_path / "model.onnx"), quantized)
+    widths = require_matmuls_of_codes(tmp_path / "model.onnx", tmp_path, quantized)
+    assert widths == {2, 4, 8} or name in VISION
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2", "gemma2"])

@@ -1,11 +1,7 @@
 """Rounded activations in ONNX Runtime against the same model in JAX, and which products are of integers."""
 
-import collections
-
 import jax
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 
 from mpq.activations import parse_activation_scheme
@@ -19,7 +15,7 @@ from mpq.onnx.graph import Graph, Tensor, require_onnx
 from tests import checkpoint_folders as folders
 from tests import tiny
 from tests.command import exit_code
-from tests.parity.test_onnxruntime import exported, run
+from tests.parity.test_onnxruntime import exported, optimized, run
 from tests.runtime_cases import kl_and_agreement, made, message_of, noise, require_equal, rounded_rows, some_inputs
 from tests.vision_cases import CIFAR
 
@@ -50,14 +46,6 @@ INTEGER = {
 """Operations on integers of the graph that ONNX Runtime makes of the file."""
 
 
-def optimized(path, folder) -> collections.Counter:
-    """Operations of the graph that ONNX Runtime runs."""
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath, options.log_severity_level = str(folder / "optimized.onnx"), 3
-    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return collections.Counter(node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_every_kind_of_rounding(case, tmp_path):
     name, weights, activations = CASES[case]
@@ -68,7 +56,7 @@ def test_every_kind_of_rounding(case, tmp_path):
     assert size == (tmp_path / "model.onnx").stat().st_size == size_bytes(quantized, name)
     require_equal(load_codes(tmp_path / "model.onnx"), quantized)
     found = optimized(tmp_path / "model.onnx", tmp_path)
-    assert {kind for kind in found if "Integer" in kind} == INTEGER.get(case, set())
+    assert {node.op_type for node in found if "Integer" in node.op_type} == INTEGER.get(case, set())
     inputs = some_inputs(model, 3, 10)
     want = np.asarray(jax.jit(load(str(tmp_path / "orbax")).apply)(quantized.dequantized(), inputs))
     got = run(tmp_path / "model.onnx", inputs)
