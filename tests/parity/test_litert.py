@@ -22,7 +22,7 @@ from mpq.litert.weights import refusal
 from mpq.models import Model, load
 from mpq.quantize import RTN, Candidates
 from tests import tiny
-from tests.command import exit_code
+from tests.command import exit_code, finished_bars
 from tests.runtime_cases import exported, kl_and_agreement, made, message_of, noise, require_equal, some_inputs
 
 pytestmark = pytest.mark.parity
@@ -84,6 +84,7 @@ def test_the_reference_model_on_held_out_text(root, tmp_path, capsys):
     )
     arguments = ("--to", "litert", "--window", 504, "-o", tmp_path / "model.tflite", "--json")
     assert exit_code("export", tmp_path / "q", *arguments) == 0
+    assert finished_bars(capsys.readouterr().err)["export litert"] > len(quantized.weights)
     text = (root / "mpq/assets/reference_lm/text/test.txt").read_text()
     tokens = np.asarray(model.tokenizer.encode(text[:40_000]).ids[: 8 * 504], np.int32).reshape(8, 504)
     want = np.asarray(jax.jit(model.apply)(quantized.dequantized(), tokens))

@@ -21,7 +21,7 @@ from mpq.onnx.export import save, size_bytes
 from mpq.onnx.weights import refusal
 from mpq.quantize import RTN, Candidates
 from tests import runtime_cases, tiny
-from tests.command import exit_code
+from tests.command import exit_code, finished_bars
 from tests.runtime_cases import VISION, made, message_of, noise, require_equal, some_inputs
 
 pytestmark = pytest.mark.parity
@@ -107,6 +107,8 @@ def test_the_reference_model_on_held_out_text(root, tmp_path, capsys):
     model = load("reference")
     quantized = exported(model, ("int4_g32", "int8_g64_zp", "int2_g16", "int8_channel", "int4_g64_zp"), tmp_path / "q")
     assert exit_code("export", tmp_path / "q", "--to", "onnx", "-o", tmp_path / "model.onnx", "--json") == 0
+    stored = onnx.load(tmp_path / "model.onnx").graph.initializer
+    assert finished_bars(capsys.readouterr().err)["export onnx"] == len(stored)
     text = (root / "mpq/assets/reference_lm/text/test.txt").read_text()
     tokens = np.asarray(model.tokenizer.encode(text[:40_000]).ids[: 8 * 504], np.int32).reshape(8, 504)
     want = np.asarray(jax.jit(model.apply)(quantized.dequantized(), tokens))
