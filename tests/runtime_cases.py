@@ -20,7 +20,7 @@ from mpq.formats.integer import Integer
 from mpq.inputs import Tokens
 from mpq.models import Model, load
 from mpq.types import MpqError, Params, QTensor, Scheme, WeightSpec
-from tests import decoder_cases
+from tests import decoder_cases, vision_cases
 from tests.test_families_encoder import write as write_encoder
 from tests.test_families_vision import write as write_vision
 
@@ -30,7 +30,7 @@ VISION = ("resnet", "resnet_cifar", "mobilenet_v2", "vit")
 
 def made(name: str, folder: Path) -> Model:
     """A tiny random model of a family."""
-    if name in VISION:
+    if name in vision_cases.CASES:
         write_vision(folder, name)
     elif name == "bert":
         write_encoder(folder)

@@ -20,9 +20,9 @@ from mpq.onnx.export import load as load_codes
 from mpq.onnx.export import save, size_bytes
 from mpq.onnx.weights import refusal
 from mpq.quantize import RTN, Candidates
-from tests import runtime_cases, tiny
+from tests import decoder_cases, runtime_cases, tiny, vision_cases
 from tests.command import exit_code, finished_bars
-from tests.runtime_cases import VISION, made, message_of, noise, require_equal, some_inputs
+from tests.runtime_cases import made, message_of, noise, require_equal, some_inputs
 
 pytestmark = pytest.mark.parity
 
@@ -71,7 +71,7 @@ def require_matmuls_of_codes(path, folder, quantized: Exported) -> set[int]:
     return set(bits.values())
 
 
-@pytest.mark.parametrize("name", [*DECODERS, "bert", *VISION])
+@pytest.mark.parametrize("name", [*decoder_cases.CASES, "bert", *vision_cases.CASES])
 def test_every_kind_of_family(name, tmp_path):
     model = made(name, tmp_path / "model")
     quantized = exported(model, SCHEMES, tmp_path / "orbax", noise(model))
@@ -83,11 +83,11 @@ def test_every_kind_of_family(name, tmp_path):
     close = lambda got, want: np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
     close(run(tmp_path / "model.onnx", inputs), want)
     # One file for every batch and length; what a decoder says of a token depends on no later one.
-    part = (slice(0, 1), slice(0, 7)) if name in DECODERS else (slice(0, 1),)
+    part = (slice(0, 1), slice(0, 7)) if name in decoder_cases.CASES else (slice(0, 1),)
     close(run(tmp_path / "model.onnx", inputs[part]), want[part])
     require_equal(load_codes(tmp_path / "model.onnx"), quantized)
     widths = require_matmuls_of_codes(tmp_path / "model.onnx", tmp_path, quantized)
-    assert widths == {2, 4, 8} or name in VISION
+    assert widths == {2, 4, 8} or name not in (*DECODERS, "bert")
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2", "gemma2"])
