@@ -25,7 +25,6 @@ from tests.test_families_encoder import write as write_encoder
 from tests.test_families_vision import write as write_vision
 
 Refusal = Callable[[WeightSpec, Scheme], str | None]
-VISION = ("resnet", "resnet_cifar", "mobilenet_v2", "vit")
 
 
 def made(name: str, folder: Path) -> Model:
