@@ -272,7 +272,8 @@ def export(
     """Write a quantized model for another runtime; every code and scale stays as it is.
 
     A plan that the runtime has no form for is refused before anything is written; `mpq allocate --for` solves for one
-    that it has.
+    that it has. The size that is printed, and that can be known before, is that of the file; of a folder of hf, gptq,
+    gptq_v2, awq or bnb that of model.safetensors, without its config and tokenizer.
 
     Args:
       model: folder that `mpq quantize` wrote.

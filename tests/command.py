@@ -1,5 +1,7 @@
 """The command line as a test types it."""
 
+import re
+
 from mpq import cli
 
 
@@ -10,3 +12,9 @@ def exit_code(*arguments):
     except SystemExit as stop:
         return stop.code
     return 0
+
+
+def finished_bars(err):
+    """Description of every progress bar on standard error that reached its end -> its items."""
+    bars = re.findall(r"^(\S.*?) +━+ (\d+)/(\d+)", err, re.MULTILINE)
+    return {what: int(total) for what, done, total in bars if done == total}

@@ -19,18 +19,17 @@ from mpq.formats import parse_scheme
 from mpq.formats.integer import Integer
 from mpq.inputs import Tokens
 from mpq.models import Model, load
-from mpq.types import MpqError, QTensor, Scheme, WeightSpec
-from tests import decoder_cases
+from mpq.types import MpqError, Params, QTensor, Scheme, WeightSpec
+from tests import decoder_cases, vision_cases
 from tests.test_families_encoder import write as write_encoder
 from tests.test_families_vision import write as write_vision
 
 Refusal = Callable[[WeightSpec, Scheme], str | None]
-VISION = ("resnet", "resnet_cifar", "mobilenet_v2", "vit")
 
 
 def made(name: str, folder: Path) -> Model:
     """A tiny random model of a family."""
-    if name in VISION:
+    if name in vision_cases.CASES:
         write_vision(folder, name)
     elif name == "bert":
         write_encoder(folder)
@@ -113,6 +112,13 @@ def kl_and_agreement(want: np.ndarray, got: np.ndarray) -> tuple[float, float]:
     """Mean KL in nats an output, and how often the first choice is the same."""
     p, q = (np.asarray(jax.nn.log_softmax(jnp.asarray(z, jnp.float32)), np.float64) for z in (want, got))
     return float((np.exp(p) * (p - q)).sum(-1).mean()), float((want.argmax(-1) == got.argmax(-1)).mean())
+
+
+def within_last_bits(apply: Callable[..., jax.Array], params: Params, inputs: np.ndarray) -> np.ndarray:
+    """Outputs with every weight changed by up to half its last bit: another draw of what rounded activations decide."""
+    rng = np.random.default_rng(0)
+    nudge = lambda w: np.asarray(w, np.float32) * (1 + rng.uniform(-1, 1, w.shape) * 2.0**-24).astype(np.float32)
+    return np.asarray(apply({path: nudge(w) for path, w in params.items()}, inputs))
 
 
 def message_of(call: Callable[[], object]) -> str:

@@ -25,7 +25,7 @@ from mpq.models import FAMILIES, load
 from mpq.quantize import RTN, Candidates
 from mpq.types import MpqError
 from tests import tiny
-from tests.command import exit_code
+from tests.command import exit_code, finished_bars
 from tests.gguf_cases import CONFIGS, byte_level, sentencepiece
 
 CONFIG = tiny.CONFIG | {"vocab_size": 288, "tie_word_embeddings": False}
@@ -64,8 +64,10 @@ def exported(quantized) -> Exported:
 def test_the_command_writes_what_the_gguf_package_reads_as_the_model(quantized, exported, tmp_path, capsys):
     out = tmp_path / "model.gguf"
     assert exit_code("export", quantized, "-o", out, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["size_bytes"] == out.stat().st_size == size_bytes(exported, "mix")
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["size_bytes"] == out.stat().st_size == size_bytes(exported, "mix")
     reader = gguf.GGUFReader(out)
+    assert finished_bars(printed.err)["export gguf"] == len(reader.tensors)
     params = exported.dequantized()
     assert {t.name for t in reader.tensors} == {gguf_name(path) for path in params}
     names = {gguf_name(path): path for path in params}

@@ -22,7 +22,7 @@ from mpq.models import load
 from mpq.quantize import RTN, Candidates
 from mpq.types import MpqError
 from tests import tiny
-from tests.command import exit_code
+from tests.command import exit_code, finished_bars
 
 CONFIG = tiny.CONFIG | {"tie_word_embeddings": False, "torch_dtype": "bfloat16"}
 MIXED = ("int4_g16", "int8_channel", "int3_g8_zp", "int2_g16", "int5_channel_zp", "int6_tensor", "bf16", "fp32")
@@ -90,7 +90,9 @@ def test_the_folder_is_read_back_bit_for_bit(quantized, tmp_path, capsys, name):
     out = tmp_path / "folder"
     assert exit_code("export", quantized[name], "--to", name, "-o", out, "--json") == 0
     size = (out / "model.safetensors").stat().st_size
-    assert json.loads(capsys.readouterr().out)["size_bytes"] == size
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["size_bytes"] == size
+    assert list(finished_bars(printed.err)) == [f"export {CONTAINERS[name].name}"]
     exported = orbax.load(quantized[name])
     assert TARGETS[name].size_bytes(exported, "x") == size
     assert_same(exported, load_codes(out))

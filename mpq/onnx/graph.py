@@ -4,7 +4,9 @@ The file is a protocol buffer, so its size follows from the nodes and from shape
 `Graph.size_bytes` counts it without any content.
 """
 
+import contextlib
 import dataclasses
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO
 
@@ -16,6 +18,10 @@ from mpq.types import MpqError
 
 OPSET, CONTRIB = 21, "com.microsoft"
 IR_VERSION = 10
+OLDEST, OLDEST_RUNTIME = (1, 19), (1, 27)
+"""Of onnx, the first that gives int4 and bfloat16 back as arrays of such types (opset 21 came with 1.16). Of
+onnxruntime, the first that computes what is written: 1.22 has no casts of bfloat16, 1.23 no `MatMulNBits` of 2 bits on
+CPUs, and 1.26 makes one of a tied head in blocks that rounds the inputs to int8 (relative error 1e-2)."""
 LIMIT = 2**31 - 1
 """Bytes of a protocol buffer; the large tensors of a larger model lie in a second file."""
 
@@ -198,10 +204,21 @@ def require_onnx() -> Any:
     """The `onnx` package.
 
     Raises:
-      MpqError: it is not installed.
+      MpqError: it is not installed, or is too old, or an onnxruntime too old for its files is installed.
     """
     try:
-        import onnx
+        onnx = importlib.import_module("onnx")
     except ImportError as error:
         raise MpqError("ONNX files are written by the package onnx: pip install 'mpq[onnx]'") from error
+    _require_version("onnx", onnx.__version__, OLDEST, "does not read weights of 4 bits back")
+    with contextlib.suppress(ImportError):  # the file may be for another machine
+        runtime = importlib.import_module("onnxruntime").__version__
+        _require_version("onnxruntime", runtime, OLDEST_RUNTIME, "does not compute all models as they are")
     return onnx
+
+
+def _require_version(package: str, version: str, oldest: tuple[int, int], lacks: str) -> None:
+    if tuple(map(int, version.split(".")[:2])) < oldest:
+        raise MpqError(
+            f"{package} {version} {lacks}, {'.'.join(map(str, oldest))} and later do: pip install --upgrade 'mpq[onnx]'"
+        )

@@ -12,17 +12,21 @@ shapes of the weights lie in the archive beside the program, so that `load` give
 import json
 import os
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mpq.activations.apply import RoundedActivation
 from mpq.export.graphs import described, model_of, open_inputs, require_forms, rounded_rows
 from mpq.export.jaxprs import trace_open
 from mpq.export.orbax import Exported
 from mpq.files import write_bytes
 from mpq.formats import parse_scheme
-from mpq.inputs import Tokens
+from mpq.inputs import Inputs, Tokens
+from mpq.models import Model
+from mpq.progress import track
 from mpq.pt2.activations import refusal as rounding_refusal
 from mpq.pt2.convert import Converter
 from mpq.pt2.graph import EXTRA, Graph, require_torch
@@ -53,7 +57,7 @@ def save(path: str | os.PathLike[str], exported: Exported, name: str) -> int:
 
 
 def size_bytes(exported: Exported, name: str) -> int:
-    """Bytes of what `save` writes. Raises as it does."""
+    """Bytes of what `save` writes, counted by making it: `torch.export` alone knows its program. Raises as it does."""
     return len(_build(exported, name))
 
 
@@ -86,21 +90,35 @@ def _build(exported: Exported, name: str) -> bytes:
     require_forms(exported, "pt2", refusal)
     model = model_of(exported, name)
     rows = rounded_rows(exported, model, "pt2", rounding_refusal)
-    opened = open_inputs(model)
-    shape = opened.shape
+    opened, graph = open_inputs(model), Graph(torch)
+    about: dict[str, Any] = {"model": name, "weights": json.loads(described(exported))}
+    about["activations"] = {row.spec.path: str(row.scheme) for row in rows}
+    steps: list[Callable[[Any], Any]] = [
+        lambda _: _emit(graph, exported, model, rows, opened),
+        lambda result: graph.program(result, *_example(graph, model.inputs, opened.shape)),
+        lambda program: graph.file(program, json.dumps(about, sort_keys=True)),
+    ]
+    made: Any = None
+    for step in track(steps, "export pt2", len(steps)):
+        made = step(made)
+    return made
+
+
+def _emit(graph: Graph, exported: Exported, model: Model, rows: Sequence[RoundedActivation], opened: Any) -> Any:
+    """The whole model in the graph; the node of its output."""
     closed = trace_open(model.apply, model.params, [opened], "batches or lengths, which one program cannot")
-    graph, paths = Graph(torch), sorted(exported.shapes)
     specs = {spec.param: spec for spec in exported.weights}
     params = {path: np.asarray(value) for path, value in exported.params.items()}
-    inputs = model.inputs
-    is_text = isinstance(inputs, Tokens)
-    converter = Converter(graph, specs, exported.qtensors, params, rows)
-    result = converter.run(closed, paths, shape, "input_ids" if is_text else "inputs")
+    given = "input_ids" if isinstance(model.inputs, Tokens) else "inputs"
+    return Converter(graph, specs, exported.qtensors, params, rows).run(
+        closed, sorted(exported.shapes), opened.shape, given
+    )
+
+
+def _example(graph: Graph, inputs: Inputs, shape: Sequence[Any]) -> tuple[Any, dict[int, tuple[str, int, int | None]]]:
+    """An input, and its open axes."""
     dims: dict[int, tuple[str, int, int | None]] = {0: ("batch", 1, None)}
     if isinstance(inputs, Tokens):
         dims[1] = "time", 2, inputs.context
-    dtype = torch.int64 if is_text else graph.dtype(inputs.struct(1).dtype.name)
-    example = torch.zeros([2 if axis in dims else size for axis, size in enumerate(shape)], dtype=dtype)
-    about: dict[str, Any] = {"model": name, "weights": json.loads(described(exported))}
-    about["activations"] = {row.spec.path: str(row.scheme) for row in rows}
-    return graph.file(result, example, dims, json.dumps(about, sort_keys=True))
+    dtype = graph.torch.int64 if isinstance(inputs, Tokens) else graph.dtype(inputs.struct(1).dtype.name)
+    return graph.torch.zeros([2 if axis in dims else size for axis, size in enumerate(shape)], dtype=dtype), dims

@@ -1,7 +1,7 @@
 """A graph of PyTorch under construction: nodes, stored tensors, and dimensions that are known only when it runs.
 
 Nodes are calls of PyTorch's functions in a `torch.fx.Graph`. `torch.export` then records which operators of ATen they
-come to, and `Graph.file` writes that program without where in which file each call was made.
+come to: `Graph.program` is that, without where in which file each call was made, and `Graph.file` writes it.
 """
 
 import importlib
@@ -100,14 +100,13 @@ class Graph:
         """Dimensions."""
         return [self.dim(dim) for dim in dims]
 
-    def file(self, result: Any, example: Any, dims: Mapping[int, tuple[str, int, int | None]], extra: str) -> bytes:
-        """The program as a `.pt2` file; equal graphs give equal bytes.
+    def program(self, result: Any, example: Any, dims: Mapping[int, tuple[str, int, int | None]]) -> Any:
+        """What `torch.export` records of it.
 
         Args:
           result: the output of the model.
           example: an input.
           dims: open axes of the input -> name, least and largest size.
-          extra: text that goes with it, for `load`.
         """
         torch = self.torch
         self._graph.output(result)
@@ -120,8 +119,12 @@ class Graph:
             for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node", "custom"):
                 node.meta.pop(key, None)
         program.graph_module.recompile()
+        return program
+
+    def file(self, program: Any, extra: str) -> bytes:
+        """The program as a `.pt2` file, with a text for `load`; equal programs give equal bytes."""
         written = io.BytesIO()
-        torch.export.save(program, written, extra_files={EXTRA: extra})
+        self.torch.export.save(program, written, extra_files={EXTRA: extra})
         return written.getvalue()
 
     def _tensor(self, array: np.ndarray) -> Any:

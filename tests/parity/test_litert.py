@@ -22,8 +22,17 @@ from mpq.litert.weights import refusal
 from mpq.models import Model, load
 from mpq.quantize import RTN, Candidates
 from tests import tiny
-from tests.command import exit_code
-from tests.runtime_cases import exported, kl_and_agreement, made, message_of, noise, require_equal, some_inputs
+from tests.command import exit_code, finished_bars
+from tests.runtime_cases import (
+    exported,
+    kl_and_agreement,
+    made,
+    message_of,
+    noise,
+    require_equal,
+    some_inputs,
+    within_last_bits,
+)
 
 pytestmark = pytest.mark.parity
 
@@ -84,6 +93,7 @@ def test_the_reference_model_on_held_out_text(root, tmp_path, capsys):
     )
     arguments = ("--to", "litert", "--window", 504, "-o", tmp_path / "model.tflite", "--json")
     assert exit_code("export", tmp_path / "q", *arguments) == 0
+    assert finished_bars(capsys.readouterr().err)["export litert"] > len(quantized.weights)
     text = (root / "mpq/assets/reference_lm/text/test.txt").read_text()
     tokens = np.asarray(model.tokenizer.encode(text[:40_000]).ids[: 8 * 504], np.int32).reshape(8, 504)
     want = np.asarray(jax.jit(model.apply)(quantized.dequantized(), tokens))
@@ -111,19 +121,29 @@ def rounded(model: Model, scheme: str, inputs: np.ndarray, trace=(1, 16)) -> lis
 
 
 def test_inputs_that_are_rounded_as_they_come(root, tmp_path):
+    """4,032 tokens.
+
+    As in ONNX Runtime, last bits decide between codes: the model in JAX with its weights changed by half their last bit
+    names another token about as often, so that 99.9 % of the first choices is out of reach of any runtime.
+    """
     model = load("reference")
     rows = rounded(model, "int8_token_asym", np.zeros(0))
     rtn = Candidates(model.params, model.trace(1, 16).weights, RTN())
     schemes = ("int8_channel", "int4_g32")
     quantized = exported(model, schemes, tmp_path / "orbax", refusal, rtn.qtensor, rows)
-    save(tmp_path / "model.tflite", quantized, "x", window=256)
+    size = save(tmp_path / "model.tflite", quantized, "x", window=504)
+    assert size == (tmp_path / "model.tflite").stat().st_size == size_bytes(quantized, "x", window=504)
     text = (root / "mpq/assets/reference_lm/text/test.txt").read_text()
-    tokens = np.asarray(model.tokenizer.encode(text[:10_000]).ids[: 4 * 256], np.int32).reshape(4, 256)
-    rounds = with_activations(model, model.trace(1, 16), rows)
-    want = np.asarray(jax.jit(rounds.apply)(quantized.dequantized(), tokens))
-    plain = np.asarray(jax.jit(model.apply)(quantized.dequantized(), tokens))
+    tokens = np.asarray(model.tokenizer.encode(text[:40_000]).ids[: 8 * 504], np.int32).reshape(8, 504)
+    apply = jax.jit(with_activations(model, model.trace(1, 16), rows).apply)
+    params = quantized.dequantized()
+    want, plain = np.asarray(apply(params, tokens)), np.asarray(jax.jit(model.apply)(params, tokens))
     got = run(tmp_path / "model.tflite", tokens)
-    assert kl_and_agreement(want, got)[0] < 1e-3
+    kl, agreement = kl_and_agreement(want, got)
+    floor, same = kl_and_agreement(want, within_last_bits(apply, params, tokens))
+    assert kl < 1e-3
+    assert kl < 2 * floor
+    assert 1 - agreement < 2 * (1 - same)
     assert kl_and_agreement(plain, got)[0] > 1e-4  # inputs are rounded
     require_equal(load_codes(tmp_path / "model.tflite"), quantized)
 
@@ -153,18 +173,34 @@ def test_scales_of_either_sign(tmp_path):
 
 @pytest.mark.parametrize("name", ["resnet_cifar", "mobilenet_v2"])
 def test_static_ranges(name, tmp_path):
+    """1,000 images.
+
+    An integer convolution has a bias of whole steps of its sums, and scales those in fixed point, rounding twice: each
+    moves a few thousandths of the codes to the next one. By the last weights it is 8 % of them, as large an error as
+    that of the plan's own rounding, so that 99.9 % of the first choices cannot be asked. Outputs may differ from the
+    plan's by no more than twice what the plan's differ from those of the model that rounds nothing. Random models name
+    one class for all images: the mean of each class is taken off first.
+    """
     model = made(name, tmp_path / "model")
-    inputs = some_inputs(model, 256, 0)
-    rows = rounded(model, "int8_tensor_static_asym", inputs, trace=(256,))
+    inputs = some_inputs(model, 1000, 0)
+    rows = rounded(model, "int8_tensor_static_asym", inputs[:256], trace=(256,))
     make = noise(model)
     quantized = exported(model, ("int8_channel", "int4_channel"), tmp_path / "orbax", refusal, make, rows, trace=(256,))
     quantized = turned(quantized)
     assert save(tmp_path / "model.tflite", quantized, name) == size_bytes(quantized, name)
-    want = np.asarray(jax.jit(with_activations(model, model.trace(256), rows).apply)(quantized.dequantized(), inputs))
-    assert kl_and_agreement(want, run(tmp_path / "model.tflite", inputs))[0] < 1e-3
+    params = quantized.dequantized()
+    want = np.asarray(jax.jit(with_activations(model, model.trace(256), rows).apply)(params, inputs))
+    plain = np.asarray(jax.jit(model.apply)(params, inputs))
+    got, mean = run(tmp_path / "model.tflite", inputs), want.mean(0)
+    assert kl_and_agreement(want, got)[0] < 1e-3
+    kl, agreement = kl_and_agreement(want - mean, got - mean)
+    plan_kl, plan_agreement = kl_and_agreement(want - mean, plain - mean)
+    assert kl < 2 * plan_kl
+    assert 1 - agreement < 2 * (1 - plan_agreement)
     require_equal(load_codes(tmp_path / "model.tflite"), quantized)
     require_bits_of_the_plan(tmp_path / "model.tflite", quantized)
-    save(tmp_path / "integer.tflite", quantized, name, integer=True)
+    size = save(tmp_path / "integer.tflite", quantized, name, integer=True)
+    assert size == (tmp_path / "integer.tflite").stat().st_size == size_bytes(quantized, name, integer=True)
     require_equal(load_codes(tmp_path / "integer.tflite"), quantized)
     assert kl_and_agreement(want, run(tmp_path / "integer.tflite", inputs))[0] < 1e-2
 

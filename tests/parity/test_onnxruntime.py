@@ -1,10 +1,12 @@
 """Exported graphs in ONNX Runtime against the dequantized model in JAX: every kind of family, any batch and length."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
@@ -18,9 +20,9 @@ from mpq.onnx.export import load as load_codes
 from mpq.onnx.export import save, size_bytes
 from mpq.onnx.weights import refusal
 from mpq.quantize import RTN, Candidates
-from tests import runtime_cases, tiny
-from tests.command import exit_code
-from tests.runtime_cases import VISION, made, message_of, noise, require_equal, some_inputs
+from tests import decoder_cases, runtime_cases, tiny, vision_cases
+from tests.command import exit_code, finished_bars
+from tests.runtime_cases import made, message_of, noise, require_equal, some_inputs
 
 pytestmark = pytest.mark.parity
 
@@ -43,7 +45,33 @@ def run(path, inputs: np.ndarray) -> np.ndarray:
     return session.run(None, {given.name: inputs.astype(np.int64) if given.name == "input_ids" else inputs})[0]
 
 
-@pytest.mark.parametrize("name", [*DECODERS, "bert", *VISION])
+def optimized(path, folder) -> list[onnx.NodeProto]:
+    """Nodes of the graph that ONNX Runtime runs."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(folder / "optimized.onnx"), 3
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return list(onnx.load(folder / "optimized.onnx").graph.node)
+
+
+def bits_of_matmuls(nodes: Iterable[onnx.NodeProto]) -> dict[str, int]:
+    """Stored codes that `MatMulNBits` reads, and its bits."""
+    read = [node for node in nodes if (node.op_type, node.domain) == ("MatMulNBits", "com.microsoft")]
+    return {node.input[1]: next(a.i for a in node.attribute if a.name == "bits") for node in read}
+
+
+def require_matmuls_of_codes(path, folder, quantized: Exported) -> set[int]:
+    """Every matrix in blocks of 16 rows is multiplied as it is stored, in the file and in what runs; the widths."""
+    bits = {}
+    for spec in quantized.weights:
+        scheme = quantized.qtensors[spec.path].scheme
+        if scheme.group_size == 16 and len(spec.shape) == 2 and {use.kind for use in spec.uses} == {"matmul"}:
+            bits[f"{spec.path}.qvalue"] = scheme.format.bits
+    assert bits_of_matmuls(onnx.load(path).graph.node) == bits
+    assert bits_of_matmuls(optimized(path, folder)) == bits
+    return set(bits.values())
+
+
+@pytest.mark.parametrize("name", [*decoder_cases.CASES, "bert", *vision_cases.CASES])
 def test_every_kind_of_family(name, tmp_path):
     model = made(name, tmp_path / "model")
     quantized = exported(model, SCHEMES, tmp_path / "orbax", noise(model))
@@ -55,9 +83,11 @@ def test_every_kind_of_family(name, tmp_path):
     close = lambda got, want: np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
     close(run(tmp_path / "model.onnx", inputs), want)
     # One file for every batch and length; what a decoder says of a token depends on no later one.
-    part = (slice(0, 1), slice(0, 7)) if name in DECODERS else (slice(0, 1),)
+    part = (slice(0, 1), slice(0, 7)) if name in decoder_cases.CASES else (slice(0, 1),)
     close(run(tmp_path / "model.onnx", inputs[part]), want[part])
     require_equal(load_codes(tmp_path / "model.onnx"), quantized)
+    widths = require_matmuls_of_codes(tmp_path / "model.onnx", tmp_path, quantized)
+    assert widths == {2, 4, 8} or name not in (*DECODERS, "bert")
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2", "gemma2"])
@@ -77,6 +107,8 @@ def test_the_reference_model_on_held_out_text(root, tmp_path, capsys):
     model = load("reference")
     quantized = exported(model, ("int4_g32", "int8_g64_zp", "int2_g16", "int8_channel", "int4_g64_zp"), tmp_path / "q")
     assert exit_code("export", tmp_path / "q", "--to", "onnx", "-o", tmp_path / "model.onnx", "--json") == 0
+    stored = onnx.load(tmp_path / "model.onnx").graph.initializer
+    assert finished_bars(capsys.readouterr().err)["export onnx"] == len(stored)
     text = (root / "mpq/assets/reference_lm/text/test.txt").read_text()
     tokens = np.asarray(model.tokenizer.encode(text[:40_000]).ids[: 8 * 504], np.int32).reshape(8, 504)
     want = np.asarray(jax.jit(model.apply)(quantized.dequantized(), tokens))

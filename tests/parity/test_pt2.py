@@ -26,7 +26,7 @@ from mpq.pt2.weights import refusal
 from mpq.quantize import RTN
 from tests import checkpoint_folders as folders
 from tests import runtime_cases, tiny
-from tests.command import exit_code
+from tests.command import exit_code, finished_bars
 from tests.runtime_cases import kl_and_agreement, made, message_of, noise, require_equal, rounded_rows, some_inputs
 from tests.vision_cases import CIFAR
 
@@ -110,7 +110,10 @@ def test_every_kind_of_rounding(case, tmp_path):
     model = made(name, tmp_path / "model")
     quantized = exported(model, (weights, "fp16"), tmp_path / "q", rounded_rows(model, activations, "smoothed" in case))
     path = tmp_path / "model.pt2"
-    save(path, quantized, name)
+    size = save(path, quantized, name)
+    assert size == path.stat().st_size
+    if case == "resnet by image":  # what is predicted takes as long as the file: it is made for it
+        assert size == size_bytes(quantized, name)
     require_equal(load_codes(path), quantized)
     inputs = some_inputs(model, 3, 10)
     want = np.asarray(jax.jit(load(str(tmp_path / "q")).apply)(quantized.dequantized(), inputs))
@@ -137,12 +140,13 @@ def operands(path) -> list[tuple[str, str, str]]:
     return found
 
 
-def test_the_reference_model_on_held_out_text(root, tmp_path):
+def test_the_reference_model_on_held_out_text(root, tmp_path, capsys):
     """4,032 tokens, by the commands; and that PyTorch alone loads the file."""
     plan = "int4_g32"
     assert exit_code("quantize", "reference", plan, "--method", "rtn", "-o", tmp_path / "q") == 0
     path = tmp_path / "model.pt2"
     assert exit_code("export", tmp_path / "q", "--to", "pt2", "-o", path) == 0
+    assert finished_bars(capsys.readouterr().err)["export pt2"] == 3
     model = load(str(tmp_path / "q"))
     text = (root / "mpq/assets/reference_lm/text/test.txt").read_text()
     tokens = np.asarray(model.tokenizer.encode(text[:40_000]).ids[: 8 * 504], np.int32).reshape(8, 504)
