@@ -100,7 +100,7 @@ class Relaxation:
       budget: in the unit of `size`.
       weight: `float64[1 + n]`, s.
       basis: `float64[1 + n, d]`, orthonormal, of the vectors that y can be, times s.
-      unit: nats; price_unit: nats a bit.
+      unit: nats.
     """
 
     allowed: np.ndarray
@@ -111,7 +111,6 @@ class Relaxation:
     weight: np.ndarray
     basis: np.ndarray
     unit: float
-    price_unit: float
 
     @classmethod
     def of(cls, pairs: Pairs, allowed: np.ndarray, known: float) -> "Relaxation":
@@ -132,7 +131,6 @@ class Relaxation:
             weight=weight,
             basis=np.linalg.svd(sums)[2][groups:].T,
             unit=unit,
-            price_unit=unit / span,
         )
 
     @functools.cached_property
