@@ -82,8 +82,8 @@ class Backend:
       layouts: tags that it reads; empty: all.
       interpretable: whether `interpret=True` runs it on a CPU.
       run: the computation.
-      refuses: `Problem` -> why it cannot be computed, or None; tags and platforms aside.
       seconds: predicted time of a problem on a device, from bytes and operations. Only the order matters.
+      refuses: `Problem` -> why it cannot be computed, or None; tags, platforms and what none computes aside.
       tiles: the config where no table has one.
       legal: whether a tuned config fits a problem.
       candidates: configs worth measuring.
@@ -94,8 +94,8 @@ class Backend:
     layouts: tuple[str, ...]
     interpretable: bool
     run: Callable[..., jax.Array]
-    refuses: Callable[[Problem], str | None]
     seconds: Callable[[Problem, Device], float]
+    refuses: Callable[[Problem], str | None] = lambda problem: None
     tiles: Callable[[Problem], Config] = lambda problem: ()
     legal: Callable[[Problem, Config], bool] = lambda problem, config: config == ()
     candidates: Callable[[Problem], tuple[Config, ...]] | None = None

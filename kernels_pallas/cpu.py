@@ -93,12 +93,6 @@ def _segment_scales(packed: Packed) -> jax.Array:
     return jnp.pad(scales, ((0, segments - scales.shape[0]), (0, 0)))
 
 
-def _refuses(problem: Problem) -> str | None:
-    if problem.table and problem.activation_bits is not None:
-        return "values of a table have no integer product"
-    return None
-
-
 def _seconds(problem: Problem, device: Device) -> float:
     """Roofline, unpacking, and the sums that every segment reads and writes."""
     segments = problem.groups if problem.group_size is not None else 8 // problem.bits
@@ -113,6 +107,5 @@ CPU = Backend(
     layouts=("cpu",),
     interpretable=False,
     run=_run,
-    refuses=_refuses,
     seconds=_seconds,
 )

@@ -44,8 +44,6 @@ def _refuses(problem: Problem) -> str | None:
     if problem.activation_bits is None:
         kept = problem.x_dtype == "bfloat16"
         return None if kept else f"it rounds weights to bfloat16, and the activations are {problem.x_dtype}"
-    if problem.table:
-        return "values of a table have no integer product"
     if problem.groups > 1:
         return f"it adds up rows of {problem.groups} groups in one integer"
     return registers.too_long(problem.k)

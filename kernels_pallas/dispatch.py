@@ -30,16 +30,11 @@ def _reference_seconds(problem: Problem, device: Device) -> float:
     return device.seconds(moved, problem.macs, "float32") + elements / device.unpack
 
 
-def _reference_refuses(problem: Problem) -> str | None:
-    return "values of a table have no integer product" if problem.table and problem.activation_bits else None
-
-
 REFERENCE = Backend(
     platforms=(),
     layouts=(),
     interpretable=True,
     run=contract.matmul,
-    refuses=_reference_refuses,
     seconds=_reference_seconds,
     complete=True,
 )
@@ -57,6 +52,8 @@ def refusal(backend: Backend, problem: Problem, platform: str, interpret: bool) 
         return "it has no kernel to interpret: leave `interpret` out"
     if backend.platforms and platform not in backend.platforms and not interpret:
         return f"it runs on {', '.join(backend.platforms)}, not on {platform}: use backend='auto'"
+    if problem.table and problem.activation_bits is not None:
+        return "values of a table have no integer product"
     return backend.refuses(problem)
 
 
@@ -83,7 +80,7 @@ def choose(
     kind = compat.device_kind(platform)
     able = [name for name, backend in BACKENDS.items() if refusal(backend, problem, platform, interpret) is None]
     if not able:
-        raise KernelError(f"no backend computes {problem.format}: {REFERENCE.refuses(problem)}")
+        raise KernelError(f"no backend computes {problem.format}: {refusal(REFERENCE, problem, platform, interpret)}")
     near = nearest(problem, [e for e in (entries(kind) if tuned is None else tuned) if e.backend in able])
     name = near.backend if near else min(able, key=lambda n: BACKENDS[n].seconds(problem, device(kind, platform)))
     # Tiles hang on the number of tokens more than the choice of a backend does.

@@ -331,8 +331,6 @@ def _refuses(problem: Problem) -> str | None:
         return f"it runs on NVIDIA's Hopper, not on {compat.device_kind('cuda')}"
     if problem.activation_bits is None and problem.x_dtype != "bfloat16":
         return f"its activations are {problem.x_dtype}, allowed are bfloat16 and those that are rounded to int8"
-    if problem.activation_bits is not None and problem.table:
-        return "values of a table have no integer product"
     if not 1 <= problem.m <= MAX_TOKENS:
         return f"it has {problem.m} tokens, allowed are 1 to {MAX_TOKENS}"
     return registers.too_long(problem.group_size or problem.k) if problem.activation_bits else None

@@ -68,8 +68,6 @@ def _run(x: jax.Array, packed: Packed, config: Config, interpret: bool) -> jax.A
 
 
 def _refuses(problem: Problem) -> str | None:
-    if problem.table and problem.activation_bits is not None:
-        return "values of a table have no integer product"
     if problem.table and problem.bits == 8:
         return "codes of a table have 8 bits, allowed are 4, 2"
     found = library()

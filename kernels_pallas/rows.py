@@ -66,14 +66,10 @@ def _slices(packed: Packed, start: jax.Array | int, rows: int) -> jax.Array:
 
 
 def _refuses(problem: Problem) -> str | None:
-    integer = problem.activation_bits is not None
-    if problem.table and integer:
-        return "values of a table have no integer product"
-    if integer and problem.group_size is not None and problem.group_size % FILLED and problem.group_size < problem.k:
-        return (
-            f"its groups have {problem.group_size} rows, allowed for int8 are multiples of {FILLED} and whole columns"
-        )
-    return None
+    size = problem.group_size
+    if problem.activation_bits is None or size is None or size % FILLED == 0 or size >= problem.k:
+        return None
+    return f"its groups have {size} rows, allowed for int8 are multiples of {FILLED} and whole columns"
 
 
 def _seconds(problem: Problem, device: Device) -> float:
