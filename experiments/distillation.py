@@ -146,7 +146,7 @@ class Comparison:
 
     def guided(self, guide: Guide) -> "Comparison":
         """The same where rounding goes by grams of tokens that the end loss weights."""
-        led = copy.copy(self)
+        led = self._anew()
         size = self.options.batch_size
         led.weightings = guide.kept(self.model, self.traced, self.calibration, size)
         led.stats = calibrate(self.traced, self.model.params, self.calibration, size, led.weightings)
@@ -194,17 +194,19 @@ class Comparison:
     @functools.cached_property
     def learned(self) -> "Comparison":
         """The same with learned levels to choose from."""
-        more = copy.copy(self)
-        for name in ("table", "fine", "coarse"):
-            more.__dict__.pop(name, None)
+        more = self._anew()
         more.options = dataclasses.replace(self.options, fine=(*self.options.fine, *self.options.learned))
         return more
 
     @functools.cached_property
     def led(self) -> "Comparison":
         """The same under the pipeline's own guide."""
-        more = self.guided(Guide())
-        for name in ("table", "fine", "coarse", "learned"):
+        return self.guided(Guide())
+
+    def _anew(self) -> "Comparison":
+        """A copy without the tables and plans of this one."""
+        more = copy.copy(self)
+        for name in ("table", "fine", "coarse", "learned", "led"):
             more.__dict__.pop(name, None)
         return more
 
