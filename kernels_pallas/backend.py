@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +86,8 @@ class Backend:
       tiles: the config where no table has one.
       legal: whether a tuned config fits a problem.
       candidates: configs worth measuring.
-      complete: `run` takes activation bits and zero points itself: `(x, packed, activation_bits) -> float32[m, n]`.
+      complete: `run` rounds activations and takes zero points itself; it has the arguments of a call.
+      experts: it takes weights with one batch axis too, and `x` with the same.
     """
 
     platforms: tuple[str, ...]
@@ -100,32 +100,43 @@ class Backend:
     legal: Callable[[Problem, Config], bool] = lambda problem, config: config == ()
     candidates: Callable[[Problem], tuple[Config, ...]] | None = None
     complete: bool = False
+    experts: bool = False
 
     def worth_measuring(self, problem: Problem) -> tuple[Config, ...]:
         """What a benchmark tries: `candidates`, or `tiles` alone."""
         return (self.tiles(problem),) if self.candidates is None else self.candidates(problem)
 
-    def __call__(self, x: jax.Array, packed: Packed, activation_bits: int | None, **options: Any) -> jax.Array:
-        """`float32[m, n]` for `x[m, k]` and a weight without batch axes. Zero points and token scales are applied here.
+    def __call__(
+        self, x: jax.Array, packed: Packed, activation_bits: int | None, config: Config = (), interpret: bool = False
+    ) -> jax.Array:
+        """`float32[m, n]` for `x[m, k]` and a weight without batch axes, or both with one of as many experts.
 
-        `sum of x (q - z) s = sum of x q s - (sum of x over the group) z s`: one thin matmul more, exact in integers.
+        Zero points and token scales are applied here.
         """
         if self.complete:
-            return self.run(x, packed, activation_bits)
+            return self.run(x, packed, activation_bits, config, interpret)
         rounded = activation_bits is None or x.dtype == jnp.int8
         x, token_scale = (x, None) if rounded else quantize_tokens(x)
-        y = self.run(x, packed, options.get("config", ()), options.get("interpret", False))
-        zeros = zero_points(packed)
-        if zeros is not None:
-            shift = zeros.astype(jnp.float32) * plain_scales(packed)
-            y = y - jnp.matmul(group_sums(x, packed), shift, precision=lax.Precision.HIGHEST)
+        y = self.run(x, packed, config, interpret)
+        y = y if packed.zeros is None else y - of_zeros(x, packed)
         return y if token_scale is None else y * token_scale
+
+
+def of_zeros(x: jax.Array, packed: Packed) -> jax.Array:
+    """`float32[m, n]`, what zero points take from `x[m, k] @ codes`; the weight has some, and no batch axes.
+
+    `sum of x (q - z) s = sum of x q s - (sum of x over the group) z s`: one thin matmul more, exact in integers.
+    """
+    zeros = zero_points(packed)
+    assert zeros is not None
+    shift = zeros.astype(jnp.float32) * plain_scales(packed)
+    return jnp.matmul(group_sums(x, packed), shift, precision=lax.Precision.HIGHEST)
 
 
 def plain_scales(packed: Packed) -> jax.Array:
     """`float32[groups, n or 1]`, whatever the layout, for a weight without batch axes."""
     scales = packed.scales[:, 0] if packed.layout == "tpu" else packed.scales
-    return scales[:, : packed.n].astype(jnp.float32)
+    return scales[: packed.spec.groups, : packed.n].astype(jnp.float32)
 
 
 def group_sums(x: jax.Array, packed: Packed) -> jax.Array:

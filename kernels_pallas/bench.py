@@ -154,7 +154,7 @@ def _data(case: Case, here: str, large: bool) -> tuple[jax.Array, Packed, jax.Ar
     """Activations, the packed weight, and the dense one. Large ones for a GPU are made there, and are not the same."""
     if large:
         x, packed = fill(case, 0)
-        return x, packed, jax.random.normal(jax.random.key(1), (case.k, case.n), x.dtype)
+        return x, packed, jax.random.normal(jax.random.key(1), (*case.batch, case.k, case.n), x.dtype)
     x, plain = draw(case, "plain", 0, exact=False)[:2]
     dtype = jnp.dtype("float32") if here == "cpu" else x.dtype
     return x, _for_this_device(plain, here), jax.jit(lambda packed: dequantize(packed).astype(dtype))(plain)

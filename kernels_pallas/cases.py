@@ -66,6 +66,9 @@ CONFORMANCE = (
     Case(2, 131, 48, 4, activation_bits=8, zeros=True, x_dtype="float32"),
     Case(4, 96, 10, 2, 32, activation_bits=8, x_dtype="float32"),
     Case(3, 200, 24, 8, 128, activation_bits=8, batch=(2,)),
+    Case(4, 200, 60, 4, 64, zeros=True),
+    Case(2, 300, 100, 4, 32, activation_bits=8, zeros=True),
+    Case(3, 96, 130, 4, 32, batch=(2, 2)),
 )
 """Small, with odd sizes, short last groups and every format: what tests run, and the first rows of a benchmark."""
 
@@ -104,12 +107,24 @@ _THEN = (
     (1, 4, 128, None, True),
 )
 
-DECODE = tuple(
-    Case(m, k, n, bits, group, activation, nf4=nf4)
-    for served in (_FIRST, _THEN)
-    for k, n in ((8192, 8192), (4096, 4096), (8192, 57344), (4096, 11008), (28672, 8192))
-    for m, bits, group, activation, nf4 in served
+_LAYERS = ((8192, 8192), (4096, 4096), (8192, 57344), (4096, 11008), (28672, 8192))
+
+_OTHERS = (
+    *(Case(m, 4096, 14336, 4, 128, batch=(8,)) for m in (1, 4, 32)),
+    *(Case(m, 8192, 8192, 4, group) for m, group in ((16, 64), (16, 32), (64, 32))),
 )
+"""A layer of a mixture of eight experts, each with so many tokens; and smaller groups."""
+
+
+def _served(formats: tuple[tuple[Any, ...], ...]) -> tuple[Case, ...]:
+    return tuple(
+        Case(m, k, n, bits, group, activation, nf4=nf4)
+        for k, n in _LAYERS
+        for m, bits, group, activation, nf4 in formats
+    )
+
+
+DECODE = (*_served(_FIRST), *_OTHERS, *_served(_THEN))
 """For accelerators: layers of models of 7 and of 70 billion parameters, activations in bfloat16; what matters first."""
 
 
@@ -117,14 +132,14 @@ def shapes(case: Case, layout: str) -> tuple[jax.ShapeDtypeStruct, Packed]:
     """`x` and a packed weight of a case on an accelerator, without values and zero points."""
     (dtype, codes), scales = LAYOUTS[layout].stored(case.spec)
     arrays: dict[str, Any] = {
-        "codes": jax.ShapeDtypeStruct(codes, dtype),
-        "scales": jax.ShapeDtypeStruct(scales, jnp.float32),
+        "codes": jax.ShapeDtypeStruct((*case.batch, *codes), dtype),
+        "scales": jax.ShapeDtypeStruct((*case.batch, *scales), jnp.float32),
         "zeros": None,
     }
     packed = Packed(
         k=case.k, n=case.n, bits=case.bits, group_size=case.group_size, layout=layout, levels=case.levels, **arrays
     )
-    return jax.ShapeDtypeStruct((case.m, case.k), case.x_dtype), packed
+    return jax.ShapeDtypeStruct((*case.batch, case.m, case.k), case.x_dtype), packed
 
 
 def fill(case: Case, seed: int) -> tuple[jax.Array, Packed]:

@@ -66,6 +66,11 @@ def hopper() -> bool:
     return kind == "cuda" or re.search(r"\bG?H(100|200|800|20)\b", kind) is not None
 
 
+def processors(usual: int) -> int:
+    """Multiprocessors of the GPU here, of an MIG slice those that it has; the usual number where there is no GPU."""
+    return jax.devices()[0].core_count if platform() == "cuda" else usual
+
+
 def mosaic_lanes() -> Any:
     """Registers of one thread, as the body of `inline_mgpu` builds them."""
     return importlib.import_module("kernels_pallas.lanes")

@@ -34,7 +34,7 @@ REFERENCE = Backend(
     platforms=(),
     layouts=(),
     interpretable=True,
-    run=contract.matmul,
+    run=lambda x, packed, activation_bits, config, interpret: contract.matmul(x, packed, activation_bits),
     seconds=_reference_seconds,
     complete=True,
 )

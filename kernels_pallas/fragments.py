@@ -34,11 +34,6 @@ ROWS = 64
 THREADS = 128
 
 
-def tiles_of(group_size: int | None) -> int | None:
-    """Tiles of rows that share a scale; None: all of them."""
-    return None if group_size is None else group_size // LANES
-
-
 def words(bits: int) -> int:
     """Words of 32 bits that a thread holds of a tile."""
     return ROWS * LANES * bits // (32 * THREADS)
@@ -68,11 +63,10 @@ def load(stored: jax.Array, bits: int, table: bool = False) -> jax.Array:
 
 
 def permute_rows(x: jax.Array, bits: int) -> jax.Array:
-    """Activations `x[m, k]` in the order in which registers of int8 hold the rows of a weight of so many bits."""
-    m, k = x.shape
+    """Activations `x[..., k]` in the order in which registers of int8 hold the rows of a weight of so many bits."""
     if bits == 2:  # a word holds the fields of two neighbouring blocks of 16 rows, a byte of each in turn
-        return x.reshape(m, k // 32, 2, 2, 4, 2).transpose(0, 1, 3, 4, 5, 2).reshape(m, k)
-    return x.reshape(m, k // 16, 2, 4, 2).transpose(0, 1, 3, 4, 2).reshape(m, k)
+        return _transposed(x.reshape(*x.shape[:-1], -1, 2, 2, 4, 2), (1, 2, 3, 0)).reshape(x.shape)
+    return _transposed(x.reshape(*x.shape[:-1], -1, 2, 4, 2), (1, 2, 0)).reshape(x.shape)
 
 
 _ROW = (8, 2, 4, 2)

@@ -21,8 +21,11 @@ def held(ref: Any) -> jax.Array:
     return ref[...]
 
 
-def operand(stored: jax.Array, part: int, parts: int, bits: int, table: Any, dtype: Any) -> jax.Array:
+def operand(stored: jax.Array, part: int, parts: int, bits: int, table: Any, dtype: Any, alone: int = 1) -> jax.Array:
     """As `registers.operand`."""
+    if alone > 1:
+        its = operand(stored, part, parts, bits, table, dtype)
+        return jnp.concatenate([its if i == part % alone else jnp.zeros_like(its) for i in range(alone)], axis=1)
     stored = stored.reshape(1, 1, *stored.shape)
     rows = slice(part * LANES // parts, (part + 1) * LANES // parts)
     codes = fragments.load(stored, bits, table is not None)[rows].T
@@ -58,6 +61,36 @@ def finish_all_but(count: int) -> None:
 def store(ref: Any, value: jax.Array) -> None:
     """As `registers.store`."""
     ref[...] = value.T
+
+
+def token_scales(ref: Any) -> jax.Array:
+    """As `registers.token_scales`."""
+    return ref[...]
+
+
+def keep(ref: Any, value: jax.Array) -> None:
+    """As `registers.keep`."""
+    ref[...] = value
+
+
+def kept(ref: Any) -> jax.Array:
+    """As `registers.kept`."""
+    return ref[...]
+
+
+def flags(count: int) -> None:
+    """As `registers.flags`: the interpreter has none, and runs one block after the other."""
+    del count
+
+
+def raise_flag(flags: None, i: jax.Array) -> None:
+    """As `registers.raise_flag`."""
+    del flags, i
+
+
+def await_flag(flags: None, i: jax.Array) -> None:
+    """As `registers.await_flag`: blocks of larger numbers, which are waited for, run before."""
+    del flags, i
 
 
 def zeros(*shape: int) -> jax.Array:

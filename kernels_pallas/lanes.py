@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+_THREADS = 128
 
 
 def word(four: Any, i: int) -> Any:
@@ -41,3 +43,78 @@ def array(registers: list[Any], layout: Any, shape: tuple[int, ...], integers: b
     return fragmented_array.FragmentedArray(
         _registers=held.reshape(layout.registers_shape(shape)), _layout=layout, _is_signed=True if integers else None
     )
+
+
+def _place(ref: Any, i: int, block: int, bytes_each: int) -> tuple[Any, Any]:
+    """First element of block `128 i` and this thread's number, and where it is in global memory."""
+    index = ir.IntegerType.get_signless(32)
+    constant = lambda value: arith.constant(index, ir.IntegerAttr.get(index, value))
+    thread = arith.remui(utils.thread_idx(), constant(_THREADS))
+    first = arith.muli(arith.addi(thread, constant(i * _THREADS)), constant(block))
+    offset = arith.muli(first, constant(bytes_each))
+    return first, utils.getelementptr(utils.memref_ptr(ref), [offset], ir.IntegerType.get_signless(8))
+
+
+def load_blocks(row: Any, size: int, block: int, count: int) -> Any:
+    """`row[size]` of 16 bits in global memory: a thread's `count` blocks of it in words, zeros behind its end."""
+    integer = ir.IntegerType.get_signless(32)
+    held = []
+    for i in range(count):
+        first, pointer = _place(row, i, block, 2)
+        words = []
+        for piece in range(block // 8):
+            text = (
+                f"{{ .reg .pred p; setp.lt.u32 p, $5, {size}; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; "
+                f"mov.b32 $3, 0; @p ld.global.v4.b32 {{$0, $1, $2, $3}}, [$4+{16 * piece}]; }}"
+            )
+            four = llvm.inline_asm(
+                llvm.StructType.get_literal([integer] * 4), [pointer, first], text, "=&r,=&r,=&r,=&r,l,r"
+            )
+            words += [llvm.extractvalue(integer, four, [j]) for j in range(4)]
+        held.append(vector.from_elements(ir.VectorType.get((len(words),), integer), words))
+    registers = np.empty(count, dtype=object)
+    registers[:] = held
+    layout = fragmented_array.WGStridedFragLayout((count * _THREADS * block // 2,), block // 2)
+    return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
+
+
+def words_of(held: Any) -> list[list[Any]]:
+    """The words of each block of a thread."""
+    count = ir.VectorType(held.registers.flat[0].type).shape[0]
+    return [[word(block, i) for i in range(count)] for block in held.registers.flat]
+
+
+def one_each(found: Any) -> Any:
+    """A word of every thread, a float32, as an array of them."""
+    kind = ir.VectorType.get((1,), ir.F32Type.get())
+    registers = np.empty(1, dtype=object)
+    registers[:] = [utils.bitcast(found, kind)]
+    layout = fragmented_array.WGStridedFragLayout((_THREADS,), 1)
+    return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
+def bits_of(scalar: Any) -> Any:
+    """The word of a float32 that all threads have."""
+    return utils.bitcast(scalar.registers.item(), ir.IntegerType.get_signless(32))
+
+
+def store_blocks(row: Any, size: int, blocks: list[list[Any]]) -> None:
+    """Words of a thread's blocks of bytes into `row[size]` in global memory; nothing behind its end."""
+    for i, words in enumerate(blocks):
+        first, pointer = _place(row, i, 4 * len(words), 1)
+        for piece in range(0, len(words), 4):
+            text = (
+                f"{{ .reg .pred p; setp.lt.u32 p, $5, {size}; "
+                f"@p st.global.v4.b32 [$4+{4 * piece}], {{$0, $1, $2, $3}}; }}"
+            )
+            _effect([*words[piece : piece + 4], pointer, first], text, "r,r,r,r,l,r")
+
+
+def store_word(place: Any, value: Any) -> None:
+    """By the first thread alone."""
+    first, pointer = _place(place, 0, 1, 0)
+    _effect([value, pointer, first], "{ .reg .pred p; setp.eq.u32 p, $2, 0; @p st.global.b32 [$1], $0; }", "r,l,r")
+
+
+def _effect(operands: list[Any], text: str, constraints: str) -> None:
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, constraints, has_side_effects=True)

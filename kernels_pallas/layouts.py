@@ -8,7 +8,7 @@
     tpu      int8, int4 or int2[k, n], sub-byte arrays native; k in whole groups and n to multiples of 128, filled with
              zeros; scales float32[groups, 1, n].
     hopper   int32[k / 128, n / 64, 2 * bits, 128], the order in which threads feed the tensor cores (`fragments`);
-             k in whole groups of a multiple of 128, n to multiples of 128; scales float32[groups, n].
+             k and n to multiples of 128, groups of 32, of 64 or of a multiple of 128; scales float32[groups, n].
 
 Codes of integers are stored with an offset in `plain` and `cpu` (0 is the most negative one), as they are elsewhere.
 Padding of `cpu`, `tpu` and `hopper` is what fills the last segment, group or tile up, and of the latter two what
@@ -67,7 +67,13 @@ class Spec:
     @property
     def tiled_k(self) -> int:
         """Rows of layouts `tpu` and `hopper`."""
-        return -(-self.k // LANES) * LANES if self.group_size is None else self.groups * self.group_size
+        rows = self.k if self.group_size is None else self.groups * self.group_size
+        return -(-rows // LANES) * LANES
+
+    @property
+    def tiled_groups(self) -> int:
+        """Scales per column of layouts `tpu` and `hopper`."""
+        return 1 if self.group_size is None else self.tiled_k // self.group_size
 
     @property
     def tiled_n(self) -> int:
@@ -172,12 +178,12 @@ def _store_hopper(codes: np.ndarray, scales: np.ndarray, spec: Spec) -> HostArra
 def _load_hopper(codes: jax.Array, scales: jax.Array, spec: Spec) -> Arrays:
     table = spec.levels is not None
     rows = fragments.load(codes, spec.bits, table)[..., : spec.k, : spec.n]
-    return rows & np.int8(2**spec.bits - 1) if table else rows, scales[..., : spec.n]
+    return rows & np.int8(2**spec.bits - 1) if table else rows, scales[..., : spec.groups, : spec.n]
 
 
 def _tiled_scales(scales: np.ndarray, spec: Spec) -> np.ndarray:
     columns = np.broadcast_to(scales.astype(np.float32), (*scales.shape[:-1], spec.n))
-    return _fill(columns, spec.tiled_n)
+    return _fill(columns, spec.tiled_groups, spec.tiled_n)
 
 
 def _plain(spec: Spec) -> Stored:
@@ -195,17 +201,21 @@ def _tpu(spec: Spec) -> Stored:
 
 def _hopper(spec: Spec) -> Stored:
     tiles = spec.tiled_k // LANES, spec.tiled_n // ROWS, words(spec.bits), LANES
-    return (jnp.int32, tiles), (spec.groups, spec.tiled_n)
+    return (jnp.int32, tiles), (spec.tiled_groups, spec.tiled_n)
 
 
-def _widths(*allowed: int, tables: bool = False, lanes: bool = False) -> Callable[[Spec], str | None]:
+def _widths(*allowed: int, tables: bool = False, lanes: tuple[int, ...] | None = None) -> Callable[[Spec], str | None]:
+    """What refuses other widths, tables, and groups of other rows than multiples of `LANES` and so many."""
+
     def refuses(spec: Spec) -> str | None:
         if spec.bits not in allowed:
             return f"it has {spec.bits} bits, allowed are {', '.join(map(str, allowed))}"
         if spec.levels is not None and not tables:
             return "its values come from a table"
-        if lanes and spec.group_size is not None and spec.group_size % LANES:
-            return f"its groups have {spec.group_size} rows, allowed are multiples of {LANES} and whole columns"
+        size = spec.group_size
+        if lanes is not None and size is not None and size % LANES and size not in lanes:
+            fewer = "".join(f"{rows}, " for rows in lanes)
+            return f"its groups have {size} rows, allowed are {fewer}multiples of {LANES} and whole columns"
         return None
 
     return refuses
@@ -215,8 +225,8 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
         "plain": Layout(2, _widths(*range(1, 9), tables=True), _store_plain, _load_plain, _plain),
         "cpu": Layout(3, _widths(8, 4, 2, tables=True), _store_cpu, _load_cpu, _cpu),
-        "tpu": Layout(2, _widths(8, 4, 2, lanes=True), _store_tpu, _load_tpu, _tpu),
-        "hopper": Layout(4, _widths(8, 4, 2, tables=True, lanes=True), _store_hopper, _load_hopper, _hopper),
+        "tpu": Layout(2, _widths(8, 4, 2, lanes=()), _store_tpu, _load_tpu, _tpu),
+        "hopper": Layout(4, _widths(8, 4, 2, tables=True, lanes=(32, 64)), _store_hopper, _load_hopper, _hopper),
     }
 )
 

@@ -157,10 +157,14 @@ def _matmul(call: _Call, x: jax.Array, packed: Packed) -> jax.Array:
 
 
 def _run(call: _Call, x: jax.Array, packed: Packed) -> jax.Array:
-    """`float32[*batch, m, n]`: experts one after the other."""
-    if packed.batch_shape:
+    """`float32[*batch, m, n]`: experts one after the other where the backend does not take them all at once."""
+    backend, batch = BACKENDS[call.backend], packed.batch_shape
+    if len(batch) > 1:
+        flat = lambda array: array.reshape(-1, *array.shape[len(batch) :])
+        y = _run(call, flat(x), jax.tree.map(flat, packed))
+        return y.reshape(*batch, *y.shape[1:])
+    if batch and not backend.experts:
         return lax.map(lambda pair: _run(call, *pair), (x, packed))
-    backend = BACKENDS[call.backend]
     return backend(x, packed, call.activation_bits, config=call.config, interpret=call.interpret)
 
 

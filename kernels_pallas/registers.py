@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 
 from kernels_pallas import compat
 from kernels_pallas.fragments import LANES, ROWS, words
@@ -48,18 +49,19 @@ def _fours(shape: tuple[int, ...]) -> Any:
     return compat.mosaic_gpu().Layout.WG_STRIDED(tuple(shape), vec_size=4)
 
 
-def operand(stored: jax.Array, part: int, parts: int, bits: int, table: Any, dtype: Any) -> jax.Array:
-    """Rows of a tile, `dtype[64, 128 / parts]`, in the layout of the first operand.
+def operand(stored: jax.Array, part: int, parts: int, bits: int, table: Any, dtype: Any, alone: int = 1) -> jax.Array:
+    """Rows of a tile, `dtype[64, alone * 128 / parts]`, in the layout of the first operand.
 
     Args:
       stored: what `held` gave.
       part: which rows, of so many equal parts.
-      parts: 1 or 2.
+      parts: 1, 2 or 4.
       bits: 8, 4 or 2.
       table: `pairs` in shared memory, or None for integers.
       dtype: bfloat16 or int8.
+      alone: parts that the operand has, all but this one zeros.
     """
-    gpu, shape = compat.mosaic_gpu(), (ROWS, LANES // parts)
+    gpu, shape = compat.mosaic_gpu(), (ROWS, alone * LANES // parts)
     integers = jnp.dtype(dtype) == jnp.int8
     layout = gpu.Layout.WGMMA_8BIT if integers else gpu.Layout.WGMMA
     decode = _to_int8(bits) if integers else _to_bfloat16(bits)
@@ -75,6 +77,9 @@ def operand(stored: jax.Array, part: int, parts: int, bits: int, table: Any, dty
         lanes, fours = compat.mosaic_lanes(), array.registers.flat
         found = [lanes.word(fours[i // 4], i % 4) for i in mine]
         found = _looked_up(found, lanes.lane_address(*tables)) if tables else decode(found)
+        if alone > 1:
+            zeros = [lanes.assemble("mov.b32 $0, 0;")] * len(found)
+            found = [word for i in range(alone) for word in (found if i == part % alone else zeros)]
         return lanes.array(found, layout.to_mgpu(), shape, integers)
 
     return decoded(stored, *([] if table is None else [table]))
@@ -85,10 +90,10 @@ def column_scales(ref: Any, shared: bool = True) -> jax.Array:
     return compat.load(ref, compat.mosaic_gpu().Layout.WGMMA.reduce(1), shared)
 
 
-def shared_tile(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory whose last axis is whole tiles of `LANES`, swizzled as the tensor cores read it."""
+def shared_tile(shape: tuple[int, ...], dtype: Any, rows: int = LANES) -> Any:
+    """Shared memory swizzled as the tensor cores read it, so many of its last axis at a time."""
     gpu, bits = compat.mosaic_gpu(), width(dtype)
-    swizzle = gpu.find_swizzle(LANES * bits, "tile")
+    swizzle = gpu.find_swizzle(rows * bits, "tile")
     return gpu.SMEM(
         shape, dtype, transforms=(gpu.TilingTransform((8, swizzle * 8 // bits)), gpu.SwizzleTransform(swizzle))
     )
@@ -108,6 +113,37 @@ def finish_all_but(count: int) -> None:
 def store(ref: Any, value: jax.Array) -> None:
     """`ref[tokens, 64] = value[64, tokens]^T` in global memory: eight neighbouring columns at once."""
     ref.T[...] = compat.mosaic_gpu().layout_cast(value, compat.sums_layout())
+
+
+def token_scales(ref: Any) -> jax.Array:
+    """`float32[tokens]` of global memory where the sums of its tokens are."""
+    return compat.load(ref, compat.mosaic_gpu().Layout.WGMMA.reduce(0), shared=False)
+
+
+def keep(ref: Any, value: jax.Array) -> None:
+    """Sums `float32[64, tokens]` into global memory, for `kept` of another block."""
+    ref[...] = value
+
+
+def kept(ref: Any) -> jax.Array:
+    """What `keep` left there."""
+    return compat.load(ref, compat.mosaic_gpu().Layout.WGMMA, shared=False)
+
+
+def flags(count: int) -> Any:
+    """So many flags that all blocks see, down when the kernel begins, and when it ends."""
+    return pl.get_global(compat.mosaic_gpu().SemaphoreType.REGULAR((count,)))
+
+
+def raise_flag(flags: Any, i: jax.Array) -> None:
+    """After all that this warpgroup wrote to global memory."""
+    compat.mosaic_gpu().commit_smem()  # the warpgroup meets; one thread raises the flag
+    pl.semaphore_signal(flags.at[i])
+
+
+def await_flag(flags: Any, i: jax.Array) -> None:
+    """Waits until a flag is up, and takes it down."""
+    pl.semaphore_wait(flags.at[i])
 
 
 def zeros(*shape: int) -> jax.Array:

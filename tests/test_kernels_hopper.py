@@ -17,10 +17,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kernels_pallas import BACKENDS, compat, fragments, hopper, registers, timers
+from kernels_pallas import BACKENDS, compat, fragments, hopper, hopper_kernel, hopper_round, registers, timers
 from kernels_pallas.cases import DECODE, Case, fill, shapes
 from kernels_pallas.matmul import describe
 from kernels_pallas.packed import NF4
+from kernels_pallas.reference import quantize_tokens
+from kernels_pallas.shares import Shares
 
 LANE_TABLE = 1024
 
@@ -30,6 +32,8 @@ def emulate(text, *operands, memory=None):
     held = {f"${i}": int(word) & 0xFFFFFFFF for i, word in enumerate(operands, 1)}
     body = re.sub(r"^\{ *\.reg [^;]*;", "", text.strip()).rstrip("} ")
     value = lambda name: held[name] if name in held else int(name, 0) & 0xFFFFFFFF
+    single = lambda word: np.array([word], np.uint32).view(np.float32)[0]
+    byte = lambda word: int(np.clip(np.array([word], np.uint32).view(np.int32)[0], -128, 127)) & 0xFF
     pair = lambda word: np.array([word], np.uint32).view(ml_dtypes.bfloat16).astype(np.float64)
     for line in filter(None, map(str.strip, body.split(";"))):
         operation, _, rest = line.partition(" ")
@@ -59,6 +63,16 @@ def emulate(text, *operands, memory=None):
                 b, select = more
                 either = (b << 32 | a).to_bytes(8, "little")
                 found = int.from_bytes(bytes(either[select >> 4 * i & 7] for i in range(4)), "little")
+            case "max.NaN.bf16x2":
+                found = int(np.maximum(pair(a), pair(more[0])).astype(ml_dtypes.bfloat16).view(np.uint32)[0])
+            case "max.NaN.f32":
+                found = int(np.maximum(single(a), single(more[0])).view(np.uint32))
+            case "div.rn.f32":
+                found = int((single(a) / single(more[0])).view(np.uint32))
+            case "cvt.rni.s32.f32":
+                found = int(np.rint(single(a)))
+            case "cvt.pack.sat.s8.s32.b32":
+                found = (more[1] & 0xFFFF) << 16 | byte(a) << 8 | byte(more[0])
             case "sub.rn.bf16x2" | "fma.rn.bf16x2":
                 exact = pair(a) - pair(more[0]) if operation[0] == "s" else pair(a) * pair(more[0]) + pair(more[1])
                 found = int(exact.astype(ml_dtypes.bfloat16).view(np.uint32)[0])
@@ -138,6 +152,33 @@ def test_values_of_a_table_are_looked_up_in_pairs(emulated):
             np.testing.assert_array_equal(pair, values[codes[row : row + 2, column]])
 
 
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_activations_are_rounded_into_the_order_of_rows(bits, emulated):
+    """As a thread does it, with blocks of its own; the largest of all threads is the scale of the token."""
+    x = jax.random.normal(jax.random.key(0), (1, 128), jnp.bfloat16).at[0, 70].set(-5.5)
+    codes, scale = quantize_tokens(x)
+    want = np.asarray(fragments.permute_rows(codes, bits))
+    words = [int(word) for word in np.asarray(x).view(np.uint32)[0]]
+    most = hopper_round.largest_of(words)
+    assert np.array([most], np.uint32).view(np.float32)[0] == 5.5 == float(scale[0, 0] * 127)
+    block = hopper_round.block_rows(bits) // 2
+    step = int(np.asarray(scale).view(np.uint32)[0, 0])
+    found = [word for i in range(0, 64, block) for word in hopper_round.in_order(words[i : i + block], step)]
+    np.testing.assert_array_equal(np.array(found, np.uint32).view(np.int8)[None], want)
+    assert not np.array_equal(want, codes)
+
+
+def test_which_activations_are_rounded_in_one_pass():
+    assert hopper_round.fits((1, 3, 8192), jnp.bfloat16, 4)
+    assert hopper_round.fits((1, 3, 48), jnp.bfloat16, 4)
+    for shape, dtype, bits in (
+        ((1, 3, 48), "bfloat16", 2),
+        ((1, 3, 128), "float32", 4),
+        ((1, 3, 65536), "bfloat16", 8),
+    ):
+        assert not hopper_round.fits(shape, dtype, bits)
+
+
 @pytest.mark.parametrize(("bits", "table"), [(8, False), (4, False), (2, False), (4, True)])
 def test_the_order_has_an_inverse(bits, table):
     codes = np.random.default_rng(1).integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (2, 256, 192)).astype(np.int8)
@@ -148,10 +189,10 @@ def test_the_order_has_an_inverse(bits, table):
 
 
 @pytest.mark.parametrize(
-    ("steps", "strips", "blocks"), [(32, 32, 132), (16, 16, 132), (1, 5, 5), (7, 3, 4), (64, 1, 3)]
+    ("steps", "strips", "blocks"), [(32, 32, 132), (16, 16, 132), (1, 5, 5), (7, 3, 4), (64, 1, 3), (4, 6, 3)]
 )
 def test_steps_are_shared_out(steps, strips, blocks):
-    shares = hopper.Shares(steps, strips, blocks)
+    shares = Shares(steps, strips, blocks)
     bounds = [int(shares.begin(block)) for block in range(blocks + 1)]
     assert (bounds[0], bounds[-1]) == (0, steps * strips)
     sizes = np.diff(bounds)
@@ -161,16 +202,16 @@ def test_steps_are_shared_out(steps, strips, blocks):
     most = 0
     for strip in range(strips):
         of_strip = list(dict.fromkeys(owners[strip * steps : (strip + 1) * steps].tolist()))
-        assert [int(shares.part(block, strip)) for block in of_strip] == list(range(len(of_strip)))
+        assert of_strip == list(range(of_strip[0], shares.last(strip) + 1))
         most = max(most, len(of_strip))
-    assert shares.parts == most
+    assert shares.split is (most > 1)
 
 
 @pytest.mark.parametrize("warpgroups", [1, 2, 3, 4])
 def test_threads_do_not_wait_for_registers_that_nobody_has(warpgroups):
     launched = min(248, 65536 // (128 * (warpgroups + 1)) // 8 * 8) * (warpgroups + 1)
-    assert launched >= warpgroups * hopper.most_registers(warpgroups) + 40
-    assert hopper.most_registers(warpgroups) >= 96
+    assert launched >= warpgroups * hopper_kernel.most_registers(warpgroups) + 40
+    assert hopper_kernel.most_registers(warpgroups) >= 96
 
 
 @pytest.mark.parametrize("case", DECODE[::3], ids=str)
@@ -182,7 +223,7 @@ def test_configs_fit(case):
     assert len(set(found)) == len(found) >= 2
     for config in found:
         assert hopper.legal(problem, config)
-        assert not hopper.legal(problem, (*config[:3], 4096))
+        assert not hopper.legal(problem, (*config[:3], 4096, config[4]))
     assert not hopper.legal(problem, ())
 
 
@@ -197,24 +238,26 @@ def test_a_weight_made_on_the_device_is_one():
 
 INTERPRETED = """
 import json, sys
-import jax.numpy as jnp, numpy as np
-from kernels_pallas import BACKENDS, compat, hopper, interpreted
+import jax, jax.numpy as jnp, numpy as np
+from kernels_pallas import BACKENDS, compat, hopper, hopper_kernel
 from kernels_pallas.cases import Case, draw
 
 hopper.PROCESSORS = 3
 config, broken = json.loads(sys.argv[1]), len(sys.argv) > 3
-case = Case(**json.loads(sys.argv[2]))
+fields = json.loads(sys.argv[2])
+case = Case(**{**fields, "batch": tuple(fields.get("batch", ()))})
 if broken:
     real = compat.mosaic_gpu()
     class Hasty:
         barrier_wait = staticmethod(lambda barrier: None)
         def __getattr__(self, name):
             return getattr(real, name)
-    hopper.compat = type("compat", (), {**vars(compat), "mosaic_gpu": staticmethod(Hasty)})
+    hopper_kernel.compat = type("compat", (), {**vars(compat), "mosaic_gpu": staticmethod(Hasty)})
 x, packed, _ = draw(case, "hopper", 0, exact=True)
 got = BACKENDS["hopper"](x, packed, case.activation_bits, config=tuple(config), interpret=True)
 x, plain, _ = draw(case, "plain", 0, exact=True)
-want = np.asarray(BACKENDS["reference"](x, plain, case.activation_bits))
+one = lambda x, packed: BACKENDS["reference"](x, packed, case.activation_bits)
+want = np.asarray((jax.vmap(one) if case.batch else one)(x, plain))
 error = float(np.abs(np.asarray(got) - want).max() / np.abs(want).max())
 print(json.dumps({"error": error, "races": bool(compat.gpu_races_found())}))
 """
@@ -229,15 +272,20 @@ def interpreted(root, config, case, *more):
 
 SMALL = {"m": 1, "k": 384, "n": 128, "bits": 4, "group_size": 128}
 SHAPES = [
-    ([2, 1, 8, 2], SMALL, 0),
+    ([2, 1, 8, 2, 1], SMALL, 0),
     *(
         pytest.param(config, case, allowed, marks=pytest.mark.slow)
         for config, case, allowed in (
-            ([2, 2, 8, 2], {"m": 9, "k": 512, "n": 256, "bits": 4, "group_size": 128}, 0),
-            ([1, 2, 8, 2], {"m": 3, "k": 512, "n": 128, "bits": 8, "activation_bits": 8}, 0),
-            ([1, 1, 8, 2], {"m": 3, "k": 384, "n": 128, "bits": 4, "group_size": 128, "nf4": True}, 2**-9),
-            ([1, 2, 8, 2], {"m": 3, "k": 256, "n": 128, "bits": 2, "group_size": 256}, 0),
-            ([2, 1, 16, 4], {"m": 20, "k": 512, "n": 128, "bits": 4, "activation_bits": 8}, 0),
+            ([2, 2, 8, 2, 1], {"m": 9, "k": 512, "n": 256, "bits": 4, "group_size": 128}, 0),
+            ([1, 2, 8, 2, 1], {"m": 3, "k": 512, "n": 128, "bits": 8, "activation_bits": 8}, 0),
+            ([1, 1, 8, 2, 1], {"m": 3, "k": 384, "n": 128, "bits": 4, "group_size": 128, "nf4": True}, 2**-9),
+            ([1, 2, 8, 2, 1], {"m": 3, "k": 256, "n": 128, "bits": 2, "group_size": 256}, 0),
+            ([2, 1, 16, 4, 1], {"m": 20, "k": 512, "n": 128, "bits": 4, "activation_bits": 8}, 0),
+            ([2, 2, 8, 2, 1], {"m": 3, "k": 500, "n": 120, "bits": 4, "group_size": 64}, 0),
+            ([1, 1, 8, 2, 1], {"m": 3, "k": 130, "n": 64, "bits": 2, "group_size": 32}, 0),
+            ([2, 1, 8, 2, 1], {"m": 3, "k": 256, "n": 128, "bits": 4, "group_size": 32, "activation_bits": 8}, 0),
+            ([2, 1, 8, 2, 1], {"m": 2, "k": 384, "n": 128, "bits": 4, "group_size": 128, "batch": [3]}, 0),
+            ([2, 1, 8, 2, 1], {"m": 2, "k": 256, "n": 128, "bits": 8, "zeros": True, "activation_bits": 8}, 0),
         )
     ),
 ]
@@ -252,7 +300,7 @@ def test_the_kernel_equals_the_contract_when_interpreted(root, config, case, all
 
 
 def test_a_kernel_that_waits_for_nothing_races(root):
-    assert interpreted(root, [1, 1, 8, 2], {**SMALL, "k": 256}, "broken")["races"]
+    assert interpreted(root, [1, 1, 8, 2, 1], {**SMALL, "k": 256}, "broken")["races"]
 
 
 def test_other_gpus_are_told_from_hopper(monkeypatch):
