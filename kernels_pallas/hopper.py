@@ -33,7 +33,7 @@ from kernels_pallas.fragments import LANES, ROWS
 from kernels_pallas.hopper_kernel import Form, barriers, kernel, operand_rows, scales_of, tiles_in_shared_memory
 from kernels_pallas.packed import Packed, width
 from kernels_pallas.reference import quantize_tokens
-from kernels_pallas.shares import Shares
+from kernels_pallas.shares import Shares, added
 
 MAX_TOKENS = 4096
 
@@ -79,12 +79,14 @@ def _products(x: jax.Array, factor: jax.Array | None, packed: Packed, config: Co
     steps, strips = spec.tiled_k // LANES // depth, experts * (spec.tiled_n // columns) * (m // tokens)
     shares = Shares(steps, strips, min(compat.processors(PROCESSORS) // cluster, steps * strips))
     on, table = interpreted if interpret else registers, packed.levels is not None
-    form = Form(shares, packed.group_size, packed.bits, on, table, factor is not None, cluster)
+    scaled = factor is not None and shares.inside
+    handing = shares.blocks * cluster if shares.inside else 1
+    form = Form(shares, packed.group_size, packed.bits, on, table, scaled, cluster)
     call = gpu.kernel(
         functools.partial(kernel, form),
         out_type=(
-            jax.ShapeDtypeStruct((experts, m, spec.tiled_n), jnp.float32),
-            jax.ShapeDtypeStruct((shares.blocks * cluster, warpgroups, ROWS, tokens), jnp.float32),
+            jax.ShapeDtypeStruct((shares.parts, experts, m, spec.tiled_n), jnp.float32),
+            jax.ShapeDtypeStruct((handing, warpgroups, ROWS, tokens), jnp.float32),
         ),
         grid=(shares.blocks,),
         grid_names=("block",),
@@ -101,8 +103,10 @@ def _products(x: jax.Array, factor: jax.Array | None, packed: Packed, config: Co
         kernel_name=f"mpq_{'t' if table else 'w'}{packed.bits}a{width(x.dtype)}",
         **({} if cluster == 1 else {"cluster": (cluster,), "cluster_names": ("cluster",)}),
     )
-    factors = () if factor is None else (factor,)
-    return call(packed.codes, packed.scales, x, *factors, *registers.table_values(packed.levels))[0]
+    factors = (factor,) if scaled else ()
+    parts = call(packed.codes, packed.scales, x, *factors, *registers.table_values(packed.levels))[0]
+    total = added(parts, shares, columns, tokens)
+    return total if factor is None or scaled else total * factor[..., None]
 
 
 def tiles(problem: Problem) -> Config:
@@ -118,18 +122,32 @@ def candidates(problem: Problem) -> tuple[Config, ...]:
     decoding has, the best two are there in clusters of two blocks as well.
     """
     found = []
-    for tokens in dict.fromkeys(_whole(problem.m, size) for size in (64, 128, 256)):
+    for tokens in dict.fromkeys(_whole(problem.m, size) for size in (64, 128, 192, 256)):
         for warpgroups, depth in ((4, 2), (2, 2), (4, 1), (2, 1)):
             fit = _room(problem) // _stage_bytes(problem, warpgroups, depth, tokens)
             config = (warpgroups, depth, tokens, 1 << min(3, int(math.log2(max(fit, 1)))), 1)
-            sums = tokens * (1 if problem.group_size is None else 1 + min(2, scales_of(problem.group_size, depth)))
-            if legal(problem, config) and config[3] >= 2 and sums * warpgroups <= 512:
+            if legal(problem, config) and config[3] >= 2 and _sums(problem, config) <= 512:
                 found.append(config)
-    # More sums and operands than four warpgroups have registers for; or few copies ahead.
-    worst = lambda config: (config[0] == 4 and config[2] > 32, config[3] < 4, -config[2])
+    # Many tokens that are not there; more sums and operands than four warpgroups have registers for; few copies ahead.
+    worst = lambda config: (
+        -problem.m % config[2] > problem.m / 8,
+        config[0] == 4 and config[2] > 32,
+        config[3] < 4,
+        -config[2],
+    )
     best = sorted(found, key=worst)[:3]
     twins = [(*config[:4], 2) for config in best[:2] if problem.m > MAX_DECODED]
     return (*best, *(twin for twin in twins if legal(problem, twin)))
+
+
+def _sums(problem: Problem, config: Config) -> int:
+    """Tokens whose sums a processor's threads hold, each for as many scales as are under way.
+
+    Operands of int8 take half the registers, so that more sums fit beside those of a single tile of rows.
+    """
+    warpgroups, depth, tokens, *_ = config
+    each = 1 if problem.group_size is None else 1 + min(2, scales_of(problem.group_size, depth))
+    return warpgroups * tokens * each * (2 if dot_type(problem) == "int8" and depth == 1 and each == 2 else 3) // 3
 
 
 def _whole(tokens: int, most: int) -> int:
@@ -160,7 +178,8 @@ def legal(problem: Problem, config: Config) -> bool:
         return False
     warpgroups, depth, tokens, stages, cluster = config
     columns, group = -(-problem.n // LANES) * LANES // ROWS, problem.group_size
-    whole = columns % (warpgroups * cluster) == 0 and _rows(problem) % depth == 0 and tokens % 8 == 0 and tokens <= 256
+    whole = columns % (warpgroups * cluster) == 0 and _rows(problem) % depth == 0
+    whole = whole and tokens % (8 * cluster) == 0 and tokens <= 256  # each block of a cluster fetches whole eights
     agree = group is None or group <= LANES or group // LANES % depth == 0
     return whole and agree and stages * _stage_bytes(problem, warpgroups, depth, tokens) <= _room(problem)
 

@@ -78,10 +78,11 @@ def most_registers(warpgroups: int) -> int:
 
 
 def kernel(form: Form, *refs: Any) -> None:
-    """One block: `w[e, k / 128, n / 64, words, 128]`, `s[e, groups, n]`, `x[e, m, k]` to `y[e, m, n]`.
+    """One block: `w[e, k / 128, n / 64, words, 128]`, `s[e, groups, n]`, `x[e, m, k]` to `y[parts, e, m, n]`.
 
     They are in global memory, for each of e experts, as is `handed[blocks, warpgroups, 64, m]`, the sums that blocks
-    hand on. Tiles of the first three are in shared memory, with barriers that say which are full and which are free.
+    hand on if there is no second pass (`shares`). Tiles of the first three are in shared memory, with barriers that say
+    which are full and which are free.
 
     Args:
       form: what is static.
@@ -102,8 +103,8 @@ def kernel(form: Form, *refs: Any) -> None:
     block = shares.blocks - 1 - lax.axis_index("block")
     lane = lax.axis_index("cluster") if form.cluster > 1 else 0
     stages, depth, warpgroups = w_tile.shape[:3]
-    scales, tokens, experts = s_tile.shape[1], x_tile.shape[1], y.shape[0]
-    batches, steps = y.shape[1] // tokens, shares.steps
+    scales, tokens, experts = s_tile.shape[1], x_tile.shape[1], y.shape[1]
+    batches, steps = y.shape[2] // tokens, shares.steps
     begin, end = shares.begin(block), shares.begin(block + 1)
     ring = lambda step: lax.rem(step - begin, stages)
 
@@ -214,7 +215,8 @@ def kernel(form: Form, *refs: Any) -> None:
 
             return pl.run_scoped(all_rows, sums)
 
-        flags = on.flags(shares.blocks * form.cluster * warpgroups) if shares.split else None
+        waits = shares.inside and shares.split
+        flags = on.flags(shares.blocks * form.cluster * warpgroups) if waits else None
 
         def its(block: jax.Array) -> jax.Array:
             """The place of a block, and among its cluster, in what is handed on."""
@@ -224,27 +226,29 @@ def kernel(form: Form, *refs: Any) -> None:
             on.keep(handed.at[its(block), thread], total)
             on.raise_flag(flags, its(block) * warpgroups + thread)
 
-        def finish(strip: jax.Array, total: jax.Array) -> None:
+        def collected(strip: jax.Array, total: jax.Array) -> jax.Array:
             def add(other: jax.Array, total: jax.Array) -> jax.Array:
                 on.await_flag(flags, its(other) * warpgroups + thread)
                 return total + on.kept(handed.at[its(other), thread])
 
-            if shares.split:
-                total = lax.fori_loop(block + 1, shares.last(strip) + 1, add, total)
+            return lax.fori_loop(block + 1, shares.last(strip) + 1, add, total)
+
+        def write(strip: jax.Array, total: jax.Array) -> None:
             expert, first, token = place(strip)
             if scaled:
                 factor = on.token_scales(token_scales[0].at[expert, pl.ds(token, tokens)])
                 total = total * lax.broadcast_in_dim(factor, total.shape, [1])
-            on.store(y.at[expert, pl.ds(token, tokens), pl.ds((first + thread) * ROWS, ROWS)], total)
+            part = 0 if shares.parts == 1 else shares.part(block, strip)
+            on.store(y.at[part, expert, pl.ds(token, tokens), pl.ds((first + thread) * ROWS, ROWS)], total)
 
         def strip_(strip: jax.Array, carry: jax.Array) -> jax.Array:
             bounds = lax.max(begin, strip * steps), lax.min(end, (strip + 1) * steps)
             total = (at_once if form.group_size is None else by_groups)(*bounds)
-            if not shares.split:
-                finish(strip, total)
-                return carry
-            pl.when(begin > strip * steps)(lambda: hand_on(total))
-            pl.when(begin <= strip * steps)(lambda: finish(strip, total))
+            if waits:
+                pl.when(begin > strip * steps)(lambda: hand_on(total))
+                pl.when(begin <= strip * steps)(lambda: write(strip, collected(strip, total)))
+            else:
+                write(strip, total)
             return carry
 
         if table:

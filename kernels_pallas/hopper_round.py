@@ -16,6 +16,8 @@ from kernels_pallas import compat
 from kernels_pallas.fragments import THREADS
 from kernels_pallas.reference import MAX_CODE
 
+_TINY, _LIFT = 2.0**-60, 2.0**64
+
 MOST_ROWS = 32768
 """Of a token in the registers of a warpgroup."""
 
@@ -71,16 +73,19 @@ def rounded(x: jax.Array, bits: int, tokens: int, rows: int, over: int) -> tuple
         held = load(x_ref.at[token])
         most = jnp.max(largest(held))
         scale = jnp.where(most > 0, most / MAX_CODE, 1.0)
+        lift = jnp.where(scale < _TINY, _LIFT, 1.0)
+        splat = gpu.Layout.WG_SPLAT
 
-        @gpu.inline_mgpu(arg_types=(gpu.RefType(), gpu.RefType(), words, gpu.Layout.WG_SPLAT, gpu.Layout.WG_SPLAT))
-        def store(context: Any, codes: Any, factors: Any, held: Any, scale: Any, factor: Any) -> None:
+        @gpu.inline_mgpu(arg_types=(gpu.RefType(), gpu.RefType(), words, splat, splat, splat, splat))
+        def store(context: Any, codes: Any, factors: Any, held: Any, factor: Any, *divisor: Any) -> None:
             del context
             lanes = compat.mosaic_lanes()
-            step = lanes.bits_of(scale)
-            lanes.store_blocks(codes, rows, [in_order(words, step) for words in lanes.words_of(held)])
+            by = [lanes.bits_of(scalar) for scalar in divisor]
+            lanes.store_blocks(codes, rows, [in_order(words, *by) for words in lanes.words_of(held)])
             lanes.store_word(factors, lanes.bits_of(factor))
 
-        store(codes_ref.at[place], factor_ref.at[place], held, scale, scale / over)
+        step = scale * lift
+        store(codes_ref.at[place], factor_ref.at[place], held, scale / over, lift, step, 1 / step)
 
     call = gpu.kernel(
         kernel,
@@ -106,23 +111,33 @@ def largest_of(words: Sequence[Any]) -> Any:
     return assemble("{ .reg .b32 a, b; shl.b32 a, $1, 16; and.b32 b, $1, 0xffff0000; max.NaN.f32 $0, a, b; }", most)
 
 
-def in_order(words: Sequence[Any], step: Any) -> list[Any]:
+def in_order(words: Sequence[Any], lift: Any, step: Any, inverse: Any) -> list[Any]:
     """Words of four codes in the order of `permute_rows`, of the words of a block of 16 or 32 rows in bfloat16.
 
-    A word has two neighbouring rows. Those of the second half of the block alternate with those of the first.
+    A word has two neighbouring rows. Those of the second half of the block alternate with those of the first. Values
+    are divided by `step / lift`, all float32; `inverse` is one over `step`.
     """
     half = len(words) // 2
     pairs = zip(words[:half], words[half:], strict=True)
-    return [compat.mosaic_lanes().assemble(_ROUNDING, first, second, step) for first, second in pairs]
+    return [compat.mosaic_lanes().assemble(_ROUNDING, *pair, lift, step, inverse) for pair in pairs]
 
 
 def _rounding() -> str:
-    """Of two values each in words `$1` and `$2`, over the float32 `$3`, their nearest integers, alternately."""
+    """Of two values each in words `$1` and `$2`, over a float32, their nearest integers, alternately.
+
+    The quotient x r of a rounded inverse r = 1 / t is off in its last bit or two; adding the remainder x - q t times r
+    rounds it as a division does (Markstein 1990, IBM J. Res. Dev. 34, Theorem 8.2). No remainder is lost to underflow,
+    since values are lifted, by a power of two, where the step t is tiny.
+    """
     lower = (f"shl.b32 x{i}, ${i + 1}, 16;" for i in range(2))
     upper = (f"and.b32 x{i + 2}, ${i + 1}, 0xffff0000;" for i in range(2))
-    nearest = (f"div.rn.f32 x{i}, x{i}, $3; cvt.rni.s32.f32 x{i}, x{i};" for i in range(4))
+    nearest = (
+        f"mul.rn.f32 x{i}, x{i}, $3; mul.rn.f32 q, x{i}, $5; neg.f32 t, q; fma.rn.f32 t, t, $4, x{i}; "
+        f"fma.rn.f32 q, t, $5, q; cvt.rni.s32.f32 x{i}, q;"
+        for i in range(4)
+    )
     packed = "cvt.pack.sat.s8.s32.b32 t, x3, x2, 0; cvt.pack.sat.s8.s32.b32 $0, x1, x0, t;"
-    return f"{{ .reg .b32 x0, x1, x2, x3, t; {' '.join((*lower, *upper, *nearest))} {packed} }}"
+    return f"{{ .reg .b32 x0, x1, x2, x3, q, t; {' '.join((*lower, *upper, *nearest))} {packed} }}"
 
 
 _ROUNDING = _rounding()

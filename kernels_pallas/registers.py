@@ -205,7 +205,8 @@ def pairs(levels: Sequence[float]) -> np.ndarray:
     both = values.view(np.uint16).astype(np.uint32)
     byte = np.arange(PAIRS[0])
     found = both[byte % 16] | both[byte // 16] << np.uint32(16)
-    return np.broadcast_to(found[:, None], PAIRS).view(np.int32)
+    # Without strides of zero, of which JAX would make a constant that is spread out again at every call.
+    return np.ascontiguousarray(np.broadcast_to(found[:, None], PAIRS)).view(np.int32)
 
 
 def table_places(levels: Sequence[float] | None) -> tuple[Any, ...]:

@@ -67,8 +67,13 @@ def emulate(text, *operands, memory=None):
                 found = int(np.maximum(pair(a), pair(more[0])).astype(ml_dtypes.bfloat16).view(np.uint32)[0])
             case "max.NaN.f32":
                 found = int(np.maximum(single(a), single(more[0])).view(np.uint32))
-            case "div.rn.f32":
-                found = int((single(a) / single(more[0])).view(np.uint32))
+            case "mul.rn.f32":
+                found = int((single(a) * single(more[0])).view(np.uint32))
+            case "neg.f32":
+                found = a ^ 0x80000000
+            case "fma.rn.f32":  # a product of float32 is exact in float64
+                exact = np.float64(single(a)) * np.float64(single(more[0])) + np.float64(single(more[1]))
+                found = int(np.float32(exact).view(np.uint32))
             case "cvt.rni.s32.f32":
                 found = int(np.rint(single(a)))
             case "cvt.pack.sat.s8.s32.b32":
@@ -152,20 +157,50 @@ def test_values_of_a_table_are_looked_up_in_pairs(emulated):
             np.testing.assert_array_equal(pair, values[codes[row : row + 2, column]])
 
 
+def words_of(array):
+    return [int(word) for word in np.asarray(array).view(np.uint32).reshape(-1)]
+
+
+def divisor(scale, lift=1.0):
+    """What `in_order` divides by, as words."""
+    step = np.float32(scale) * np.float32(lift)
+    return words_of(np.array([lift, step, np.float32(1) / step], np.float32))
+
+
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_activations_are_rounded_into_the_order_of_rows(bits, emulated):
     """As a thread does it, with blocks of its own; the largest of all threads is the scale of the token."""
     x = jax.random.normal(jax.random.key(0), (1, 128), jnp.bfloat16).at[0, 70].set(-5.5)
     codes, scale = quantize_tokens(x)
     want = np.asarray(fragments.permute_rows(codes, bits))
-    words = [int(word) for word in np.asarray(x).view(np.uint32)[0]]
+    words = words_of(x)
     most = hopper_round.largest_of(words)
     assert np.array([most], np.uint32).view(np.float32)[0] == 5.5 == float(scale[0, 0] * 127)
     block = hopper_round.block_rows(bits) // 2
-    step = int(np.asarray(scale).view(np.uint32)[0, 0])
-    found = [word for i in range(0, 64, block) for word in hopper_round.in_order(words[i : i + block], step)]
+    by = divisor(scale[0, 0])
+    found = [word for i in range(0, 64, block) for word in hopper_round.in_order(words[i : i + block], *by)]
     np.testing.assert_array_equal(np.array(found, np.uint32).view(np.int8)[None], want)
     assert not np.array_equal(want, codes)
+
+
+def test_rounding_agrees_with_a_division(emulated):
+    """At halves and beside them, where a quotient that is off by its last bit rounds to another integer; and tiny ones.
+
+    Every value of a step that a bfloat16 of magnitude 127 steps and less can be, by the same instructions on arrays.
+    """
+    rng = np.random.default_rng(0)
+    steps = (rng.integers(2**23, 2**24, 400).astype(np.float32) * np.float32(2.0**-30))[:, None]
+    halves = ((rng.integers(0, 254, (400, 2000)) + 1) / 2 * steps).astype(ml_dtypes.bfloat16).astype(np.float32)
+    inverse = np.float32(1) / steps
+    first = halves * inverse
+    rest = (halves.astype(np.float64) - first.astype(np.float64) * steps).astype(np.float32)
+    better = (first + rest.astype(np.float64) * inverse).astype(np.float32)
+    np.testing.assert_array_equal(np.rint(better), np.rint(halves / steps))
+    tiny = jnp.array([[1.0, -0.5, 0.25, 0.003] * 4], jnp.bfloat16) * jnp.bfloat16(2.0**-110)
+    codes, scale = quantize_tokens(tiny)
+    found = hopper_round.in_order(words_of(tiny), *divisor(scale[0, 0], 2.0**64))
+    want = np.asarray(fragments.permute_rows(codes, 4))
+    np.testing.assert_array_equal(np.array(found, np.uint32).view(np.int8)[None], want)
 
 
 def test_which_activations_are_rounded_in_one_pass():
