@@ -58,11 +58,26 @@ def _cell(row: Result, cublas: float | None) -> str:
     return f"{row['p50']:g}{mark}; {row['speedup']:.2f}, {ratio}; {row['roofline_percent']:.0f} %"
 
 
-def page(result: Result, peers: Result) -> str:
+def parts_table(parts: Result) -> str:
+    """A row a case: its fastest config, times, how many times as fast that is as the dense dot, and every kernel."""
+    lines = ["| case | config | us | x dense | kernels of a call, us |", "|---|---|---:|---:|---|"]
+    rows = [*parts["rows"], *(row for row in parts["before"]["rows"] if "-8x" in row["case"])]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        dense = next(row["sum"] for row in rows if row["case"] == case and row["config"] == "dense")
+        best = min(
+            (row for row in rows if row["case"] == case and row["config"] != "dense"), key=lambda row: row["sum"]
+        )
+        kernels = ", ".join(f"{name.split(':')[1]} {micro:g}" for name, micro in best["kernels"].items())
+        name = case.removesuffix("-bfloat16")
+        lines.append(f"| {name} | {best['config']} | {best['sum']:g} | {dense / best['sum']:.2f} | {kernels} |")
+    return "\n".join(lines)
+
+
+def page(result: Result, peers: Result, parts: Result) -> str:
     """The page beside the results."""
     here, limits = result["environment"], result["ceilings"]
     rates = ", ".join(f"{2e-12 * limits['macs_per_s'][kind]:.0f} of {kind}" for kind in ("bfloat16", "int8"))
-    parts = [
+    texts = [
         "# Packed matmuls on an H200",
         f"Written by `python -m analysis.kernels` from `h200.json` and `h200_peers.json`: {here['device']}, JAX "
         f"{here['jax']}, commit {result['options']['commit']}; PyTorch {peers['environment']['torch']}.",
@@ -73,8 +88,14 @@ def page(result: Result, peers: Result) -> str:
         f"Ceilings: {limits['bytes_per_s'] / 1e12:.2f} TB/s read, {rates} TFLOP/s.",
         table(result, peers),
         "![Roofline](h200.png)",
+        "## Since then",
+        f"From `h200_parts.json`: {parts['environment']['device']}, JAX {parts['environment']['jax']}, commits "
+        f"{parts['before']['commit']} (eight experts) and {parts['commit']} (all else). The dense dot is of the same "
+        f"run. {parts['conformance']['forms']} forms of the kernel equalled the contract there, bit for bit on "
+        "integers. A case is format, then experts if there are any, tokens, rows and columns.",
+        parts_table(parts),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(texts) + "\n"
 
 
 def roofline_figure(result: Result) -> Figure:
@@ -103,17 +124,17 @@ def _point(row: Result) -> tuple[float, float]:
     return macs / (1e9 * row["gb_per_s"] * seconds), 2e-12 * macs / seconds
 
 
-def load(root: Path) -> tuple[Result, Result]:
-    """The committed results: of the kernels, and of PyTorch."""
-    names: Sequence[str] = ("h200.json", "h200_peers.json")
-    kernels, peers = (read_json(root / FOLDER / name, "results of a benchmark") for name in names)
-    return kernels, peers
+def load(root: Path) -> tuple[Result, Result, Result]:
+    """The committed results: of the kernels, of PyTorch, and of single kernels of calls."""
+    names: Sequence[str] = ("h200.json", "h200_peers.json", "h200_parts.json")
+    kernels, peers, parts = (read_json(root / FOLDER / name, "results of a benchmark") for name in names)
+    return kernels, peers, parts
 
 
 def main(root: Path) -> int:
     """Write `h200.md` and `h200.png` beside the results under `root`; returns the exit code."""
-    result, peers = load(root)
-    write_text(root / FOLDER / "h200.md", page(result, peers))
+    result, peers, parts = load(root)
+    write_text(root / FOLDER / "h200.md", page(result, peers, parts))
     save(lambda: roofline_figure(result), root / FOLDER / "h200.png")
     return 0
 

@@ -110,7 +110,7 @@ _THEN = (
 _LAYERS = ((8192, 8192), (4096, 4096), (8192, 57344), (4096, 11008), (28672, 8192))
 
 _OTHERS = (
-    *(Case(m, 4096, 14336, 4, 128, batch=(8,)) for m in (1, 4, 32)),
+    *(Case(m, 4096, 14336, 4, 128, batch=(8,)) for m in (1, 16)),
     *(Case(m, 8192, 8192, 4, group) for m, group in ((16, 64), (16, 32), (64, 32))),
 )
 """A layer of a mixture of eight experts, each with so many tokens; and smaller groups."""

@@ -99,8 +99,8 @@ def sums_layout() -> Any:
     return mosaic_gpu().Layout._WGMMA_ACC_32BIT  # JAX has no public name for it.
 
 
-def kernel_times(run: Callable[[], Any], calls: int) -> list[list[float]]:
-    """Microseconds of each kernel of each call on an NVIDIA GPU, by CUPTI; all calls launch equally many."""
+def kernel_times(run: Callable[[], Any], calls: int) -> list[list[tuple[str, float]]]:
+    """Name and microseconds of each kernel of each call on an NVIDIA GPU, by CUPTI; all calls launch equally many."""
     # `profiler.measure` calls with the same arguments again; here a call may take the next copy of a weight.
     profiler = importlib.import_module("jax.experimental.mosaic.gpu.profiler")
     library = profiler.mosaic_gpu_lib._mosaic_gpu_ext
@@ -108,7 +108,7 @@ def kernel_times(run: Callable[[], Any], calls: int) -> list[list[float]]:
     try:
         jax.block_until_ready([run() for _ in range(calls)])
     finally:
-        found = [1e3 * milliseconds for _, milliseconds in library._cupti_get_timings(True)]
+        found = [(name, 1e3 * milliseconds) for name, milliseconds in library._cupti_get_timings(True)]
     each = len(found) // calls
     return [found[i * each : (i + 1) * each] for i in range(calls)]
 

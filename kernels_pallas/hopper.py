@@ -37,8 +37,8 @@ from kernels_pallas.shares import Shares, added
 
 MAX_TOKENS = 4096
 
-MAX_DECODED = 32
-"""Tokens with which activations are few bytes beside codes."""
+MAX_DECODED, MOST_ALONE = 32, 128
+"""Tokens with which activations are few bytes beside codes, and with which clusters gain nothing."""
 
 PROCESSORS = 132
 """Of an H100 and an H200 (SXM), for which kernels are compiled where there is none."""
@@ -122,32 +122,18 @@ def candidates(problem: Problem) -> tuple[Config, ...]:
     decoding has, the best two are there in clusters of two blocks as well.
     """
     found = []
-    for tokens in dict.fromkeys(_whole(problem.m, size) for size in (64, 128, 192, 256)):
+    for tokens in dict.fromkeys(_whole(problem.m, size) for size in (64, 128, 256)):
         for warpgroups, depth in ((4, 2), (2, 2), (4, 1), (2, 1)):
             fit = _room(problem) // _stage_bytes(problem, warpgroups, depth, tokens)
             config = (warpgroups, depth, tokens, 1 << min(3, int(math.log2(max(fit, 1)))), 1)
-            if legal(problem, config) and config[3] >= 2 and _sums(problem, config) <= 512:
+            sums = tokens * (1 if problem.group_size is None else 1 + min(2, scales_of(problem.group_size, depth)))
+            if legal(problem, config) and config[3] >= 2 and sums * warpgroups <= 512:
                 found.append(config)
-    # Many tokens that are not there; more sums and operands than four warpgroups have registers for; few copies ahead.
-    worst = lambda config: (
-        -problem.m % config[2] > problem.m / 8,
-        config[0] == 4 and config[2] > 32,
-        config[3] < 4,
-        -config[2],
-    )
+    # More sums and operands than four warpgroups have registers for; or few copies ahead.
+    worst = lambda config: (config[0] == 4 and config[2] > 32, config[3] < 4, -config[2])
     best = sorted(found, key=worst)[:3]
-    twins = [(*config[:4], 2) for config in best[:2] if problem.m > MAX_DECODED]
-    return (*best, *(twin for twin in twins if legal(problem, twin)))
-
-
-def _sums(problem: Problem, config: Config) -> int:
-    """Tokens whose sums a processor's threads hold, each for as many scales as are under way.
-
-    Operands of int8 take half the registers, so that more sums fit beside those of a single tile of rows.
-    """
-    warpgroups, depth, tokens, *_ = config
-    each = 1 if problem.group_size is None else 1 + min(2, scales_of(problem.group_size, depth))
-    return warpgroups * tokens * each * (2 if dot_type(problem) == "int8" and depth == 1 and each == 2 else 3) // 3
+    twins = [twin for config in best[:2] if legal(problem, twin := (*config[:4], 2))] if problem.m > MAX_DECODED else []
+    return (*twins, *best) if problem.m > MOST_ALONE else (*best, *twins)
 
 
 def _whole(tokens: int, most: int) -> int:

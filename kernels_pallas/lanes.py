@@ -67,7 +67,7 @@ def load_blocks(row: Any, size: int, block: int, count: int) -> Any:
                 f"{{ .reg .pred p; setp.lt.u32 p, $5, {size}; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; "
                 f"mov.b32 $3, 0; @p ld.global.v4.b32 {{$0, $1, $2, $3}}, [$4+{16 * piece}]; }}"
             )
-            four = llvm.inline_asm(
+            four: Any = llvm.inline_asm(
                 llvm.StructType.get_literal([integer] * 4), [pointer, first], text, "=&r,=&r,=&r,=&r,l,r"
             )
             words += [llvm.extractvalue(integer, four, [j]) for j in range(4)]

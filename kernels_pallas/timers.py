@@ -26,7 +26,8 @@ def times(runs: Mapping[Name, Callable[[], Any]], repeats: int) -> dict[Name, np
     with ThreadPoolExecutor(8 if compat.platform() == "cuda" else 1) as pool:
         list(pool.map(lambda run: jax.block_until_ready(run()), others))
     if compat.platform() == "cuda":
-        return {name: np.array([sum(call) for call in compat.kernel_times(run, repeats)]) for name, run in runs.items()}
+        whole = lambda run: np.array([sum(micro for _, micro in call) for call in compat.kernel_times(run, repeats)])
+        return {name: whole(run) for name, run in runs.items()}
     taken: dict[Name, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():

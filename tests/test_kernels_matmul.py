@@ -339,7 +339,13 @@ def test_tpu_kernels_lower_without_a_tpu(case):
         ("hopper", Case(1, 384, 130, 8)),
         ("hopper", Case(200, 512, 128, 4, 128, activation_bits=8)),
         ("hopper", Case(16, 512, 128, 4, 128, nf4=True)),
+        ("hopper", Case(5, 300, 250, 4, 64, zeros=True)),
+        ("hopper", Case(9, 500, 128, 2, 32)),
+        ("hopper", Case(9, 256, 128, 4, 32, activation_bits=8)),
+        ("hopper", Case(4, 256, 128, 4, 128, batch=(3,))),
+        ("hopper", Case(4, 256, 128, 4, 128, activation_bits=8, batch=(2, 2))),
         ("dense", Case(300, 512, 128, 4, 128, nf4=True)),
+        ("dense", Case(300, 512, 128, 4, 32)),
         ("dense", Case(300, 512, 128, 4, activation_bits=8)),
     ],
     ids=str,
@@ -349,8 +355,10 @@ def test_kernels_for_hopper_lower_without_a_gpu(backend, case):
     x, packed, _ = draw(case, "hopper", 0, exact=True)
     run = functools.partial(quantized_matmul, backend=backend, platform="cuda", activation_bits=case.activation_bits)
     lowered = export.export(jax.jit(run), platforms=["cuda"])(x, packed)
-    assert "mosaic_gpu" in lowered.mlir_module()
-    assert lowered.out_avals[0].shape == (case.m, case.n)
+    kernels = lowered.mlir_module().count("custom_call @mosaic_gpu")
+    assert kernels == (2 if backend == "hopper" and case.activation_bits and not case.zeros else 1)
+    assert "stablehlo.while" not in lowered.mlir_module()  # experts are not computed one after the other
+    assert lowered.out_avals[0].shape == (*case.batch, case.m, case.n)
 
 
 def test_weights_are_arguments_and_nothing_compiles_twice():

@@ -19,10 +19,10 @@ from typing import Any
 
 import jax
 
-from kernels_pallas.aot.tpu import problem_of, shapes
-from kernels_pallas.cases import Case
+from kernels_pallas.cases import Case, shapes
 from kernels_pallas.dispatch import BACKENDS
 from kernels_pallas.errors import KernelError
+from kernels_pallas.matmul import describe
 
 CASES: Mapping[str, Case] = MappingProxyType(
     {
@@ -40,10 +40,14 @@ CASES: Mapping[str, Case] = MappingProxyType(
             Case(256, 8192, 8192, 8, activation_bits=8),
             Case(2048, 8192, 8192, 4, 128, activation_bits=8),
             Case(256, 8192, 8192, 4, 128),
+            Case(16, 8192, 8192, 4, 64),
+            Case(16, 8192, 8192, 4, 32),
+            Case(16, 8192, 8192, 4, 32, activation_bits=8),
+            Case(16, 4096, 14336, 4, 128, batch=(8,)),
         )
     }
 )
-"""What is compiled, by name."""
+"""What is compiled, by name. Those of 256 tokens and more are in clusters."""
 
 ARCHITECTURE = "sm_90a"
 
@@ -60,7 +64,7 @@ def compile_one(case: Case) -> None:
     place = SingleDeviceSharding(topology.devices[0])
     put = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
     x, packed = jax.tree.map(put, shapes(case, "hopper"))
-    config = BACKENDS["hopper"].tiles(problem_of(case, "hopper"))
+    config = BACKENDS["hopper"].tiles(describe(x, packed, case.activation_bits))
     run = lambda x, packed: BACKENDS["hopper"](x, packed, case.activation_bits, config=config)
     function = jax.jit(run, out_shardings=place)
     function.trace(x, packed).lower(lowering_platforms=("cuda",)).compile()
@@ -68,6 +72,8 @@ def compile_one(case: Case) -> None:
 
 def measure(case: str) -> dict[str, Any]:
     """Registers, bytes of spills and of shared memory a block, and how often each instruction stands in the kernel.
+
+    Under `rounding` it has the same of the kernel that rounds activations, but for the memory, if there is one.
 
     Raises:
       KernelError: it does not compile.
@@ -81,13 +87,14 @@ def measure(case: str) -> dict[str, Any]:
         }
         command = [sys.executable, "-m", "kernels_pallas.aot.gpu", case]
         found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        sources = sorted(Path(folder).rglob("*.ptx"))
-        if found.returncode or not sources:
+        sources = {path.name.startswith("mpq_round"): path for path in sorted(Path(folder).rglob("*.ptx"))}
+        if found.returncode or False not in sources:
             last = [line for line in found.stderr.splitlines() if "Error" in line][-1:]
             raise KernelError(f"{case} does not compile for an H200: {''.join(last)[:500]}")
         log = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(folder).rglob("*.mlir-passes.log")))
         shared = re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", log)
-        return {**_assemble(sources[0]), "shared_bytes": max(map(int, shared), default=0)}
+        rounding = {"rounding": _assemble(sources[True])} if True in sources else {}
+        return {**_assemble(sources[False]), "shared_bytes": max(map(int, shared), default=0), **rounding}
 
 
 def _assemble(ptx: Path) -> dict[str, Any]:

@@ -50,6 +50,10 @@ def test_the_hopper_kernel_is_what_its_design_says(case):
     budget = H200["kernels"][case]
     assert found["registers"] <= 1.05 * budget["registers"]
     assert found["shared_bytes"] <= budget["shared_bytes"]
+    assert ("rounding" in found) is ("a8" in case)
+    if "rounding" in found:
+        assert (found["rounding"]["spill_bytes"], found["rounding"]["warnings"]) == (0, [])
+        assert found["rounding"]["registers"] <= 1.05 * budget["rounding"]["registers"]
 
 
 def test_what_does_not_fit_is_said():
