@@ -89,171 +89,203 @@ def kernel(form: Form, *refs: Any) -> None:
       refs: w, s, x, what `t[e, m]` a token's sums are multiplied by and the table, each if there is one, y, handed, the
         tiles, the barriers, the table's place and barrier, and what the interpreter's twin needs.
     """
-    table, scaled = form.table, form.scaled
-    (w, s, x), more = refs[:3], refs[3:]
-    token_scales, values, (y, handed, w_tile, s_tile, x_tile, full, free, *more) = (
-        more[:scaled],
-        more[scaled : scaled + table],
-        more[scaled + table :],
-    )
-    places, scratch = more[: 2 * table], more[2 * table :]
-    gpu, shares, on = compat.mosaic_gpu(), form.shares, form.on
-    thread = lax.axis_index("warpgroup")
-    # Processors get blocks in their order, so that whoever waits for a sum waits for one that runs or has run.
-    block = shares.blocks - 1 - lax.axis_index("block")
-    lane = lax.axis_index("cluster") if form.cluster > 1 else 0
-    stages, depth, warpgroups = w_tile.shape[:3]
-    scales, tokens, experts = s_tile.shape[1], x_tile.shape[1], y.shape[1]
-    batches, steps = y.shape[2] // tokens, shares.steps
-    begin, end = shares.begin(block), shares.begin(block + 1)
-    ring = lambda step: lax.rem(step - begin, stages)
+    block, thread = _Block(form, refs), lax.axis_index("warpgroup")
+    pl.when(thread == block.warpgroups)(lambda: _copy(block))
+    pl.when(thread < block.warpgroups)(lambda: _Warpgroup(block, thread).run())
 
-    def place(strip: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+
+class _Block:
+    """The operands of a block by their names, its sizes, and its steps."""
+
+    def __init__(self, form: Form, refs: Sequence[Any]) -> None:
+        """Of the arguments of `kernel`."""
+        self.form, rest = form, list(refs)
+        take = lambda count: [rest.pop(0) for _ in range(count)]
+        self.w, self.s, self.x = take(3)
+        self.factors, self.values = take(form.scaled), take(form.table)
+        self.y, self.handed, self.w_tile, self.s_tile, self.x_tile, self.full, self.free = take(7)
+        self.places, self.scratch = take(2 * form.table), rest
+        self.stages, self.depth, self.warpgroups = self.w_tile.shape[:3]
+        self.scales, self.tokens = self.s_tile.shape[1], self.x_tile.shape[1]
+        self.integers = self.x.dtype == jnp.int8
+        # Processors get blocks in their order, so that whoever waits for a sum waits for one that runs or has run.
+        self.number = form.shares.blocks - 1 - lax.axis_index("block")
+        self.lane = lax.axis_index("cluster") if form.cluster > 1 else 0
+        self.begin, self.end = form.shares.begin(self.number), form.shares.begin(self.number + 1)
+
+    def ring(self, step: jax.Array) -> jax.Array:
+        """The place of a step in shared memory."""
+        return lax.rem(step - self.begin, self.stages)
+
+    def place(self, strip: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
         """Expert, first tile of columns and first token of a strip."""
-        each = shares.strips // experts
+        experts, batches = self.y.shape[1], self.y.shape[2] // self.tokens
+        each = self.form.shares.strips // experts
         expert, within = (0, strip) if experts == 1 else (lax.div(strip, each), lax.rem(strip, each))
-        column = lax.div(within, batches) * form.cluster + lane
-        return expert, column * warpgroups, lax.rem(within, batches) * tokens
+        column = lax.div(within, batches) * self.form.cluster + self.lane
+        return expert, column * self.warpgroups, lax.rem(within, batches) * self.tokens
 
-    @pl.when(thread == warpgroups)
-    def _copy() -> None:
-        gpu.set_max_registers(COPYING, action="decrease")
-        shared = {"collective_axes": "cluster"} if form.cluster > 1 else {}
 
-        def _wait(step: jax.Array) -> None:
-            """Until the place of a step is free."""
+def _copy(block: _Block) -> None:
+    """Copies the tiles of all steps, as far ahead as there are places, and stays until the last is free again."""
+    gpu, form = compat.mosaic_gpu(), block.form
+    gpu.set_max_registers(COPYING, action="decrease")
+    shared = {"collective_axes": "cluster"} if form.cluster > 1 else {}
 
-            @pl.when(step - begin >= stages)
-            def _() -> None:
-                gpu.barrier_wait(free.at[ring(step)])
+    def wait(step: jax.Array) -> None:
+        """Until the place of a step is free."""
+        is_used = step - block.begin >= block.stages
+        pl.when(is_used)(lambda: gpu.barrier_wait(block.free.at[block.ring(step)]))
 
-        def ahead(step: jax.Array, carry: jax.Array) -> jax.Array:
-            slot, strip = ring(step), lax.div(step, steps)
+    def ahead(step: jax.Array, carry: jax.Array) -> jax.Array:
+        slot, strip = block.ring(step), lax.div(step, form.shares.steps)
+        wait(step)
+        row, (expert, first, token) = lax.rem(step, form.shares.steps) * block.depth, block.place(strip)
+        codes = block.w.at[expert, pl.ds(row, block.depth), pl.ds(first, block.warpgroups)]
+        groups = pl.ds(first_group(row, form.group_size), block.scales)
+        scales = block.s.at[expert, groups, pl.ds(first * ROWS, block.warpgroups * ROWS)]
+        part = block.x.at[expert, pl.ds(token, block.tokens), pl.ds(row * LANES, block.depth * LANES)]
+        gpu.copy_gmem_to_smem(codes, block.w_tile.at[slot], block.full.at[slot])
+        gpu.copy_gmem_to_smem(scales, block.s_tile.at[slot], block.full.at[slot])
+        gpu.copy_gmem_to_smem(part, block.x_tile.at[slot], block.full.at[slot], **shared)
+        return carry
 
-            _wait(step)
-            row, (expert, first, token) = lax.rem(step, steps) * depth, place(strip)
-            codes = w.at[expert, pl.ds(row, depth), pl.ds(first, warpgroups)]
-            of_groups = s.at[
-                expert, pl.ds(first_group(row, form.group_size), scales), pl.ds(first * ROWS, warpgroups * ROWS)
-            ]
-            part = x.at[expert, pl.ds(token, tokens), pl.ds(row * LANES, depth * LANES)]
-            gpu.copy_gmem_to_smem(codes, w_tile.at[slot], full.at[slot])
-            gpu.copy_gmem_to_smem(of_groups, s_tile.at[slot], full.at[slot])
-            gpu.copy_gmem_to_smem(part, x_tile.at[slot], full.at[slot], **shared)
-            return carry
+    def behind(step: jax.Array, carry: jax.Array) -> jax.Array:
+        wait(step)
+        return carry
 
-        def behind(step: jax.Array, carry: jax.Array) -> jax.Array:
-            _wait(step)
-            return carry
+    if form.table:
+        gpu.copy_gmem_to_smem(*block.values, *block.places)
+    lax.fori_loop(block.begin, block.end, ahead, jnp.int32(0))
+    lax.fori_loop(block.end, block.end + block.stages, behind, jnp.int32(0))
 
-        if table:
-            gpu.copy_gmem_to_smem(*values, *places)
-        lax.fori_loop(begin, end, ahead, jnp.int32(0))
-        lax.fori_loop(end, end + stages, behind, jnp.int32(0))
 
-    @pl.when(thread < warpgroups)
-    def _multiply() -> None:
-        gpu.set_max_registers(most_registers(warpgroups), action="increase")
-        sums = gpu.ACC((ROWS, tokens), jnp.int32 if x.dtype == jnp.int8 else jnp.float32)
-        rows = part_rows(form.group_size, x.dtype == jnp.int8)
-        wide = operand_rows(form.group_size, x.dtype == jnp.int8)
-        parts = LANES // rows
-        per_scale = depth * parts // scales
+class _Warpgroup:
+    """One that multiplies: `ROWS` columns of every strip."""
 
-        def products(slot: jax.Array, first: int, held: Mapping[int, jax.Array], *into: Any) -> list[jax.Array]:
-            """Adds the products of some scales of a step, from the first on, to an accumulator each; the scales.
+    def __init__(self, block: _Block, thread: jax.Array) -> None:
+        """The warpgroup of this number."""
+        form = block.form
+        self.block, self.thread, self.on, self.shares = block, thread, form.on, form.shares
+        self.rows = part_rows(form.group_size, block.integers)
+        self.wide = operand_rows(form.group_size, block.integers)
+        self.parts = LANES // self.rows
+        self.per_scale = block.depth * self.parts // block.scales
+        self.sums = compat.mosaic_gpu().ACC((ROWS, block.tokens), jnp.int32 if block.integers else jnp.float32)
+        self.waits = self.shares.inside and self.shares.split
 
-            `held` has tiles whose words are in registers already. At most two parts are decoded there: one that the
-            tensor cores have, and one that is to follow.
-            """
-            held = dict(held)
-            for i in range(per_scale * len(into)):
-                if i > 1:
-                    on.finish_all_but(1)
-                tile, part = divmod(first * per_scale + i, parts)
-                if tile not in held:
-                    held[tile] = on.held(w_tile.at[slot, tile, thread])
-                pairs = places[0] if table else None
-                operand = on.operand(held[tile], part, parts, form.bits, pairs, x.dtype, wide // rows)
-                its_rows = pl.ds((tile * LANES + part * rows) // wide * wide, wide)
-                on.multiply(into[i // per_scale], operand, x_tile.at[slot, :, its_rows], thread, scratch)
-            columns = pl.ds(thread * ROWS, ROWS)
-            found = [on.column_scales(s_tile.at[slot, first + i, columns]) for i in range(len(into))]
-            on.finish_all_but(0)
-            return found
-
-        def by_groups(first: jax.Array, last: jax.Array) -> jax.Array:
-            def one(step: jax.Array, total: jax.Array) -> jax.Array:
-                slot, held = ring(step), {}
-                gpu.barrier_wait(full.at[slot])
-                for scale in range(0, scales, 2):
-                    tile = scale * per_scale // parts
-                    if 2 * per_scale < parts and tile not in held:  # more than two scales have a part of it
-                        held[tile] = on.held(w_tile.at[slot, tile, thread])
-
-                    def add(*into: Any, scale: int = scale, total: jax.Array = total) -> jax.Array:
-                        found = products(slot, scale, held, *into)
-                        if scale + len(into) == scales:
-                            gpu.barrier_arrive(free.at[slot])
-                        return functools.reduce(jnp.add, map(_scaled, into, found), total)
-
-                    total = pl.run_scoped(add, *[sums] * min(2, scales - scale))
-                return total
-
-            return lax.fori_loop(first, last, one, on.zeros(ROWS, tokens))
-
-        def at_once(first: jax.Array, last: jax.Array) -> jax.Array:
-            def all_rows(into: Any) -> jax.Array:
-                def one(step: jax.Array, scale: jax.Array) -> jax.Array:
-                    slot = ring(step)
-                    gpu.barrier_wait(full.at[slot])
-                    (scale,) = products(slot, 0, {}, into)
-                    gpu.barrier_arrive(free.at[slot])
-                    return scale
-
-                return _scaled(into, lax.fori_loop(first, last, one, on.zeros(ROWS)))
-
-            return pl.run_scoped(all_rows, sums)
-
-        waits = shares.inside and shares.split
-        flags = on.flags(shares.blocks * form.cluster * warpgroups) if waits else None
-
-        def its(block: jax.Array) -> jax.Array:
-            """The place of a block, and among its cluster, in what is handed on."""
-            return block * form.cluster + lane
-
-        def hand_on(total: jax.Array) -> None:
-            on.keep(handed.at[its(block), thread], total)
-            on.raise_flag(flags, its(block) * warpgroups + thread)
-
-        def collected(strip: jax.Array, total: jax.Array) -> jax.Array:
-            def add(other: jax.Array, total: jax.Array) -> jax.Array:
-                on.await_flag(flags, its(other) * warpgroups + thread)
-                return total + on.kept(handed.at[its(other), thread])
-
-            return lax.fori_loop(block + 1, shares.last(strip) + 1, add, total)
-
-        def write(strip: jax.Array, total: jax.Array) -> None:
-            expert, first, token = place(strip)
-            if scaled:
-                factor = on.token_scales(token_scales[0].at[expert, pl.ds(token, tokens)])
-                total = total * lax.broadcast_in_dim(factor, total.shape, [1])
-            part = 0 if shares.parts == 1 else shares.part(block, strip)
-            on.store(y.at[part, expert, pl.ds(token, tokens), pl.ds((first + thread) * ROWS, ROWS)], total)
+    def run(self) -> None:
+        """All strips that the block has steps of."""
+        gpu, block, steps = compat.mosaic_gpu(), self.block, self.shares.steps
+        gpu.set_max_registers(most_registers(block.warpgroups), action="increase")
+        flags = self.on.flags(self.shares.blocks * block.form.cluster * block.warpgroups) if self.waits else None
 
         def strip_(strip: jax.Array, carry: jax.Array) -> jax.Array:
-            bounds = lax.max(begin, strip * steps), lax.min(end, (strip + 1) * steps)
-            total = (at_once if form.group_size is None else by_groups)(*bounds)
-            if waits:
-                pl.when(begin > strip * steps)(lambda: hand_on(total))
-                pl.when(begin <= strip * steps)(lambda: write(strip, collected(strip, total)))
+            bounds = lax.max(block.begin, strip * steps), lax.min(block.end, (strip + 1) * steps)
+            total = (self.at_once if block.form.group_size is None else self.by_groups)(*bounds)
+            if self.waits:
+                is_first = block.begin <= strip * steps
+                pl.when(jnp.logical_not(is_first))(lambda: self.hand_on(flags, total))
+                pl.when(is_first)(lambda: self.write(strip, self.collected(flags, strip, total)))
             else:
-                write(strip, total)
+                self.write(strip, total)
             return carry
 
-        if table:
-            gpu.barrier_wait(places[1])
-        lax.fori_loop(lax.div(begin, steps), lax.div(end - 1, steps) + 1, strip_, jnp.int32(0))
+        if block.form.table:
+            gpu.barrier_wait(block.places[1])
+        lax.fori_loop(lax.div(block.begin, steps), lax.div(block.end - 1, steps) + 1, strip_, jnp.int32(0))
+
+    def products(self, slot: jax.Array, first: int, held: Mapping[int, jax.Array], *into: Any) -> list[jax.Array]:
+        """Adds the products of some scales of a step, from the first on, to an accumulator each; the scales.
+
+        `held` has tiles whose words are in registers already. At most two parts are decoded there: one that the tensor
+        cores have, and one that is to follow.
+        """
+        on, block, held = self.on, self.block, dict(held)
+        for i in range(self.per_scale * len(into)):
+            if i > 1:
+                on.finish_all_but(1)
+            tile, part = divmod(first * self.per_scale + i, self.parts)
+            if tile not in held:
+                held[tile] = on.held(block.w_tile.at[slot, tile, self.thread])
+            pairs = block.places[0] if block.form.table else None
+            shape = (part, self.parts, block.form.bits, pairs, block.x.dtype, self.wide // self.rows)
+            rows = pl.ds((tile * LANES + part * self.rows) // self.wide * self.wide, self.wide)
+            operand, x = on.operand(held[tile], *shape), block.x_tile.at[slot, :, rows]
+            on.multiply(into[i // self.per_scale], operand, x, self.thread, block.scratch)
+        columns = pl.ds(self.thread * ROWS, ROWS)
+        found = [on.column_scales(block.s_tile.at[slot, first + i, columns]) for i in range(len(into))]
+        on.finish_all_but(0)
+        return found
+
+    def by_groups(self, first: jax.Array, last: jax.Array) -> jax.Array:
+        """The sum of some steps of a strip, whose partial sums meet their scales in float32."""
+        gpu, block = compat.mosaic_gpu(), self.block
+
+        def one(step: jax.Array, total: jax.Array) -> jax.Array:
+            slot, held = block.ring(step), {}
+            gpu.barrier_wait(block.full.at[slot])
+            for scale in range(0, block.scales, 2):
+                tile = scale * self.per_scale // self.parts
+                if 2 * self.per_scale < self.parts and tile not in held:  # more than two scales have a part of it
+                    held[tile] = self.on.held(block.w_tile.at[slot, tile, self.thread])
+
+                def add(*into: Any, scale: int = scale, total: jax.Array = total) -> jax.Array:
+                    found = self.products(slot, scale, held, *into)
+                    if scale + len(into) == block.scales:
+                        gpu.barrier_arrive(block.free.at[slot])
+                    return functools.reduce(jnp.add, map(_scaled, into, found), total)
+
+                total = pl.run_scoped(add, *[self.sums] * min(2, block.scales - scale))
+            return total
+
+        return lax.fori_loop(first, last, one, self.on.zeros(ROWS, block.tokens))
+
+    def at_once(self, first: jax.Array, last: jax.Array) -> jax.Array:
+        """The same where one scale is that of all rows, in one accumulator."""
+        gpu, block = compat.mosaic_gpu(), self.block
+
+        def all_rows(into: Any) -> jax.Array:
+            def one(step: jax.Array, scale: jax.Array) -> jax.Array:
+                slot = block.ring(step)
+                gpu.barrier_wait(block.full.at[slot])
+                (scale,) = self.products(slot, 0, {}, into)
+                gpu.barrier_arrive(block.free.at[slot])
+                return scale
+
+            return _scaled(into, lax.fori_loop(first, last, one, self.on.zeros(ROWS)))
+
+        return pl.run_scoped(all_rows, self.sums)
+
+    def place(self, number: jax.Array) -> jax.Array:
+        """Of a block, or of this one's neighbour in its cluster, in what is handed on."""
+        return number * self.block.form.cluster + self.block.lane
+
+    def hand_on(self, flags: Any, total: jax.Array) -> None:
+        """The sum of a strip that another block began."""
+        place = self.place(self.block.number)
+        self.on.keep(self.block.handed.at[place, self.thread], total)
+        self.on.raise_flag(flags, place * self.block.warpgroups + self.thread)
+
+    def collected(self, flags: Any, strip: jax.Array, total: jax.Array) -> jax.Array:
+        """The sum with what the blocks behind have of the strip."""
+
+        def add(number: jax.Array, total: jax.Array) -> jax.Array:
+            self.on.await_flag(flags, self.place(number) * self.block.warpgroups + self.thread)
+            return total + self.on.kept(self.block.handed.at[self.place(number), self.thread])
+
+        return lax.fori_loop(self.block.number + 1, self.shares.last(strip) + 1, add, total)
+
+    def write(self, strip: jax.Array, total: jax.Array) -> None:
+        """A strip's sum, or this block's part of it, to where it belongs."""
+        block = self.block
+        expert, first, token = block.place(strip)
+        tokens = pl.ds(token, block.tokens)
+        if block.form.scaled:
+            factor = self.on.token_scales(block.factors[0].at[expert, tokens])
+            total = total * lax.broadcast_in_dim(factor, total.shape, [1])
+        part = 0 if self.shares.parts == 1 else self.shares.part(block.number, strip)
+        self.on.store(block.y.at[part, expert, tokens, pl.ds((first + self.thread) * ROWS, ROWS)], total)
 
 
 def first_group(tile: jax.Array, group_size: int | None) -> Any:
