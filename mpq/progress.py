@@ -1,11 +1,13 @@
 """Progress bars on standard error, for every stage alike; silent unless a person is watching.
 
 Stages wrap their loops in `track(items, "sensitivity kl", total)`. Nothing is shown until `shown()` is entered, which
-the command line does, so the library stays quiet.
+the command line does, so the library stays quiet. Where standard error is a file or a pipe, as in a batch job, bars
+come at the end, and before that a line now and then.
 """
 
 import contextlib
 import contextvars
+import datetime
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -14,6 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
+LINE_EVERY = 30.0
+"""Seconds between two lines in a log."""
+
 _current: contextvars.ContextVar[Progress | None] = contextvars.ContextVar("progress", default=None)
 
 
@@ -69,4 +74,20 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
     for task in progress.tasks:  # a stage that comes again takes the place of its finished bar
         if task.finished and task.description == description:
             progress.remove_task(task.id)
-    yield from progress.track(items, total=total, description=description)
+    bar = progress.track(items, total=total, description=description)
+    yield from bar if progress.console.is_terminal else _logged(bar, description, total, progress)
+
+
+def _logged(items: Iterable[T], description: str, total: int | None, progress: Progress) -> Iterator[T]:
+    """The items, and a line after some of them: done of total, elapsed time, time remaining."""
+    start = last = time.perf_counter()
+    clock = lambda seconds: str(datetime.timedelta(seconds=round(seconds)))
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.perf_counter()
+        if now - last >= LINE_EVERY and done != total:
+            remaining = f", eta {clock((now - start) / done * (total - done))}" if total else ""
+            shown_as = (task.description for task in progress.tasks if task.description.startswith(description))
+            text = f"{next(shown_as, description)} {done}/{total or '?'}, {clock(now - start)}{remaining}"
+            progress.console.print(text, highlight=False)
+            last = now
