@@ -118,8 +118,8 @@ def candidates(problem: Problem) -> tuple[Config, ...]:
     """Three that fit, the likeliest first: as many multiply as registers let, and copies fill the shared memory.
 
     A power of two as the number of stages makes the place of a step in their ring a mask. Half a register of a thread
-    is a token's sum, one for each of at most two scales under way, and with groups one more. With more tokens than
-    decoding has, the best two are there in clusters of two blocks as well.
+    is a token's sum, one for each of at most two scales under way, and with groups one more; operands of int8 leave
+    more of them. With more tokens than decoding has, the best two are there in clusters of two blocks as well.
     """
     found = []
     for tokens in dict.fromkeys(_whole(problem.m, size) for size in (64, 128, 256)):
@@ -127,7 +127,8 @@ def candidates(problem: Problem) -> tuple[Config, ...]:
             fit = _room(problem) // _stage_bytes(problem, warpgroups, depth, tokens)
             config = (warpgroups, depth, tokens, 1 << min(3, int(math.log2(max(fit, 1)))), 1)
             sums = tokens * (1 if problem.group_size is None else 1 + min(2, scales_of(problem.group_size, depth)))
-            if legal(problem, config) and config[3] >= 2 and sums * warpgroups <= 512:
+            most = 768 if warpgroups == 2 and dot_type(problem) == "int8" else 512
+            if legal(problem, config) and config[3] >= 2 and sums * warpgroups <= most:
                 found.append(config)
     # More sums and operands than four warpgroups have registers for; or few copies ahead.
     worst = lambda config: (config[0] == 4 and config[2] > 32, config[3] < 4, -config[2])

@@ -11,7 +11,6 @@ when all blocks of the cluster have read it.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from kernels_pallas.backend import Config
 from kernels_pallas.fragments import LANES, ROWS
 from kernels_pallas.shares import Shares
 
-COPYING = 40
+COPYING = 24
 """Registers of a thread that copies."""
 
 
@@ -74,7 +73,7 @@ def most_registers(warpgroups: int) -> int:
     those that copy have given theirs away, forever if there are too few.
     """
     share = min(248, 65536 // (128 * (warpgroups + 1)) // 8 * 8)
-    return min(232, (share * (warpgroups + 1) - COPYING) // warpgroups // 8 * 8)
+    return min(240, (share * (warpgroups + 1) - COPYING) // warpgroups // 8 * 8)
 
 
 def kernel(form: Form, *refs: Any) -> None:
@@ -195,8 +194,8 @@ class _Warpgroup:
             gpu.barrier_wait(block.places[1])
         lax.fori_loop(lax.div(block.begin, steps), lax.div(block.end - 1, steps) + 1, strip_, jnp.int32(0))
 
-    def products(self, slot: jax.Array, first: int, held: Mapping[int, jax.Array], *into: Any) -> list[jax.Array]:
-        """Adds the products of some scales of a step, from the first on, to an accumulator each; the scales.
+    def begin_products(self, slot: jax.Array, first: int, held: Mapping[int, jax.Array], *into: Any) -> None:
+        """Begins to add the products of some scales of a step, from the first on, to an accumulator each.
 
         `held` has tiles whose words are in registers already. At most two parts are decoded there: one that the tensor
         cores have, and one that is to follow.
@@ -213,47 +212,66 @@ class _Warpgroup:
             rows = pl.ds((tile * LANES + part * self.rows) // self.wide * self.wide, self.wide)
             operand, x = on.operand(held[tile], *shape), block.x_tile.at[slot, :, rows]
             on.multiply(into[i // self.per_scale], operand, x, self.thread, block.scratch)
-        columns = pl.ds(self.thread * ROWS, ROWS)
-        found = [on.column_scales(block.s_tile.at[slot, first + i, columns]) for i in range(len(into))]
-        on.finish_all_but(0)
-        return found
+
+    def scale(self, slot: jax.Array, number: int) -> jax.Array:
+        """One of the scales of a step."""
+        return self.on.column_scales(self.block.s_tile.at[slot, number, pl.ds(self.thread * ROWS, ROWS)])
 
     def by_groups(self, first: jax.Array, last: jax.Array) -> jax.Array:
-        """The sum of some steps of a strip, whose partial sums meet their scales in float32."""
+        """The sum of some steps of a strip, whose partial sums meet their scales in float32.
+
+        Of two accumulators the first meets its scale while the tensor cores still have the second.
+        """
         gpu, block = compat.mosaic_gpu(), self.block
 
         def one(step: jax.Array, total: jax.Array) -> jax.Array:
             slot, held = block.ring(step), {}
             gpu.barrier_wait(block.full.at[slot])
-            for scale in range(0, block.scales, 2):
-                tile = scale * self.per_scale // self.parts
+            for first_scale in range(0, block.scales, 2):
+                tile = first_scale * self.per_scale // self.parts
                 if 2 * self.per_scale < self.parts and tile not in held:  # more than two scales have a part of it
                     held[tile] = self.on.held(block.w_tile.at[slot, tile, self.thread])
 
-                def add(*into: Any, scale: int = scale, total: jax.Array = total) -> jax.Array:
-                    found = self.products(slot, scale, held, *into)
-                    if scale + len(into) == block.scales:
-                        gpu.barrier_arrive(block.free.at[slot])
-                    return functools.reduce(jnp.add, map(_scaled, into, found), total)
+                def add(*into: Any, first_scale: int = first_scale, total: jax.Array = total) -> jax.Array:
+                    self.begin_products(slot, first_scale, held, *into)
+                    for i, sums in enumerate(into):
+                        scale = self.scale(slot, first_scale + i)
+                        self.on.finish_all_but((len(into) - 1 - i) * self.per_scale)
+                        if first_scale + i + 1 == block.scales:
+                            gpu.barrier_arrive(block.free.at[slot])
+                        total = total + _scaled(sums, scale)
+                    return total
 
-                total = pl.run_scoped(add, *[self.sums] * min(2, block.scales - scale))
+                total = pl.run_scoped(add, *[self.sums] * min(2, block.scales - first_scale))
             return total
 
         return lax.fori_loop(first, last, one, self.on.zeros(ROWS, block.tokens))
 
     def at_once(self, first: jax.Array, last: jax.Array) -> jax.Array:
-        """The same where one scale is that of all rows, in one accumulator."""
+        """The same where one scale is that of all rows, in one accumulator.
+
+        Where a step is one part, the tensor cores still have it when the next one is decoded, and its place is free
+        only then. With more parts under way, ptxas would serialize them.
+        """
         gpu, block = compat.mosaic_gpu(), self.block
+        keeps = block.depth * self.parts == 1
 
         def all_rows(into: Any) -> jax.Array:
             def one(step: jax.Array, scale: jax.Array) -> jax.Array:
                 slot = block.ring(step)
                 gpu.barrier_wait(block.full.at[slot])
-                (scale,) = self.products(slot, 0, {}, into)
-                gpu.barrier_arrive(block.free.at[slot])
+                self.begin_products(slot, 0, {}, into)
+                scale = self.scale(slot, 0)
+                self.on.finish_all_but(1 if keeps else 0)
+                done = block.ring(step - 1) if keeps else slot
+                pl.when(step > first if keeps else True)(lambda: gpu.barrier_arrive(block.free.at[done]))
                 return scale
 
-            return _scaled(into, lax.fori_loop(first, last, one, self.on.zeros(ROWS)))
+            scale = lax.fori_loop(first, last, one, self.on.zeros(ROWS))
+            if keeps:
+                self.on.finish_all_but(0)
+                gpu.barrier_arrive(block.free.at[block.ring(last - 1)])
+            return _scaled(into, scale)
 
         return pl.run_scoped(all_rows, self.sums)
 
