@@ -1,5 +1,6 @@
 """`python -m analysis.kernels`: the table and the roofline of the kernels on an H200, from their committed results."""
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,19 +59,32 @@ def _cell(row: Result, cublas: float | None) -> str:
     return f"{row['p50']:g}{mark}; {row['speedup']:.2f}, {ratio}; {row['roofline_percent']:.0f} %"
 
 
+def latest_parts(parts: Result) -> dict[str, tuple[str, list[Result]]]:
+    """Case -> commit and rows of the latest run that has it; `holds` says of which cases an earlier one still holds."""
+    found: dict[str, tuple[str, list[Result]]] = {}
+    for run in (parts, *parts["earlier"]):
+        cases = dict.fromkeys(row["case"] for row in run["rows"] if re.search(run.get("holds", ""), row["case"]))
+        for case in (case for case in cases if case not in found):
+            found[case] = run["commit"], [row for row in run["rows"] if row["case"] == case]
+    return found
+
+
 def parts_table(parts: Result) -> str:
     """A row a case: its fastest config, times, how many times as fast that is as the dense dot, and every kernel."""
-    lines = ["| case | config | us | x dense | kernels of a call, us |", "|---|---|---:|---:|---|"]
-    rows = [*parts["rows"], *(row for row in parts["before"]["rows"] if "-8x" in row["case"])]
-    for case in dict.fromkeys(row["case"] for row in rows):
-        dense = next(row["sum"] for row in rows if row["case"] == case and row["config"] == "dense")
-        best = min(
-            (row for row in rows if row["case"] == case and row["config"] != "dense"), key=lambda row: row["sum"]
-        )
+    lines = ["| case | config | us | x dense | kernels of a call, us | commit |", "|---|---|---:|---:|---|---|"]
+    for case, (commit, rows) in sorted(latest_parts(parts).items(), key=lambda item: _by_format(item[0])):
+        dense = next(row["sum"] for row in rows if row["config"] == "dense")
+        best = min((row for row in rows if row["config"] != "dense"), key=lambda row: row["sum"])
         kernels = ", ".join(f"{name.split(':')[1]} {micro:g}" for name, micro in best["kernels"].items())
-        name = case.removesuffix("-bfloat16")
-        lines.append(f"| {name} | {best['config']} | {best['sum']:g} | {dense / best['sum']:.2f} | {kernels} |")
+        found = f"{best['config']} | {best['sum']:g} | {dense / best['sum']:.2f} | {kernels} | {commit}"
+        lines.append(f"| {case.removesuffix('-bfloat16')} | {found} |")
     return "\n".join(lines)
+
+
+def _by_format(case: str) -> tuple[str, list[int]]:
+    """As the other table: formats, then tokens and shapes."""
+    name, sizes, _ = case.split("-")
+    return name[::-1], [int(size) for size in sizes.split("x")]
 
 
 def page(result: Result, peers: Result, parts: Result) -> str:
@@ -89,10 +103,10 @@ def page(result: Result, peers: Result, parts: Result) -> str:
         table(result, peers),
         "![Roofline](h200.png)",
         "## Since then",
-        f"From `h200_parts.json`: {parts['environment']['device']}, JAX {parts['environment']['jax']}, commits "
-        f"{parts['before']['commit']} (eight experts) and {parts['commit']} (all else). The dense dot is of the same "
-        f"run. {parts['conformance']['forms']} forms of the kernel equalled the contract there, bit for bit on "
-        "integers. A case is format, then experts if there are any, tokens, rows and columns.",
+        f"From `h200_parts.json`: {parts['environment']['device']}, JAX {parts['environment']['jax']}, the latest run "
+        "that has a case. The dense dot is of the same run. "
+        f"{parts['conformance']['forms']} forms of the kernel equalled the contract there, bit for bit on integers. A "
+        "case is format, then experts if there are any, tokens, rows and columns.",
         parts_table(parts),
     ]
     return "\n\n".join(texts) + "\n"

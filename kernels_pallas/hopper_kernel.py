@@ -248,13 +248,8 @@ class _Warpgroup:
         return lax.fori_loop(first, last, one, self.on.zeros(ROWS, block.tokens))
 
     def at_once(self, first: jax.Array, last: jax.Array) -> jax.Array:
-        """The same where one scale is that of all rows, in one accumulator.
-
-        Where a step is one part, the tensor cores still have it when the next one is decoded, and its place is free
-        only then. With more parts under way, ptxas would serialize them.
-        """
+        """The same where one scale is that of all rows, in one accumulator."""
         gpu, block = compat.mosaic_gpu(), self.block
-        keeps = block.depth * self.parts == 1
 
         def all_rows(into: Any) -> jax.Array:
             def one(step: jax.Array, scale: jax.Array) -> jax.Array:
@@ -262,16 +257,11 @@ class _Warpgroup:
                 gpu.barrier_wait(block.full.at[slot])
                 self.begin_products(slot, 0, {}, into)
                 scale = self.scale(slot, 0)
-                self.on.finish_all_but(1 if keeps else 0)
-                done = block.ring(step - 1) if keeps else slot
-                pl.when(step > first if keeps else True)(lambda: gpu.barrier_arrive(block.free.at[done]))
+                self.on.finish_all_but(0)
+                gpu.barrier_arrive(block.free.at[slot])
                 return scale
 
-            scale = lax.fori_loop(first, last, one, self.on.zeros(ROWS))
-            if keeps:
-                self.on.finish_all_but(0)
-                gpu.barrier_arrive(block.free.at[block.ring(last - 1)])
-            return _scaled(into, scale)
+            return _scaled(into, lax.fori_loop(first, last, one, self.on.zeros(ROWS)))
 
         return pl.run_scoped(all_rows, self.sums)
 
