@@ -33,6 +33,7 @@ class CompressedTensors:
     """Integers of 2 to 8 bits, one scale for a group, an output channel or the matrix."""
 
     name: str = "compressed-tensors"
+    scale_dtype: str | None = None
 
     def refusal(self, site: Site, scheme: Scheme) -> str | None:
         """Why not."""

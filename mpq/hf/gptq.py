@@ -31,6 +31,7 @@ class GPTQFormat:
     """
 
     version: int = 1
+    scale_dtype: str | None = None
 
     @property
     def name(self) -> str:
