@@ -324,14 +324,6 @@ class TestWhatIsNotRead:
     def test_a_config(self, config, message):
         assert refused(lambda: reader_of(config)) == message
 
-    def test_rows_in_the_order_of_activations(self):
-        q = random_qtensor("int4_g32")
-        parts = dict(CONTAINERS["gptq"].pack(q))
-        parts["g_idx"] = parts["g_idx"][::-1]
-        reader = reader_of(CONTAINERS["gptq"].config({"a": q.scheme}, {"a": LINEAR}))
-        message = "rows are in the order of activations (desc_act), which is not read: quantize without it"
-        assert refused(lambda: reader.unpack("a", parts)) == message
-
     def test_a_module_that_no_group_names(self):
         q = random_qtensor("int4_g32")
         reader = reader_of(CONTAINERS["hf"].config({"a": q.scheme}, {"a": LINEAR}))

@@ -83,6 +83,7 @@ def _tensors(exported: Exported, container: Container, names: Names) -> dict[str
         qtensors = [exported.qtensors[spec.path] for spec in specs]
         if qtensors and qtensors[0].scheme.has_scale:
             (spec,), (qtensor,) = specs, qtensors
+            qtensor.require_neighbours(spec.path)
             try:
                 made = container.pack(qtensor)
             except MpqError as error:

@@ -2,14 +2,17 @@
 
 Facts from GPTQModel 7.7 (`nn_modules/qlinear`): `qweight` is `int32[words of k, n]`, words along the first axis;
 `qzeros` `int32[groups, words of n]`; `scales` `float16[groups, n]`; `g_idx` `int32[k]`, the group of every row. All
-modules have one width and one group size. Version 1 ("gptq") stores a zero point less one, so that the least code comes
-out as the largest: readers disagree on it, and it is not written. Version 2 ("gptq_v2") stores it as it is.
+modules have one width and one group size. With `desc_act` ("act-order") rows are rounded in the order of their
+activations and grouped in it, so that those of a group lie anywhere; such checkpoints are read and not written.
+Version 1 ("gptq") stores a zero point less one, so that the least code comes out as the largest: readers disagree on
+it, and it is not written. Version 2 ("gptq_v2") stores it as it is.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -134,8 +137,6 @@ class GPTQFormat:
 def _unpack(parts: Parts, bits: int, group: int | None, symmetric: bool, version: int) -> QTensor:
     words, n = parts["qweight"].shape
     k, scale = words * 32 // bits, parts["scales"]
-    if "g_idx" in parts and not np.array_equal(parts["g_idx"], np.arange(k) // (group or k)):
-        raise MpqError("rows are in the order of activations (desc_act), which is not read: quantize without it")
     codes = unpack_rows(np.ascontiguousarray(parts["qweight"].T), k, bits).T
     zeros = unpack_rows(parts["qzeros"], n, bits)
     if version == 1:
@@ -144,4 +145,14 @@ def _unpack(parts: Parts, bits: int, group: int | None, symmetric: bool, version
     if not symmetric or (zeros != 1 << (bits - 1)).any():
         zero = jnp.asarray(signed(zeros, bits))
     scheme = Scheme(Integer(bits), group, zero is not None, scale.dtype.name)
-    return QTensor(jnp.asarray(signed(codes, bits)), jnp.asarray(scale[None]), zero, scheme)
+    row_group = _row_group(parts.get("g_idx"), k, group or k, len(scale))
+    return QTensor(jnp.asarray(signed(codes, bits)), jnp.asarray(scale[None]), zero, scheme, row_group=row_group)
+
+
+def _row_group(index: np.ndarray | None, k: int, size: int, groups: int) -> jax.Array | None:
+    """`int32[1, k]`, the group of every row, from `g_idx`; None where they are neighbours."""
+    if index is None or np.array_equal(index, np.arange(k) // size):
+        return None
+    if index.shape != (k,) or index.min() < 0 or index.max() >= groups:
+        raise MpqError(f"g_idx does not give each of {k} rows one of {groups} groups: the checkpoint is damaged")
+    return jnp.asarray(index.astype(np.int32)[None])
