@@ -31,7 +31,7 @@ from tests.command import exit_code
 GROUP = 16
 
 
-def bits_of(words: np.ndarray, at: int, bits: int) -> int:
+def bits_of(words: np.ndarray | list[int], at: int, bits: int) -> int:
     """The integer in bits `at .. at + bits - 1` of a row of 32-bit words."""
     whole = sum((int(word) & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(words))
     return (whole >> at) & ((1 << bits) - 1)
@@ -40,8 +40,10 @@ def bits_of(words: np.ndarray, at: int, bits: int) -> int:
 def by_hand(parts: dict[str, np.ndarray], bits: int, version: int) -> np.ndarray:
     """`float32[k, n]`, row by row: scale of the row's group times code less zero point of the row's group."""
     k, n = len(parts["g_idx"]), parts["qweight"].shape[1]
-    zeros = np.array([[bits_of(row, j * bits, bits) for j in range(n)] for row in parts["qzeros"]])
-    zeros = (zeros + (version == 1)) % 2**bits
+    ones = sum(1 << at for at in range(0, 32, bits)) if version == 1 and bits != 3 else 0  # carried through a word
+    words = [[(int(word) + ones) % 2**32 for word in row] for row in parts["qzeros"]]
+    zeros = np.array([[bits_of(row, j * bits, bits) for j in range(n)] for row in words])
+    zeros = (zeros + (version == 1 and bits == 3)) % 2**bits
     codes = np.array([[bits_of(parts["qweight"][:, j], i * bits, bits) for j in range(n)] for i in range(k)])
     group = parts["g_idx"]
     return (codes - zeros[group]).astype(np.float32) * parts["scales"][group].astype(np.float32)

@@ -1,5 +1,6 @@
 """What lies in the tensors of quantized checkpoints, against readers written from the formats' descriptions."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -193,12 +194,25 @@ def test_every_scale_of_float16_comes_back_from_llm_int8():
     assert reader_of({"load_in_8bit": True}).unpack("a", parts).scale.dtype == np.float32
 
 
-def test_version_1_of_gptq_reads_the_largest_code_of_a_zero_point_as_the_least():
-    q = random_qtensor("int4_g32_zp")
-    parts = dict(CONTAINERS["gptq"].pack(q))
-    parts["qzeros"] = np.full_like(parts["qzeros"], -1)  # 15 throughout
+@pytest.mark.parametrize(("bits", "ones"), [(2, 0x55555555), (4, 0x11111111), (8, 0x01010101)])
+def test_version_1_of_gptq_gives_back_what_least_zero_points_borrowed(bits, ones):
+    """As GPTQModel writes it: one less in every code of a word, as one number."""
+    q = random_qtensor(f"int{bits}_g32_zp")
+    least = np.random.default_rng(1).random(q.zero_point.shape) < 0.3
+    q = dataclasses.replace(q, zero_point=jnp.where(least, -(2 ** (bits - 1)), q.zero_point).astype(jnp.int8))
+    parts = dict(CONTAINERS["gptq_v2"].pack(q))
+    stored = [[(int(word) - ones) % 2**32 for word in row] for row in parts["qzeros"]]
+    parts["qzeros"] = np.array(stored, np.uint32).view(np.int32)
     config = CONTAINERS["gptq"].config({"model.a": q.scheme}, {"model.a": LINEAR})
-    assert (np.asarray(reader_of(config).unpack("model.a", parts).zero_point) == -8).all()
+    assert_same(reader_of(config).unpack("model.a", parts), q)
+
+
+def test_version_1_of_gptq_reads_the_largest_code_of_three_bits_as_the_least():
+    q = random_qtensor("int3_g32_zp")
+    parts = dict(CONTAINERS["gptq"].pack(q))
+    parts["qzeros"] = np.full_like(parts["qzeros"], -1)  # 7 throughout
+    config = CONTAINERS["gptq"].config({"model.a": q.scheme}, {"model.a": LINEAR})
+    assert (np.asarray(reader_of(config).unpack("model.a", parts).zero_point) == -4).all()
 
 
 def test_awq_and_gptq_name_the_layers_that_stay_plain():

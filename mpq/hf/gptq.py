@@ -4,8 +4,10 @@ Facts from GPTQModel 7.7 (`nn_modules/qlinear`): `qweight` is `int32[words of k,
 `qzeros` `int32[groups, words of n]`; `scales` `float16[groups, n]`; `g_idx` `int32[k]`, the group of every row. All
 modules have one width and one group size. With `desc_act` ("act-order") rows are rounded in the order of their
 activations and grouped in it, so that those of a group lie anywhere; such checkpoints are read and not written.
-Version 1 ("gptq") stores a zero point less one, so that the least code comes out as the largest: readers disagree on
-it, and it is not written. Version 2 ("gptq_v2") stores it as it is.
+Version 1 ("gptq") stores a zero point less one. Of a zero point that is the least code GPTQModel then borrows from the
+next in the word, and gives that back as it reads (`utils/model.py`), which is how it is read here; for 3 bits, where
+codes lie across words, and in other readers the least code comes out as the largest. As they disagree, it is not
+written. Version 2 ("gptq_v2") stores zero points as they are.
 """
 
 import dataclasses
@@ -138,15 +140,23 @@ def _unpack(parts: Parts, bits: int, group: int | None, symmetric: bool, version
     words, n = parts["qweight"].shape
     k, scale = words * 32 // bits, parts["scales"]
     codes = unpack_rows(np.ascontiguousarray(parts["qweight"].T), k, bits).T
-    zeros = unpack_rows(parts["qzeros"], n, bits)
-    if version == 1:
-        zeros = (zeros + 1) & ((1 << bits) - 1)
+    zeros = _zeros(parts["qzeros"], n, bits, version)
     zero = None
     if not symmetric or (zeros != 1 << (bits - 1)).any():
         zero = jnp.asarray(signed(zeros, bits))
     scheme = Scheme(Integer(bits), group, zero is not None, scale.dtype.name)
     row_group = _row_group(parts.get("g_idx"), k, group or k, len(scale))
     return QTensor(jnp.asarray(signed(codes, bits)), jnp.asarray(scale[None]), zero, scheme, row_group=row_group)
+
+
+def _zeros(words: np.ndarray, n: int, bits: int, version: int) -> np.ndarray:
+    """`uint8[groups, n]`: zero points, the least code 0."""
+    if version == 2:
+        return unpack_rows(words, n, bits)
+    if 32 % bits:
+        return (unpack_rows(words, n, bits) + 1) & ((1 << bits) - 1)
+    one_each = np.uint32(sum(1 << at for at in range(0, 32, bits)))
+    return unpack_rows((words.view(np.uint32) + one_each).view(np.int32), n, bits)
 
 
 def _row_group(index: np.ndarray | None, k: int, size: int, groups: int) -> jax.Array | None:
