@@ -10,8 +10,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mpq import artifacts
-from mpq.activations import activation_rows, parse_activation_scheme
-from mpq.activations.apply import RoundedActivation
 from mpq.export import orbax
 from mpq.export.arguments import export_arguments
 from mpq.export.orbax import Exported
@@ -19,7 +17,6 @@ from mpq.export.targets import TARGETS
 from mpq.formats import parse_scheme
 from mpq.hf import export as hf
 from mpq.hf.containers import CONTAINERS
-from mpq.hf.inputs import llm_int8_of
 from mpq.hf.load import load_codes
 from mpq.models import load
 from mpq.quantize import RTN, Candidates
@@ -217,68 +214,6 @@ class TestWhatCannotBeWritten:
         with pytest.raises(MpqError, match=r"cannot write .*/x: the disk is full"):
             hf.save(tmp_path / "x", exported, CONTAINERS["hf"])
         assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture(scope="module")
-def rows(model):
-    """Inputs of the linear layers, and that of the head."""
-    found = activation_rows(model.trace(1, 16))
-    return found[:-1], found[-1]
-
-
-@pytest.fixture
-def planned(quantized):
-    """What makes a plan of LLM.int8 whose activations are rounded so."""
-    weights = orbax.load(quantized["llm_int8"])
-
-    def make(chosen: dict, **options) -> Exported:
-        made = {row.path: RoundedActivation(row, parse_activation_scheme(s), **options) for row, s in chosen.items()}
-        entries = {path: row.to_json() for path, row in made.items()}
-        return dataclasses.replace(weights, plan=weights.plan | {"activations": entries})
-
-    return make
-
-
-class TestRoundedInputs:
-    """LLM.int8 rounds the inputs of all its layers by one scheme, whose threshold the config has."""
-
-    def test_the_threshold_is_that_of_the_plan(self, planned, rows, tmp_path):
-        for scheme, threshold in (("int8_token_outlier6", 6.0), ("int8_token_outlier2.5", 2.5), ("int8_token", 0.0)):
-            exported = planned(dict.fromkeys(rows[0], scheme))
-            TARGETS["llm_int8"].save(tmp_path / scheme, exported, "x")
-            config = json.loads((tmp_path / scheme / "config.json").read_text())
-            assert config["quantization_config"]["llm_int8_threshold"] == threshold
-
-    def test_without_activations_it_is_that_of_bitsandbytes(self, planned):
-        assert llm_int8_of(planned({})).threshold == 6
-
-    def test_the_size_counts_maxima_of_float32(self, weights):
-        spec = weights[1]
-        sizes = {s: TARGETS["llm_int8"].stored_bits(spec, parse_scheme(s)) for s in ("int8_channel", "bf16")}
-        assert sizes == {"int8_channel": 8 * spec.size + 32 * spec.n, "bf16": 16 * spec.size}
-
-    def test_what_is_not_rounded_there(self, planned, rows):
-        inside, head = rows
-        of = lambda chosen, **options: message_of(lambda: llm_int8_of(planned(chosen, **options)))
-        for scheme in ("int4_token", "int8_token_asym", "int8_tensor", "int8_token_outlier6_static"):
-            assert of({inside[0]: scheme}) == (
-                f"{inside[0].path} at {scheme} has no form in llm_int8: it rounds inputs as they are by int8_token, "
-                "also with _outlier6 or another threshold"
-            )
-        every = dict.fromkeys(inside, "int8_token")
-        assert "rounds inputs as they are" in of(every, turn=3)
-        assert of({**every, head: "int8_token"}) == (
-            "inputs of lm_head.kernel are rounded, and it is a plain float: llm_int8 rounds those of int8 layers, and "
-            "of no others"
-        )
-        every.pop(inside[-1])
-        assert of(every) == (
-            "inputs of layers.1.mlp.down_proj.kernel are not rounded, and it is int8: llm_int8 rounds those of int8 "
-            "layers, and of no others"
-        )
-        assert of(dict.fromkeys(inside, "int8_token_outlier6") | {inside[1]: "int8_token_outlier4"}) == (
-            "outliers begin at 4 and at 6: llm_int8 has one threshold for all"
-        )
 
 
 class TestWhatCannotBeRead:

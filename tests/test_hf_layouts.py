@@ -301,7 +301,8 @@ class TestWhatIsNotWritten:
 
 
 GROUPS = (
-    "supported are weights alone, as integers with scales of groups, channels or tensors in the order of the columns"
+    "supported are weights alone, as integers with scales of groups, channels or tensors in the order of the columns, "
+    "and int8 beside inputs that are rounded as they come"
 )
 
 
@@ -315,7 +316,8 @@ class TestWhatIsNotRead:
             ),
             (
                 {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
-                "compressed-tensors format 'nvfp4-pack-quantized' is not read: supported is 'pack-quantized'",
+                "compressed-tensors format 'nvfp4-pack-quantized' is not read: supported is pack-quantized, "
+                "int-quantized, mixed-precision",
             ),
             (
                 {

@@ -12,7 +12,7 @@ from mpq.gguf.layouts import require_ggml
 from mpq.hf import export as hf
 from mpq.hf.container import Container
 from mpq.hf.containers import CONTAINERS
-from mpq.hf.inputs import llm_int8_of
+from mpq.hf.inputs import compressed_tensors_of, llm_int8_of
 from mpq.hf.llm_int8 import stored_bits as llm_int8_bits
 from mpq.hf.sites import site_of, why_not
 from mpq.litert import export as litert
@@ -39,7 +39,7 @@ class Target:
       uniform: whether all quantized weights must have one scheme.
       stored_bits: weight and scheme -> bits of the weight in the file.
       activations: whether it has a form for rounded activations, too.
-      rounds_alike: whether it rounds the inputs of all its quantized weights by one scheme, which a plan may name.
+      rounds_alike: whether it rounds the inputs of all its int8 weights by one scheme, which a plan may name.
       options: what `save` takes beside.
       rounding_refusal: activation and scheme -> why a runtime with such forms cannot round it so; None where it can.
     """
@@ -103,7 +103,12 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             activations=True,
             rounding_refusal=pt2_rounding_refusal,
         ),
-        "hf": _container("a compressed-tensors folder for transformers and vLLM", CONTAINERS["hf"]),
+        "hf": dataclasses.replace(
+            _container("a compressed-tensors folder for transformers and vLLM", CONTAINERS["hf"]),
+            save=lambda path, exported, name: hf.save(path, exported, compressed_tensors_of(exported)),
+            size_bytes=lambda exported, name: hf.size_bytes(exported, compressed_tensors_of(exported)),
+            rounds_alike=True,
+        ),
         "gptq": _container("a GPTQ folder", CONTAINERS["gptq"], uniform=True),
         "gptq_v2": _container("a GPTQ folder of version 2", CONTAINERS["gptq_v2"], uniform=True),
         "awq": _container("an AWQ folder", CONTAINERS["awq"], uniform=True),
