@@ -80,7 +80,7 @@ if __name__ == "__main__":
     numpy.savez(out, logits=logits, texts=numpy.array([text.outputs[0].token_ids for text in texts]))
     print("RAN", json.dumps([vllm.__version__, torch.__version__, llm.apply_model(kinds)[0]]))
 """
-"""What the other environment runs: folder, dtype, file of tokens, file of logits and texts; how long those are, as input."""
+"""What the other environment runs: folder, dtype, files of tokens and of what it found; as input, how much text."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.compressors.naive_quantized.base import IntQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
 from compressed_tensors.quantization import QuantizationScheme
@@ -173,11 +174,48 @@ def test_nf4_is_that_of_bitsandbytes(reference, folders, tokens, apply):
 
 
 def rounded(model: Exported, reference: Model, scheme: str) -> Exported:
-    """The same with the inputs of its layers rounded."""
-    rows = [row for row in activation_rows(reference.trace(1, 16)) if row.path != "embed_tokens.embedding"]
+    """The same with the inputs of its int8 layers rounded."""
+    int8 = lambda path: model.qtensors[path].scheme.format.name == "int8"
+    rows = [row for row in activation_rows(reference.trace(1, 16)) if all(map(int8, row.weights))]
     chosen = [RoundedActivation(row, parse_activation_scheme(scheme)) for row in rows]
     plan = model.plan | {"activations": {one.spec.path: one.to_json() for one in chosen}}
     return dataclasses.replace(model, plan=plan)
+
+
+def in_jax(reference: Model, model: Exported, tokens: np.ndarray) -> np.ndarray:
+    """Logits with the activations that its plan rounds."""
+    chosen = [RoundedActivation.from_json(row) for row in model.plan["activations"].values()]
+    simulated = with_activations(reference, reference.trace(*tokens.shape), chosen)
+    return np.asarray(jax.jit(simulated.apply)(model.dequantized(), tokens))
+
+
+def test_w8a8_and_w4a16_in_stock_transformers(reference, tokens, apply, tmp_path):
+    """Groups that read one input have one scheme: attention at int8, the rest at 4 bits."""
+    weights = reference.trace(1, 16).weights
+    at = lambda path: "int8_channel" if "self_attn" in path else "bf16" if "embed" in path else "int4_g32"
+    choice = {w.path: parse_scheme(at(w.path)) for w in weights}
+    plan = artifacts.make_plan("mix", choice, None, weights, 0, reference.digest)
+    qtensors = Candidates(reference.params, weights, RTN()).choose(choice)
+    orbax.save(tmp_path / "orbax", **export_arguments(reference, weights, qtensors, plan))
+    model = rounded(orbax.load(tmp_path / "orbax"), reference, "int8_token")
+    TARGETS["hf"].save(tmp_path / "hf", model, "x")
+    body = json.loads((tmp_path / "hf/config.json").read_text())["quantization_config"]
+    assert body["format"] == "mixed-precision"
+    (scheme,) = (g for g in body["config_groups"].values() if g["format"] == "int-quantized")
+    integers = 0
+    for _, tensors, q in modules_of(tmp_path / "hf", model):
+        if q.scheme.format.bits == 8:
+            plain = IntQuantizationCompressor.decompress(tensors, QuantizationScheme(**scheme))["weight"]
+            np.testing.assert_array_equal(plain.float().numpy().T, np.asarray(q.dequantize())[0].astype(np.float16))
+            integers += 1
+    assert integers == 24
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    theirs, ours = logits(stock, tokens), in_jax(reference, model, tokens)
+    # Steps are the largest value over 127.5 there and over 127 here, so codes differ: what rounding costs does not.
+    plain = np.asarray(apply(model.dequantized(), tokens))
+    cost = compare(plain, ours)[0]
+    assert cost > 1e-5
+    assert abs(compare(plain, theirs)[0] - cost) < 0.1 * cost
 
 
 def test_llm_int8_is_that_of_bitsandbytes(reference, tokens, apply, tmp_path):
@@ -209,9 +247,7 @@ def test_llm_int8_is_that_of_bitsandbytes(reference, tokens, apply, tmp_path):
     TARGETS["llm_int8"].save(tmp_path / "integer", inside, "x")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "integer")
     theirs, _ = compare(original, np.concatenate([logits(stock, window[None]) for window in tokens]))
-    chosen = [RoundedActivation.from_json(row) for row in inside.plan["activations"].values()]
-    simulated = with_activations(reference, reference.trace(*tokens.shape), chosen)
-    ours, _ = compare(original, np.asarray(jax.jit(simulated.apply)(model.dequantized(), tokens)))
+    ours, _ = compare(original, in_jax(reference, inside, tokens))
     weights_alone, _ = compare(original, want)
     assert 2 * weights_alone < ours
     assert abs(theirs - ours) < 0.1 * ours
