@@ -225,7 +225,8 @@ def quantize(
     Args:
       model: checkpoint folder, hub id, or `reference`.
       plan: plan file, or the name of a uniform scheme such as int4_g64; with schemes of activations and the KV cache
-        beside it int4_g32+int8_token+int8_head; or w8a8, w4a8, w4a4, w8a8_static, w8a8_fp8, w4a4_g32, llm_int8 ...
+        beside it int4_g32+int8_token+int8_head, or plan+int8_token@int8 for inputs of int8 weights alone; or w8a8,
+        w4a8, w4a4, w8a8_static, w8a8_fp8, w4a4_g32, llm_int8 ...
       out: folder to write.
       data: calibration text, or `reference`; all methods but rtn and hqq need it or `stats`.
       stats: what `mpq calibrate` wrote, or an importance matrix of llama.cpp.

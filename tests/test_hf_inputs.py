@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from mpq import artifacts
 from mpq.activations import activation_rows, parse_activation_scheme
 from mpq.activations.apply import RoundedActivation
+from mpq.activations.plans import rows_at, uniform_rows
 from mpq.export import orbax
 from mpq.export.arguments import export_arguments
 from mpq.export.orbax import Exported
@@ -157,18 +158,33 @@ class TestW8A8:
             ("group", False): ("pack-quantized", None),
         }
 
-    def test_the_command_writes_what_a_plan_says(self, planned, w8a8, tmp_path, capsys):
-        exported = planned(dict.fromkeys(w8a8, "int8_token"), "hf")
-        kept = {f.name: getattr(exported, f.name) for f in dataclasses.fields(exported)}
-        arguments = {key: kept[key] for key in ("weights", "qtensors", "config", "tokenizer_json")}
-        arguments["params"] = exported.dequantized()
-        stored = {path: dtype for path, (_, dtype) in exported.shapes.items()}
-        orbax.save(tmp_path / "plan", stored=stored, plan_json=exported.plan, **arguments)
-        assert exit_code("export", tmp_path / "plan", "--to", "hf", "-o", tmp_path / "out", "--json") == 0
+    def test_the_commands_round_the_inputs_of_int8_layers_and_write_them(
+        self, quantized, tmp_path, capsys, monkeypatch
+    ):
+        monkeypatch.chdir(tmp_path)
+        tiny.write_folder(tmp_path / "model", CONFIG)
+        artifacts.write_stage(tmp_path / "plan.json", "plan", orbax.load(quantized["hf"]).plan)
+        quantize = ("quantize", "model", "plan.json+int8_token@int8", "--method", "rtn", "-o", "q")
+        assert exit_code(*quantize) == 0
+        rounded = orbax.load(tmp_path / "q")
+        assert all("self_attn" in path for path in rounded.plan["activations"])
+        assert len(rounded.plan["activations"]) == 4  # of two layers, the input of q, k and v, and that of o
+        assert exit_code("export", "q", "--to", "hf", "-o", "out", "--json") == 0
+        assert_same(rounded, load_codes(tmp_path / "out"))
         capsys.readouterr()
-        assert_same(exported, load_codes(tmp_path / "out"))
-        assert exit_code("export", tmp_path / "plan", "--to", "gptq", "-o", tmp_path / "no") == 2
+        assert exit_code("export", "q", "--to", "gptq", "-o", "no") == 2
         assert "holds weights only" in " ".join(capsys.readouterr().err.split())
+        assert exit_code("quantize", "model", "plan.json+int8_token@int3", "--method", "rtn", "-o", "none") == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert said.endswith("@int3: no input is read by weights of int3 alone; the plan has fp16, int4, int8")
+
+    def test_the_cache_has_no_weights_that_it_depends_on(self, model, quantized):
+        choices = {path: q.scheme for path, q in orbax.load(quantized["hf"]).qtensors.items()}
+        every = uniform_rows(model.trace(1, 16), "int8_token", "int8_head")
+        kept = rows_at(every, "int4", choices)
+        assert {row["kind"] for row in kept.values()} == {"activation", "kv"}
+        inputs = {path for path, row in kept.items() if row["kind"] == "activation"}
+        assert inputs == {f"layers.{i}.mlp.{end}.kernel" for i in (0, 1) for end in ("{gate,up}_proj", "down_proj")}
 
     def test_without_activations_int8_is_packed(self, planned):
         assert not compressed_tensors_of(planned({}, "hf")).rounds
