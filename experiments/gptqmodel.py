@@ -2,7 +2,7 @@ r"""GPTQ and AWQ folders of `mpq export` in the loaders of PyTorch, and GPTQMode
 
 Run:     python -m experiments.gptqmodel --python ENV/bin/python --test TEXT --out FILE
          (ENV is an environment of its own with gptqmodel, optimum and accelerate, whose pins are not ours; no GPU)
-Expect:  KL below 1e-5, first choices equal at 99.8 % of the tokens and more; in float32 below 1e-6 and at 99.9 %
+Expect:  KL below 1e-5, first choices equal at 99.7 % of the tokens and more; in float32 below 1e-6 and at 99.9 %
 Writes:  one JSON object: by container, scheme and loader, KL in nats per token to the dequantized model in JAX and the
          share of equal first choices
 
