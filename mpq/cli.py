@@ -185,7 +185,8 @@ def allocate(
       kv: what `mpq sensitivity --of kv` wrote: a scheme for every part of the KV cache; its bytes count in the size.
       context: tokens that the cache holds.
       sequences: of so many tokens each.
-      runtime: gguf, onnx, litert, pt2, hf, gptq, gptq_v2, awq or bnb: only what `mpq export --to` it has a form for.
+      runtime: gguf, onnx, litert, pt2, hf, gptq, gptq_v2, awq, bnb or llm_int8: only what `mpq export --to` it has a
+        form for.
       frontier: picture of the whole frontier to write (.png or .svg).
       json: print one JSON object.
     """
@@ -224,7 +225,8 @@ def quantize(
     Args:
       model: checkpoint folder, hub id, or `reference`.
       plan: plan file, or the name of a uniform scheme such as int4_g64; with schemes of activations and the KV cache
-        beside it int4_g32+int8_token+int8_head; or w8a8, w4a8, w4a4, w8a8_static, w8a8_fp8, w4a4_g32, llm_int8 ...
+        beside it int4_g32+int8_token+int8_head, or plan+int8_token@int8 for inputs of int8 weights alone; or w8a8,
+        w4a8, w4a4, w8a8_static, w8a8_fp8, w4a4_g32, llm_int8 ...
       out: folder to write.
       data: calibration text, or `reference`; all methods but rtn and hqq need it or `stats`.
       stats: what `mpq calibrate` wrote, or an importance matrix of llama.cpp.
@@ -273,15 +275,15 @@ def export(
 
     A plan that the runtime has no form for is refused before anything is written; `mpq allocate --for` solves for one
     that it has. The size that is printed, and that can be known before, is that of the file; of a folder of hf, gptq,
-    gptq_v2, awq or bnb that of model.safetensors, without its config and tokenizer.
+    gptq_v2, awq, bnb or llm_int8 that of model.safetensors, without its config and tokenizer.
 
     Args:
       model: folder that `mpq quantize` wrote.
       out: file or folder to write.
       to: gguf, for llama.cpp; onnx, for ONNX Runtime, which rounds activations too where the plan does, a folder where
         the file would have more than 2 GB; litert, for LiteRT (TensorFlow Lite); pt2, a program of torch.export for
-        PyTorch; hf, a folder in the format of compressed-tensors for transformers and vLLM; gptq, gptq_v2, awq or bnb
-        (bitsandbytes), folders in those.
+        PyTorch; hf, a folder in the format of compressed-tensors for transformers and vLLM; gptq, gptq_v2, awq, folders
+        in those; bnb or llm_int8, folders of bitsandbytes: NF4, or LLM.int8 with the plan's threshold of outliers.
       window: litert: tokens that the file reads at once; default the whole context, but at most 512.
       integer: litert: of static ranges of activations, round sums of residual blocks as well: most is of integers then.
       kv_cache: onnx: language models read the keys and values of the tokens before, and give those of all.

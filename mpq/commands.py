@@ -7,7 +7,7 @@ from typing import Any
 
 from mpq import artifacts, commands_activations, show
 from mpq.activations import ActivationRange
-from mpq.activations.plans import split_plan, uniform_rows
+from mpq.activations.plans import rows_at, split_plan, uniform_rows
 from mpq.activations.range_file import load_ranges
 from mpq.allocate import solve_frontier
 from mpq.calibrate import Weighting
@@ -227,17 +227,23 @@ def collect(
 
 
 def read_plan(text: str, model: Model, traced: Trace, keys_values: str) -> artifacts.Plan:
-    """The plan in a file, or a uniform one; `text` may name schemes of activations and of the KV cache beside it."""
+    """The plan in a file, or a uniform one; `text` may name schemes of activations and of the KV cache beside it.
+
+    `int8_token@int8` are the inputs of weights at int8 alone.
+    """
     source, activations, kv = split_plan(text)
-    rows = uniform_rows(traced, activations, kv, keys_values)
+    activations, _, format_name = (activations or "").partition("@")
+    rows = uniform_rows(traced, activations or None, kv, keys_values)
     if Path(source).exists():
         plan = artifacts.load_plan(Path(source), model, traced.weights)
-        return plan.with_activations({**plan.activations, **rows})
-    try:
-        scheme = parse_scheme(source)
-    except MpqError as error:
-        raise MpqError(f"plan {source!r} is neither a file nor a scheme: {error}") from error
-    return dataclasses.replace(artifacts.uniform_plan(scheme, model, traced.weights, rows), name=text)
+    else:
+        try:
+            scheme = parse_scheme(source)
+        except MpqError as error:
+            raise MpqError(f"plan {source!r} is neither a file nor a scheme: {error}") from error
+        plan = dataclasses.replace(artifacts.uniform_plan(scheme, model, traced.weights), name=text)
+    chosen = rows_at(rows, format_name, plan.choices) if format_name else rows
+    return plan.with_activations({**plan.activations, **chosen})
 
 
 def read_ranges(path: Path, model: Model) -> Mapping[str, ActivationRange]:

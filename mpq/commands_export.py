@@ -32,7 +32,7 @@ def export(source: Path, to: str, out: Path, **options: Any) -> dict[str, Any]:
     if unknown := [name for name in given if name not in target.options]:
         raise MpqError(f"format {to} has no option --{unknown[0].replace('_', '-')}: leave it out")
     exported = orbax.load(source)
-    if (rounded := exported.plan.get("activations")) and not target.activations:
+    if (rounded := exported.plan.get("activations")) and not (target.activations or target.rounds_alike):
         raise MpqError(
             f"{source} rounds {len(rounded)} activations as well, and format {to} holds weights only: quantize with "
             "the plan of the weights alone"

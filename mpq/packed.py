@@ -190,6 +190,7 @@ def _add_outliers(y: jax.Array, outliers: jax.Array, weight: Packed, multiply: M
 
 def _pack(path: str, qtensor: QTensor, layout: str) -> Packed:
     """One weight; a table's codes are counted from its lowest level."""
+    qtensor.require_neighbours(path)
     scheme = qtensor.scheme
     number_format, scale = scheme.format, qtensor.effective_scale if scheme.has_tensor_scale else qtensor.scale
     levels = _levels(qtensor)

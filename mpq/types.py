@@ -305,7 +305,8 @@ class Allocation:
 class QTensor:
     """A quantized weight: `w ~= (decode(qvalue) - decode(zero_point)) * scale * tensor_scale`.
 
-    Scales and zero points are repeated along `k`; where the whole matrix has one, `[batch, 1, 1]`, along `n` too. In
+    Scales and zero points are repeated along `k`, or looked up where the rows of a group are not neighbours; where the
+    whole matrix has one, `[batch, 1, 1]`, along `n` too. In
     blocks of ggml `w ~= decode(qvalue) * scale * sub_scale - minimum * sub_minimum`, or without integers of groups
     `decode(qvalue) * scale + minimum`.
 
@@ -318,6 +319,8 @@ class QTensor:
       sub_scale, sub_minimum: `int8[batch, groups, n]`, of blocks of ggml that have them (`Blocks`).
       minimum: `float16[batch, blocks, n]`, of blocks of ggml that have it.
       codebook: `float16[batch, levels, 1]`, of each code its level, if those are learned (`Scheme.has_codebook`).
+      row_group: `int32[batch, k]`, the group of each row, where they are not neighbours: GPTQ with `desc_act`, which is
+        only read. None: the first `group_size` rows are group 0, and so on.
     """
 
     qvalue: jax.Array
@@ -329,6 +332,7 @@ class QTensor:
     minimum: jax.Array | None = None
     sub_minimum: jax.Array | None = None
     codebook: jax.Array | None = None
+    row_group: jax.Array | None = None
 
     @property
     def grid(self) -> NumberFormat:
@@ -362,6 +366,18 @@ class QTensor:
         value = value * self.spread(scale)
         return value if offset is None else value + self.spread(offset)
 
+    def require_neighbours(self, path: str) -> None:
+        """Refuse groups whose rows are not neighbours, for what has no form for those.
+
+        Raises:
+          MpqError: names the weight.
+        """
+        if self.row_group is not None:
+            raise MpqError(
+                f"weight {path} has groups of rows that are not neighbours (desc_act of GPTQ), which can be read, "
+                "dequantized and evaluated alone: quantize the model anew to export or pack it"
+            )
+
     def _by_group(self, per_block: jax.Array, integer: jax.Array | None) -> jax.Array:
         if integer is None:
             return per_block
@@ -370,6 +386,8 @@ class QTensor:
 
     def spread(self, per_group: jax.Array) -> jax.Array:
         """One number a group to one a row: `[batch, groups, n]` to `[batch, k, n]`."""
+        if self.row_group is not None:
+            return jax.numpy.take_along_axis(per_group, self.row_group[..., None], axis=-2)
         k = self.qvalue.shape[-2]
         return jax.numpy.repeat(per_group, self.scheme.group_size or k, axis=-2)[..., :k, :]
 

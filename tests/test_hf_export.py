@@ -32,6 +32,7 @@ PLANS = {
     "gptq_v2": ("int2_g32", "fp16"),
     "awq": ("int4_g16_zp", "bf16"),
     "bnb": ("nf4_g32_sfloat32",),
+    "llm_int8": ("int8_channel",),
 }
 
 
@@ -57,7 +58,7 @@ def quantized(model, weights, candidates, tmp_path_factory):
     for name, schemes in PLANS.items():
         choice = {w.path: parse_scheme(schemes[i % len(schemes)]) for i, w in enumerate(weights)}
         floats = ("embed_tokens.embedding",) if name == "hf" else ("embed_tokens.embedding", "lm_head.kernel")
-        choice |= dict.fromkeys(floats, parse_scheme("fp32" if name == "bnb" else "fp16"))
+        choice |= dict.fromkeys(floats, parse_scheme("fp32" if name in ("bnb", "llm_int8") else "fp16"))
         choice |= {"lm_head.kernel": parse_scheme("int4_g16")} if name == "hf" else {}
         plan = artifacts.make_plan(name, choice, None, weights, 0, model.digest)
         folders[name] = tmp_path_factory.mktemp(name) / "out"

@@ -1,5 +1,6 @@
 """What lies in the tensors of quantized checkpoints, against readers written from the formats' descriptions."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -76,6 +77,7 @@ CASES = [
     ("awq", "int4_g32_zp"),
     ("awq", "int4_g64"),
     ("bnb", "nf4_g32_sfloat32"),
+    ("llm_int8", "int8_channel"),
 ]
 
 
@@ -169,12 +171,48 @@ def test_int8_of_bitsandbytes():
     np.testing.assert_allclose(got, (weight * absmax[:, None] / 127).T, rtol=3e-7)  # two roundings of float32
 
 
-def test_version_1_of_gptq_reads_the_largest_code_of_a_zero_point_as_the_least():
-    q = random_qtensor("int4_g32_zp")
-    parts = dict(CONTAINERS["gptq"].pack(q))
-    parts["qzeros"] = np.full_like(parts["qzeros"], -1)  # 15 throughout
+def test_llm_int8_as_described():
+    q = random_qtensor("int8_channel")
+    parts, want = CONTAINERS["llm_int8"].pack(q), np.asarray(q.dequantize())[0]
+    for k, n in [(0, 0), (10, 3), (33, 41), (63, 94)]:
+        assert np.float32(parts["weight"][n, k]) * (parts["SCB"][n] / np.float32(127)) == want[k, n]
+    assert (parts["weight_format"].dtype, parts["weight_format"].tolist()) == ("uint8", 0)
+
+
+def test_every_scale_of_float16_comes_back_from_llm_int8():
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    every = every[np.isfinite(every)]
+    q = QTensor(
+        jnp.ones((1, 2, len(every)), jnp.int8), jnp.asarray(every[None, None]), None, parse_scheme("int8_channel")
+    )
+    parts = dict(CONTAINERS["llm_int8"].pack(q))
+    np.testing.assert_array_equal(parts["SCB"], every.astype(np.float64) * 127)
+    assert_same(reader_of({"load_in_8bit": True}).unpack("a", parts), q)
+    parts["SCB"][7] = np.nextafter(parts["SCB"][7], np.float32(1))
+    assert reader_of({"load_in_8bit": True}).unpack("a", parts).scale.dtype == np.float32
+    parts["SCB"][7] = 1e7  # more than float16 has
+    assert reader_of({"load_in_8bit": True}).unpack("a", parts).scale.dtype == np.float32
+
+
+@pytest.mark.parametrize(("bits", "ones"), [(2, 0x55555555), (4, 0x11111111), (8, 0x01010101)])
+def test_version_1_of_gptq_gives_back_what_least_zero_points_borrowed(bits, ones):
+    """As GPTQModel writes it: one less in every code of a word, as one number."""
+    q = random_qtensor(f"int{bits}_g32_zp")
+    least = np.random.default_rng(1).random(q.zero_point.shape) < 0.3
+    q = dataclasses.replace(q, zero_point=jnp.where(least, -(2 ** (bits - 1)), q.zero_point).astype(jnp.int8))
+    parts = dict(CONTAINERS["gptq_v2"].pack(q))
+    stored = [[(int(word) - ones) % 2**32 for word in row] for row in parts["qzeros"]]
+    parts["qzeros"] = np.array(stored, np.uint32).view(np.int32)
     config = CONTAINERS["gptq"].config({"model.a": q.scheme}, {"model.a": LINEAR})
-    assert (np.asarray(reader_of(config).unpack("model.a", parts).zero_point) == -8).all()
+    assert_same(reader_of(config).unpack("model.a", parts), q)
+
+
+def test_version_1_of_gptq_reads_the_largest_code_of_three_bits_as_the_least():
+    q = random_qtensor("int3_g32_zp")
+    parts = dict(CONTAINERS["gptq"].pack(q))
+    parts["qzeros"] = np.full_like(parts["qzeros"], -1)  # 7 throughout
+    config = CONTAINERS["gptq"].config({"model.a": q.scheme}, {"model.a": LINEAR})
+    assert (np.asarray(reader_of(config).unpack("model.a", parts).zero_point) == -4).all()
 
 
 def test_awq_and_gptq_name_the_layers_that_stay_plain():
@@ -186,6 +224,9 @@ def test_awq_and_gptq_name_the_layers_that_stay_plain():
     assert reader_of(config).marks == ("qweight",)
     bnb = CONTAINERS["bnb"].config({**modules, "model.a": parse_scheme("nf4_g32_sfloat32")}, sites)
     assert bnb["llm_int8_skip_modules"] == ["model.b", "lm_head"]
+    eight = CONTAINERS["llm_int8"].config({**modules, "model.a": parse_scheme("int8_channel")}, sites)
+    assert (eight["load_in_8bit"], eight["load_in_4bit"], eight["llm_int8_threshold"]) == (True, False, 6.0)
+    assert eight["llm_int8_skip_modules"] == ["model.b", "lm_head"]
 
 
 WHOLE = "it takes whole groups only, and the weight has 64 rows"
@@ -210,6 +251,9 @@ REFUSED = [
     ("awq", "int4_g32", {"n": 44}, "columns must be a multiple of 8, and the weight has 44"),
     ("bnb", "nf4_g32_sfloat32", {"head": True}, "embeddings and heads stay plain floats there"),
     ("bnb", "nf4_g32", {}, "it takes nf4_gN_sfloat32 with N of 32, 64, 128, 256, 512, 1024, 2048, 4096"),
+    ("llm_int8", "int8_channel", {"head": True}, "embeddings and heads stay plain floats there"),
+    ("llm_int8", "int8_channel_zp", {}, "it takes int8_channel, with scales of float16"),
+    ("llm_int8", "int8_channel_sfloat32", {}, "it takes int8_channel, with scales of float16"),
     ("bnb", "nf4_g128_sfloat32", {}, "its blocks must fill rows, and the weight has 64 of them"),
 ]
 
@@ -253,10 +297,12 @@ class TestWhatIsNotWritten:
             "a.kernel at bf16 and b.kernel at fp32: bitsandbytes has one type for all plain floats; pin them to one"
         )
         assert refused(lambda: CONTAINERS["bnb"].config(modules, sites)) == message
+        assert refused(lambda: CONTAINERS["llm_int8"].config(modules, sites)) == message
 
 
 GROUPS = (
-    "supported are weights alone, as integers with scales of groups, channels or tensors in the order of the columns"
+    "supported are weights alone, as integers with scales of groups, channels or tensors in the order of the columns, "
+    "and int8 beside inputs that are rounded as they come"
 )
 
 
@@ -270,7 +316,8 @@ class TestWhatIsNotRead:
             ),
             (
                 {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
-                "compressed-tensors format 'nvfp4-pack-quantized' is not read: supported is 'pack-quantized'",
+                "compressed-tensors format 'nvfp4-pack-quantized' is not read: supported is pack-quantized, "
+                "int-quantized, mixed-precision",
             ),
             (
                 {
@@ -293,14 +340,6 @@ class TestWhatIsNotRead:
     def test_a_config(self, config, message):
         assert refused(lambda: reader_of(config)) == message
 
-    def test_rows_in_the_order_of_activations(self):
-        q = random_qtensor("int4_g32")
-        parts = dict(CONTAINERS["gptq"].pack(q))
-        parts["g_idx"] = parts["g_idx"][::-1]
-        reader = reader_of(CONTAINERS["gptq"].config({"a": q.scheme}, {"a": LINEAR}))
-        message = "rows are in the order of activations (desc_act), which is not read: quantize without it"
-        assert refused(lambda: reader.unpack("a", parts)) == message
-
     def test_a_module_that_no_group_names(self):
         q = random_qtensor("int4_g32")
         reader = reader_of(CONTAINERS["hf"].config({"a": q.scheme}, {"a": LINEAR}))
@@ -317,6 +356,14 @@ class TestWhatIsNotRead:
         reader = reader_of({"quant_method": "bitsandbytes"})
         message = "a is in the 4-bit floats of bitsandbytes (fp4), which are not read"
         assert refused(lambda: reader.describe("a", lambda end: ((), ""), {}.__getitem__)) == message
+
+    @pytest.mark.parametrize(
+        "change", [{"weight_format": np.array(1, np.uint8)}, {"weight": np.ones((96, 64), np.int32)}]
+    )
+    def test_other_arrangements_of_llm_int8(self, change):
+        parts = {**CONTAINERS["llm_int8"].pack(random_qtensor("int8_channel")), **change}
+        message = "codes of LLM.int8 that are not int8 in rows (weight_format) are not read: save them anew"
+        assert refused(lambda: reader_of({"load_in_8bit": True}).unpack("a", parts)) == message
 
     def test_blocks_across_rows_and_other_levels(self):
         reader, parts = reader_of({"quant_method": "bitsandbytes"}), dict(CONTAINERS["bnb"].pack(nf4()))

@@ -35,7 +35,7 @@ def message_of(call) -> str:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_plan_for_a_runtime_has_only_what_it_has(table, name):
-    request = Request(bpw=9.0, runtime=name)
+    request = Request(bpw=12.0 if name == "llm_int8" else 9.0, runtime=name)  # int8 beside embeddings in 16 bits
     choice = request.solve(request.problem(table, 0), [], table).choice
     for spec in table.weights:
         assert TARGETS[name].refusal(spec, choice[spec.path]) is None, spec.path

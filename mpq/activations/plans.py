@@ -11,7 +11,7 @@ from mpq.activations.scheme import parse_activation_scheme
 from mpq.inputs import Dataset
 from mpq.models.model import Model
 from mpq.trace import Trace
-from mpq.types import MpqError
+from mpq.types import MpqError, Scheme
 
 PRESETS = MappingProxyType(
     {
@@ -73,6 +73,31 @@ def uniform_rows(
                 require_schemes([row], [scheme])
                 rows[row.path] = RoundedActivation(row, scheme).to_json()
     return rows
+
+
+def rows_at(
+    rows: Mapping[str, Mapping[str, Any]], format_name: str, choices: Mapping[str, Scheme]
+) -> dict[str, Mapping[str, Any]]:
+    """Of entries of a plan, the inputs of weights that all have one number format, and all of the KV cache.
+
+    Args:
+      rows: entries of the plan.
+      format_name: `int8`.
+      choices: path of a weight -> its scheme.
+
+    Raises:
+      MpqError: no input is read by such weights alone.
+    """
+    specs = {path: RoundedActivation.from_json(row).spec for path, row in rows.items()}
+    found = {
+        path: row
+        for path, row in rows.items()
+        if specs[path].kind == "kv" or all(choices[w].format.name == format_name for w in specs[path].weights)
+    }
+    if all(specs[path].kind == "kv" for path in found):
+        formats = ", ".join(sorted({scheme.format.name for scheme in choices.values()}))
+        raise MpqError(f"@{format_name}: no input is read by weights of {format_name} alone; the plan has {formats}")
+    return found
 
 
 def calibrated(

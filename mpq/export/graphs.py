@@ -31,6 +31,7 @@ def require_forms(exported: Exported, runtime: str, refusal: Callable[[WeightSpe
       MpqError: names the weight, its scheme and the reason.
     """
     for spec in exported.weights:
+        exported.qtensors[spec.path].require_neighbours(spec.path)
         scheme = exported.qtensors[spec.path].scheme
         if reason := refusal(spec, scheme):
             raise MpqError(f"weight {spec.path} at {scheme} has no form in {runtime}: {reason}; choose another plan")

@@ -221,6 +221,7 @@ def _pack_weight(spec: WeightSpec, qtensors: Mapping[str, QTensor]) -> dict[str,
     if qtensor.qvalue.shape != (spec.batch, spec.k, spec.n):
         want = [spec.batch, spec.k, spec.n]
         raise MpqError(f"quantized weight {spec.path} is {list(qtensor.qvalue.shape)}, not {want}: quantize this model")
+    qtensor.require_neighbours(spec.path)
     return to_parts(qtensor)
 
 

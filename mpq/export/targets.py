@@ -12,6 +12,8 @@ from mpq.gguf.layouts import require_ggml
 from mpq.hf import export as hf
 from mpq.hf.container import Container
 from mpq.hf.containers import CONTAINERS
+from mpq.hf.inputs import compressed_tensors_of, llm_int8_of
+from mpq.hf.llm_int8 import stored_bits as llm_int8_bits
 from mpq.hf.sites import site_of, why_not
 from mpq.litert import export as litert
 from mpq.litert.weights import refusal as litert_refusal
@@ -37,6 +39,7 @@ class Target:
       uniform: whether all quantized weights must have one scheme.
       stored_bits: weight and scheme -> bits of the weight in the file.
       activations: whether it has a form for rounded activations, too.
+      rounds_alike: whether it rounds the inputs of all its int8 weights by one scheme, which a plan may name.
       options: what `save` takes beside.
       rounding_refusal: activation and scheme -> why a runtime with such forms cannot round it so; None where it can.
     """
@@ -48,6 +51,7 @@ class Target:
     uniform: bool = False
     stored_bits: Callable[[WeightSpec, Scheme], int] = WeightSpec.size_bits
     activations: bool = False
+    rounds_alike: bool = False
     options: tuple[str, ...] = ()
     rounding_refusal: Callable[[ActivationSpec, ActivationScheme], str | None] = lambda row, scheme: None
 
@@ -99,11 +103,22 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             activations=True,
             rounding_refusal=pt2_rounding_refusal,
         ),
-        "hf": _container("a compressed-tensors folder for transformers and vLLM", CONTAINERS["hf"]),
+        "hf": dataclasses.replace(
+            _container("a compressed-tensors folder for transformers and vLLM", CONTAINERS["hf"]),
+            save=lambda path, exported, name: hf.save(path, exported, compressed_tensors_of(exported)),
+            size_bytes=lambda exported, name: hf.size_bytes(exported, compressed_tensors_of(exported)),
+            rounds_alike=True,
+        ),
         "gptq": _container("a GPTQ folder", CONTAINERS["gptq"], uniform=True),
         "gptq_v2": _container("a GPTQ folder of version 2", CONTAINERS["gptq_v2"], uniform=True),
         "awq": _container("an AWQ folder", CONTAINERS["awq"], uniform=True),
         "bnb": _container("a bitsandbytes folder", CONTAINERS["bnb"]),
+        "llm_int8": dataclasses.replace(
+            _container("a bitsandbytes folder of LLM.int8", CONTAINERS["llm_int8"]),
+            save=lambda path, exported, name: hf.save(path, exported, llm_int8_of(exported)),
+            stored_bits=llm_int8_bits,
+            rounds_alike=True,
+        ),
     }
 )
 """Name in `mpq export --to` and `mpq allocate --for` -> target."""

@@ -25,6 +25,7 @@ class AWQFormat:
     """One group size for all linear layers but the head; 4 bits."""
 
     name: str = "awq"
+    scale_dtype: str | None = None
 
     def refusal(self, site: Site, scheme: Scheme) -> str | None:
         """Why not."""

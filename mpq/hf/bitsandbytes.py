@@ -1,10 +1,10 @@
-"""Checkpoints of bitsandbytes: NF4, also with scales that are quantized again, and LLM.int8 (only read).
+"""Checkpoints of bitsandbytes: NF4, also with scales that are quantized again; `mpq.hf.llm_int8` has LLM.int8.
 
 Facts from bitsandbytes 0.50 (`functional.py`, `backends/default/ops.py`): `weight` is `uint8[n * k / 2, 1]`, the
 elements of `[n, k]` in C order, two a byte, the first in the high bits; `weight.absmax` one float32 for every block of
 them; `weight.quant_map` the 16 levels; `weight.quant_state.bitsandbytes__nf4` JSON as bytes. Nested, `absmax` are codes
-of 8 bits: `nested_quant_map[absmax] * nested_absmax` of their block, plus `nested_offset`. In LLM.int8 `weight` is
-`int8[n, k]` and `SCB` `float32[n]` the absolute maximum of each row. Blocks are groups of a row, where they fill it.
+of 8 bits: `nested_quant_map[absmax] * nested_absmax` of their block, plus `nested_offset`. Blocks are groups of a
+row, where they fill it.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq.formats import FORMATS
-from mpq.hf.container import Part, Parts, Read, Reader, Shape, Site
+from mpq.hf.container import Part, Parts, Read, Reader, Shape, Site, one_float, plain_layers
+from mpq.hf.llm_int8 import LLMInt8
 from mpq.types import MpqError, QTensor, Scheme
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _STATE = "weight.quant_state.bitsandbytes__"
 _NF4 = FORMATS["nf4"]
-_INT8 = Scheme(FORMATS["int8"], scale_dtype="float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,7 @@ class BitsAndBytes:
     """NF4 with float32 scales for linear layers but the head, as `bitsandbytes.functional.quantize_4bit` stores it."""
 
     name: str = "bitsandbytes"
+    scale_dtype: str | None = "float32"
 
     def refusal(self, site: Site, scheme: Scheme) -> str | None:
         """Why not."""
@@ -66,18 +67,9 @@ class BitsAndBytes:
         """`quantization_config`; what stays plain is named, the head always.
 
         Raises:
-          MpqError: plain floats of several types, which `transformers` leaves as they are and cannot multiply then.
+          MpqError: plain floats of several types.
         """
-        floats = {str(scheme): sites[module].path for module, scheme in modules.items() if not scheme.has_scale}
-        if len(floats) > 1:
-            (first, path), (other, second), *_ = floats.items()
-            raise MpqError(
-                f"{path} at {first} and {second} at {other}: {self.name} has one type for all plain floats; pin them "
-                "to one"
-            )
-        plain = [
-            module for module, scheme in modules.items() if not scheme.has_scale and sites[module].kind == "matmul"
-        ]
+        one_float(self.name, modules, sites)
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
@@ -86,14 +78,13 @@ class BitsAndBytes:
             "bnb_4bit_use_double_quant": False,
             "bnb_4bit_compute_dtype": "float32",
             "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": list(dict.fromkeys([*plain, "lm_head"])),
+            "llm_int8_skip_modules": list(dict.fromkeys([*plain_layers(modules, sites), "lm_head"])),
         }
 
     def reader(self, config: Mapping[str, Any]) -> Reader:
-        """What reads a checkpoint with this config."""
+        """What reads a checkpoint with this config, one of LLM.int8 too."""
         if config.get("load_in_8bit") or config.get("_load_in_8bit"):
-            ends = ("weight", "SCB", "weight_format")
-            return Reader(("SCB",), ends, _describe_int8, lambda module, parts: _unpack_int8(parts))
+            return LLMInt8().reader(config)
         marks = (f"{_STATE}nf4", f"{_STATE}fp4")
         names = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
         ends = ("weight", *marks, *(f"weight.{name}" for name in names))
@@ -131,13 +122,3 @@ def _unpack(parts: Parts) -> QTensor:
     scheme = Scheme(_NF4, size, scale_dtype="float32")
     scale = absmax.astype(np.float32).reshape(n, k // size).T
     return QTensor(jnp.asarray(codes[None]), jnp.asarray(scale[None]), None, scheme)
-
-
-def _describe_int8(module: str, shape: Shape, read: Read) -> tuple[Scheme, int, int]:
-    n, k = shape("weight")[0]
-    return _INT8, n, k
-
-
-def _unpack_int8(parts: Parts) -> QTensor:
-    scale = parts["SCB"].astype(np.float32) / np.float32(127)
-    return QTensor(jnp.asarray(parts["weight"].T[None]), jnp.asarray(scale[None, None]), None, _INT8)

@@ -1,14 +1,16 @@
-"""The "pack-quantized" format of compressed-tensors: what vLLM and `transformers` read; widths and groups may be mixed.
+"""Checkpoints of compressed-tensors: what vLLM and `transformers` read; widths and groups may be mixed.
 
-Facts from compressed-tensors 0.20 (`compressors/pack_quantized`, `quantization/quant_args.py`): of every module
-`weight_packed` is `int32[n, words of k]`, rows of words (`mpq.hf.words`); `weight_scale` is `[n, groups]`, of a whole
-matrix `[1]`; `weight_zero_point` is `int32[words of n, groups]`, words along the first axis, and missing where 0 is
-stored for all; `weight_shape` is `int64[2]`. `config_groups` says which modules have which width and groups.
+Facts from compressed-tensors 0.20 (`compressors/pack_quantized`, `naive_quantized`, `quantization/quant_args.py`). In
+"pack-quantized" `weight_packed` of every module is `int32[n, words of k]`, rows of words (`mpq.hf.words`);
+`weight_scale` is `[n, groups]`, of a whole matrix `[1]`; `weight_zero_point` is `int32[words of n, groups]`, words
+along the first axis, and missing where 0 is stored for all; `weight_shape` is `int64[2]`. In "int-quantized" `weight`
+is `int8[n, k]`, and inputs are rounded as they come, 8 bits by token (W8A8). `config_groups` says which modules have
+which format, width and groups; the format of a checkpoint with both is "mixed-precision".
 
 `transformers` 5.23 loads it with version 0.18 or later: any mix of widths without zero points. With zero points it
 fails on packed ones unless it dequantizes as it loads (`dequantize`), for which it takes the first group's scheme for
 all: so that is written for plans of one scheme, and mixed plans with zero points are for vLLM and for `mpq` itself.
-vLLM has kernels for 4 and 8 bits.
+vLLM has kernels for 4 and 8 bits; on CPUs for packed 4 bits and for W8A8 (`experiments/vllm_cpu.py`).
 """
 
 import dataclasses
@@ -26,13 +28,22 @@ from mpq.hf.words import pack_rows, unpack_rows, words_of
 from mpq.types import MpqError, QTensor, Scheme
 
 _SCALES = ("float16", "bfloat16", "float32")
+_PACKED, _INTEGERS, _BOTH = "pack-quantized", "int-quantized", "mixed-precision"
+_BY_TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+"""How inputs are rounded."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CompressedTensors:
-    """Integers of 2 to 8 bits, one scale for a group, an output channel or the matrix."""
+    """Integers of 2 to 8 bits, one scale for a group, an output channel or the matrix.
 
+    Attributes:
+      rounds: inputs of symmetric int8 by channel or matrix are rounded too, and such weights are int-quantized.
+    """
+
+    rounds: bool = False
     name: str = "compressed-tensors"
+    scale_dtype: str | None = None
 
     def refusal(self, site: Site, scheme: Scheme) -> str | None:
         """Why not."""
@@ -50,6 +61,8 @@ class CompressedTensors:
         """Tensors of one matrix."""
         bits, groups = scheme.format.bits, scheme.num_groups(k)
         scale = (1,) if scheme.per_tensor else (n, groups)
+        if self.rounds and has_rounded_inputs(scheme):
+            return {"weight": Part("int8", (n, k)), "weight_scale": Part(scheme.scale_dtype, scale)}
         parts = {
             "weight_packed": Part("int32", (n, words_of(k, bits))),
             "weight_scale": Part(scheme.scale_dtype, scale),
@@ -60,11 +73,14 @@ class CompressedTensors:
     def pack(self, qtensor: QTensor) -> dict[str, np.ndarray]:
         """The same with their content."""
         scheme, bits = qtensor.scheme, qtensor.scheme.format.bits
-        codes = unsigned(qtensor.qvalue, bits)
         scale = np.asarray(qtensor.scale)[0].T
+        scale = np.ascontiguousarray(scale.reshape(-1) if scheme.per_tensor else scale)
+        if self.rounds and has_rounded_inputs(scheme):
+            return {"weight": np.ascontiguousarray(np.asarray(qtensor.qvalue)[0].T), "weight_scale": scale}
+        codes = unsigned(qtensor.qvalue, bits)
         parts = {
             "weight_packed": pack_rows(codes.T, bits),
-            "weight_scale": np.ascontiguousarray(scale.reshape(-1) if scheme.per_tensor else scale),
+            "weight_scale": scale,
             "weight_shape": np.array(codes.shape[::-1], np.int64),
         }
         if qtensor.zero_point is not None:
@@ -77,12 +93,18 @@ class CompressedTensors:
         whole = len(schemes) == 1 and any(scheme.zero_point for scheme in schemes)
         named = {m: weights_config(s) if s.has_scale else None for m, s in modules.items()}
         body = config_groups(named)
-        activations = {"input_activations": None, "output_activations": None, "format": "pack-quantized"}
+        rounded = {weights_config(scheme) for scheme in schemes if self.rounds and has_rounded_inputs(scheme)}
+        groups: dict[str, Any] = {}
+        for name, group in body["config_groups"].items():
+            integers = tuple(group["weights"].items()) in rounded
+            inputs, form = (_BY_TOKEN, _INTEGERS) if integers else (None, _PACKED)
+            groups[name] = group | {"input_activations": inputs, "output_activations": None, "format": form}
+        forms = {group["format"] for group in groups.values()} or {_PACKED}
         return {
             "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
+            "format": _BOTH if len(forms) > 1 else forms.pop(),
             "quantization_status": "compressed",
-            "config_groups": {name: group | activations for name, group in body["config_groups"].items()},
+            "config_groups": groups,
             "ignore": body["ignore"],
             **({"dequantize": True} if whole else {}),
         }
@@ -93,18 +115,26 @@ class CompressedTensors:
         Raises:
           MpqError: another format, inputs that are quantized too, or a group that is no group of integers.
         """
-        if config.get("format") not in ("pack-quantized", None):
-            raise MpqError(f"compressed-tensors format {config['format']!r} is not read: supported is 'pack-quantized'")
-        groups = [_Group.of(name, body) for name, body in dict(config.get("config_groups") or {}).items()]
-        ends = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+        form = config.get("format") or _PACKED
+        if form not in (_PACKED, _INTEGERS, _BOTH):
+            raise MpqError(
+                f"compressed-tensors format {form!r} is not read: supported is {', '.join((_PACKED, _INTEGERS, _BOTH))}"
+            )
+        groups = [_Group.of(name, body, form) for name, body in dict(config.get("config_groups") or {}).items()]
+        marks = ("weight_packed", *(("weight_scale",) if any(not group.packed for group in groups) else ()))
+        ends = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
         def describe(module: str, shape: Shape, read: Read) -> tuple[Scheme, int, int]:
-            group, (n, k) = _group_of(module, groups), map(int, read("weight_shape"))
+            group = _group_of(module, groups)
+            n, k = map(int, read("weight_shape")) if group.packed else shape("weight")[0]
             return group.scheme(shape("weight_scale")[1]), n, k
 
-        return Reader(
-            ("weight_packed",), ends, describe, lambda module, parts: _unpack(_group_of(module, groups), parts)
-        )
+        return Reader(marks, ends, describe, lambda module, parts: _unpack(_group_of(module, groups), parts))
+
+
+def has_rounded_inputs(scheme: Scheme) -> bool:
+    """Whether vLLM has products of integers for weights of this scheme, W8A8."""
+    return scheme.format == Integer(8) and scheme.group_size is None and not scheme.zero_point
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,20 +146,25 @@ class _Group:
     group_size: int | None
     symmetric: bool
     per_tensor: bool
+    packed: bool
 
     @classmethod
-    def of(cls, name: str, body: Mapping[str, Any]) -> "_Group":
-        weights = body.get("weights") or {}
+    def of(cls, name: str, body: Mapping[str, Any], form: str) -> "_Group":
+        weights, inputs = body.get("weights") or {}, body.get("input_activations")
+        packed = (body.get("format") or form) != _INTEGERS
         known = weights.get("type", "int") == "int" and weights.get("strategy") in ("group", "channel", "tensor")
         order = weights.get("actorder") in (None, False, "static", "weight")  # "group" stores the order of the rows
-        if not known or not order or body.get("input_activations") or body.get("output_activations"):
+        if not packed:  # W8A8 that needs nothing of calibration, and its codes as they are
+            known &= bool(weights.get("num_bits") == 8 and weights.get("symmetric") and (inputs or {}).get("dynamic"))
+        if not known or not order or (packed and inputs) or body.get("output_activations"):
             raise MpqError(
                 f"config group {name!r} of compressed-tensors is not read: supported are weights alone, as integers "
-                "with scales of groups, channels or tensors in the order of the columns"
+                "with scales of groups, channels or tensors in the order of the columns, and int8 beside inputs that "
+                "are rounded as they come"
             )
         size = weights.get("group_size") if weights["strategy"] == "group" else None
         flags = bool(weights.get("symmetric", True)), weights["strategy"] == "tensor"
-        return cls(tuple(body.get("targets") or ()), int(weights.get("num_bits", 8)), size, *flags)
+        return cls(tuple(body.get("targets") or ()), int(weights.get("num_bits", 8)), size, *flags, packed)
 
     def scheme(self, scale_dtype: str) -> Scheme:
         """Of its modules."""
@@ -148,14 +183,15 @@ def _group_of(module: str, groups: list[_Group]) -> _Group:
 
 
 def _unpack(group: _Group, parts: Parts) -> QTensor:
-    bits, packed = group.bits, parts["weight_packed"]
-    n, k = map(int, parts["weight_shape"])
-    scale = parts["weight_scale"]
+    n, k = map(int, parts["weight_shape"]) if group.packed else parts["weight"].shape
+    bits, scale = group.bits, parts["weight_scale"]
     scheme = group.scheme(scale.dtype.name)
-    if packed.shape != (n, words_of(k, bits)) or scale.size != (1 if group.per_tensor else n * scheme.num_groups(k)):
-        raise MpqError(f"weight_packed {list(packed.shape)} and its scales do not hold [{n}, {k}] codes of {bits} bits")
+    name, shape = ("weight_packed", (n, words_of(k, bits))) if group.packed else ("weight", (n, k))
+    stored = parts[name]
+    if stored.shape != shape or scale.size != (1 if group.per_tensor else n * scheme.num_groups(k)):
+        raise MpqError(f"{name} {list(stored.shape)} and its scales do not hold [{n}, {k}] codes of {bits} bits")
     zero = None
     if not group.symmetric:
         zero = jnp.asarray(signed(unpack_rows(parts["weight_zero_point"].T, n, bits), bits))
-    codes = signed(unpack_rows(packed, k, bits).T, bits)
+    codes = signed(unpack_rows(stored, k, bits).T, bits) if group.packed else stored.T[None]
     return QTensor(jnp.asarray(codes), jnp.asarray(scale.reshape(scheme.scale_shape(k, n)[::-1]).T[None]), zero, scheme)

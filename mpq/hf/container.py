@@ -42,6 +42,10 @@ class Container(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def scale_dtype(self) -> str | None:
+        """Dtype of all scales, where it is not the plan's."""
+        ...
 
     def refusal(self, site: Site, scheme: Scheme) -> str | None:
         """Why this weight cannot be stored under a scheme that has a scale; None where it can."""
@@ -113,3 +117,22 @@ def uniform(name: str, modules: Mapping[str, Scheme], sites: Mapping[str, Site])
                 "linear layers; export mixed plans with --to hf"
             )
     return scheme
+
+
+def plain_layers(modules: Mapping[str, Scheme], sites: Mapping[str, Site]) -> list[str]:
+    """The linear layers that stay plain floats."""
+    return [module for module, scheme in modules.items() if not scheme.has_scale and sites[module].kind == "matmul"]
+
+
+def one_float(name: str, modules: Mapping[str, Scheme], sites: Mapping[str, Site]) -> None:
+    """Refuse plain floats of several types, which `transformers` would leave as they are and cannot multiply then.
+
+    Raises:
+      MpqError: names two of them.
+    """
+    floats = {str(scheme): sites[module].path for module, scheme in modules.items() if not scheme.has_scale}
+    if len(floats) > 1:
+        (first, path), (other, second), *_ = floats.items()
+        raise MpqError(
+            f"{path} at {first} and {second} at {other}: {name} has one type for all plain floats; pin them to one"
+        )

@@ -9,6 +9,7 @@ from mpq.hf.bitsandbytes import BitsAndBytes
 from mpq.hf.compressed_tensors import CompressedTensors
 from mpq.hf.container import Container, Reader
 from mpq.hf.gptq import GPTQFormat
+from mpq.hf.llm_int8 import LLMInt8
 from mpq.types import MpqError
 
 CONTAINERS: Mapping[str, Container] = MappingProxyType(
@@ -18,6 +19,7 @@ CONTAINERS: Mapping[str, Container] = MappingProxyType(
         "gptq_v2": GPTQFormat(2),
         "awq": AWQFormat(),
         "bnb": BitsAndBytes(),
+        "llm_int8": LLMInt8(),
     }
 )
 """Name -> container."""

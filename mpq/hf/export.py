@@ -1,4 +1,4 @@
-"""A quantized model as a checkpoint folder that `transformers` loads: `mpq export OUT --to hf`, `gptq`, `awq`, `bnb`.
+"""A quantized model as a checkpoint folder that `transformers` loads: `mpq export OUT --to hf`, `gptq`, `bnb` ...
 
     FOLDER/config.json           the model's, with `quantization_config`
     FOLDER/model.safetensors     packed weights, and every other parameter in the dtype that it is stored in
@@ -83,6 +83,7 @@ def _tensors(exported: Exported, container: Container, names: Names) -> dict[str
         qtensors = [exported.qtensors[spec.path] for spec in specs]
         if qtensors and qtensors[0].scheme.has_scale:
             (spec,), (qtensor,) = specs, qtensors
+            qtensor.require_neighbours(spec.path)
             try:
                 made = container.pack(qtensor)
             except MpqError as error:
@@ -119,20 +120,18 @@ def _config(exported: Exported, container: Container, names: Names) -> dict[str,
     modules: dict[str, Scheme] = {site.module: schemes[path] for path, site in names.sites.items()}
     config = {key: value for key, value in exported.config.items() if key != "torch_dtype"}
     quantization = container.config(modules, sites)
-    return config | {"dtype": _dtype(modules), "quantization_config": quantization}
+    return config | {"dtype": _dtype(container, modules), "quantization_config": quantization}
 
 
-def _dtype(modules: Mapping[str, Scheme]) -> str:
+def _dtype(container: Container, modules: Mapping[str, Scheme]) -> str:
     """Of the scales, and of what the loader computes in: none of them is rounded.
 
     Scales of bitsandbytes are always float32, and its loader leaves plain floats in the dtype of the file: then it is
     theirs, where they agree.
     """
-    scaled = {(scheme.format.uniform, scheme.scale_dtype) for scheme in modules.values() if scheme.has_scale}
-    if scaled and not any(uniform for uniform, _ in scaled):
+    dtypes = {scheme.scale_dtype for scheme in modules.values() if scheme.has_scale}
+    if dtypes and container.scale_dtype is not None:
         dtypes = {FLOATS[scheme.format.name] for scheme in modules.values() if not scheme.has_scale}
-    else:
-        dtypes = {dtype for _, dtype in scaled}
     return dtypes.pop() if len(dtypes) == 1 else "float32"
 
 

@@ -2,14 +2,19 @@
 
 Facts from GPTQModel 7.7 (`nn_modules/qlinear`): `qweight` is `int32[words of k, n]`, words along the first axis;
 `qzeros` `int32[groups, words of n]`; `scales` `float16[groups, n]`; `g_idx` `int32[k]`, the group of every row. All
-modules have one width and one group size. Version 1 ("gptq") stores a zero point less one, so that the least code comes
-out as the largest: readers disagree on it, and it is not written. Version 2 ("gptq_v2") stores it as it is.
+modules have one width and one group size. With `desc_act` ("act-order") rows are rounded in the order of their
+activations and grouped in it, so that those of a group lie anywhere; such checkpoints are read and not written.
+Version 1 ("gptq") stores a zero point less one. Of a zero point that is the least code GPTQModel then borrows from the
+next in the word, and gives that back as it reads (`utils/model.py`), which is how it is read here; for 3 bits, where
+codes lie across words, and in other readers the least code comes out as the largest. As they disagree, it is not
+written. Version 2 ("gptq_v2") stores zero points as they are.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,6 +36,7 @@ class GPTQFormat:
     """
 
     version: int = 1
+    scale_dtype: str | None = None
 
     @property
     def name(self) -> str:
@@ -133,14 +139,30 @@ class GPTQFormat:
 def _unpack(parts: Parts, bits: int, group: int | None, symmetric: bool, version: int) -> QTensor:
     words, n = parts["qweight"].shape
     k, scale = words * 32 // bits, parts["scales"]
-    if "g_idx" in parts and not np.array_equal(parts["g_idx"], np.arange(k) // (group or k)):
-        raise MpqError("rows are in the order of activations (desc_act), which is not read: quantize without it")
     codes = unpack_rows(np.ascontiguousarray(parts["qweight"].T), k, bits).T
-    zeros = unpack_rows(parts["qzeros"], n, bits)
-    if version == 1:
-        zeros = (zeros + 1) & ((1 << bits) - 1)
+    zeros = _zeros(parts["qzeros"], n, bits, version)
     zero = None
     if not symmetric or (zeros != 1 << (bits - 1)).any():
         zero = jnp.asarray(signed(zeros, bits))
     scheme = Scheme(Integer(bits), group, zero is not None, scale.dtype.name)
-    return QTensor(jnp.asarray(signed(codes, bits)), jnp.asarray(scale[None]), zero, scheme)
+    row_group = _row_group(parts.get("g_idx"), k, group or k, len(scale))
+    return QTensor(jnp.asarray(signed(codes, bits)), jnp.asarray(scale[None]), zero, scheme, row_group=row_group)
+
+
+def _zeros(words: np.ndarray, n: int, bits: int, version: int) -> np.ndarray:
+    """`uint8[groups, n]`: zero points, the least code 0."""
+    if version == 2:
+        return unpack_rows(words, n, bits)
+    if 32 % bits:
+        return (unpack_rows(words, n, bits) + 1) & ((1 << bits) - 1)
+    one_each = np.uint32(sum(1 << at for at in range(0, 32, bits)))
+    return unpack_rows((words.view(np.uint32) + one_each).view(np.int32), n, bits)
+
+
+def _row_group(index: np.ndarray | None, k: int, size: int, groups: int) -> jax.Array | None:
+    """`int32[1, k]`, the group of every row, from `g_idx`; None where they are neighbours."""
+    if index is None or np.array_equal(index, np.arange(k) // size):
+        return None
+    if index.shape != (k,) or index.min() < 0 or index.max() >= groups:
+        raise MpqError(f"g_idx does not give each of {k} rows one of {groups} groups: the checkpoint is damaged")
+    return jnp.asarray(index.astype(np.int32)[None])

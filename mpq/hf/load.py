@@ -48,7 +48,8 @@ def load_codes(path: str | os.PathLike[str]) -> Exported:
     covered = {spec.param for spec in weights}
     params = {p: np.asarray(v).astype(jnp.dtype(model.stored[p])) for p, v in model.params.items() if p not in covered}
     schemes = {path: qtensor.scheme for path, qtensor in qtensors.items()}
-    other = sum(8 * value.nbytes for value in params.values())
+    indices = (q.row_group for q in qtensors.values() if q.row_group is not None)
+    other = 8 * sum(array.nbytes for array in (*params.values(), *indices))
     plan = make_plan(folder.name, schemes, None, weights, other, model.digest)
     shapes = {p: (tuple(v.shape), str(v.dtype)) for p, v in model.params.items()}
     text = (folder / "tokenizer.json").read_text() if (folder / "tokenizer.json").exists() else None

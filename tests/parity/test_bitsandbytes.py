@@ -1,4 +1,4 @@
-"""LLM.int8 against `Linear8bitLt` of bitsandbytes, whose CPU kernels are 40 MB and no part of `make parity`."""
+"""LLM.int8 against `Linear8bitLt` of bitsandbytes."""
 
 import functools
 
@@ -22,7 +22,7 @@ WIDTH, OUTPUTS, TOKENS = 64, 24, 40
 @pytest.fixture(scope="module")
 def layer():
     """A linear layer of bitsandbytes, and the same codes and scales here."""
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is 40 MB and no part of `make parity`")
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     rng = np.random.default_rng(0)
     linear = torch.nn.Linear(WIDTH, OUTPUTS, bias=False)
     linear.weight.data = torch.from_numpy(rng.normal(size=(OUTPUTS, WIDTH)).astype(np.float32))

@@ -1,5 +1,6 @@
 """Exported folders in stock transformers, and their tensors against compressed-tensors and bitsandbytes."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.compressors.naive_quantized.base import IntQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
 from compressed_tensors.quantization import QuantizationScheme
@@ -14,9 +16,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpq import artifacts
+from mpq.activations import activation_rows, parse_activation_scheme
+from mpq.activations.apply import RoundedActivation, with_activations
 from mpq.export import orbax
 from mpq.export.arguments import export_arguments
 from mpq.export.orbax import Exported
+from mpq.export.targets import TARGETS
 from mpq.formats import parse_scheme
 from mpq.hf.containers import CONTAINERS
 from mpq.hf.export import save
@@ -150,7 +155,7 @@ def test_awq_is_unpacked_alike(folders):
 
 
 def test_nf4_is_that_of_bitsandbytes(reference, folders, tokens, apply):
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is 40 MB and no part of `make parity`")
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     folder, model = folders["bnb"]
     for module, tensors, q in modules_of(folder, model):
         path = module.removeprefix("model.") + ".kernel"
@@ -166,3 +171,95 @@ def test_nf4_is_that_of_bitsandbytes(reference, folders, tokens, apply):
     # On processors with bfloat16 of their own bitsandbytes multiplies in it: inputs keep 8 bits.
     kl, _ = compare(np.asarray(apply(model.dequantized(), tokens)), logits(stock, tokens))
     assert kl < 1e-4
+
+
+def rounded(model: Exported, reference: Model, scheme: str) -> Exported:
+    """The same with the inputs of its int8 layers rounded."""
+    int8 = lambda path: model.qtensors[path].scheme.format.name == "int8"
+    rows = [row for row in activation_rows(reference.trace(1, 16)) if all(map(int8, row.weights))]
+    chosen = [RoundedActivation(row, parse_activation_scheme(scheme)) for row in rows]
+    plan = model.plan | {"activations": {one.spec.path: one.to_json() for one in chosen}}
+    return dataclasses.replace(model, plan=plan)
+
+
+def in_jax(reference: Model, model: Exported, tokens: np.ndarray) -> np.ndarray:
+    """Logits with the activations that its plan rounds."""
+    chosen = [RoundedActivation.from_json(row) for row in model.plan["activations"].values()]
+    simulated = with_activations(reference, reference.trace(*tokens.shape), chosen)
+    return np.asarray(jax.jit(simulated.apply)(model.dequantized(), tokens))
+
+
+def test_w8a8_and_w4a16_in_stock_transformers(reference, tokens, apply, tmp_path):
+    """Groups that read one input have one scheme: attention at int8, the rest at 4 bits."""
+    weights = reference.trace(1, 16).weights
+    at = lambda path: "int8_channel" if "self_attn" in path else "bf16" if "embed" in path else "int4_g32"
+    choice = {w.path: parse_scheme(at(w.path)) for w in weights}
+    plan = artifacts.make_plan("mix", choice, None, weights, 0, reference.digest)
+    qtensors = Candidates(reference.params, weights, RTN()).choose(choice)
+    orbax.save(tmp_path / "orbax", **export_arguments(reference, weights, qtensors, plan))
+    model = rounded(orbax.load(tmp_path / "orbax"), reference, "int8_token")
+    TARGETS["hf"].save(tmp_path / "hf", model, "x")
+    body = json.loads((tmp_path / "hf/config.json").read_text())["quantization_config"]
+    assert body["format"] == "mixed-precision"
+    (scheme,) = (g for g in body["config_groups"].values() if g["format"] == "int-quantized")
+    integers = 0
+    for _, tensors, q in modules_of(tmp_path / "hf", model):
+        if q.scheme.format.bits == 8:
+            plain = IntQuantizationCompressor.decompress(tensors, QuantizationScheme(**scheme))["weight"]
+            np.testing.assert_array_equal(plain.float().numpy().T, np.asarray(q.dequantize())[0].astype(np.float16))
+            integers += 1
+    assert integers == 24
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    theirs, ours = logits(stock, tokens), in_jax(reference, model, tokens)
+    # Steps are the largest value over 127.5 there and over 127 here, so codes differ: what rounding costs does not.
+    plain = np.asarray(apply(model.dequantized(), tokens))
+    cost = compare(plain, ours)[0]
+    assert cost > 1e-5
+    assert abs(compare(plain, theirs)[0] - cost) < 0.1 * cost
+
+
+def test_llm_int8_is_that_of_bitsandbytes(reference, tokens, apply, tmp_path):
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    model = exported(reference, ("int8_channel",), tmp_path / "orbax", "fp32")
+    want, original = (np.asarray(apply(params, tokens)) for params in (model.dequantized(), reference.params))
+    # Where nearly all features are outliers the layers multiply floats by the weights as they are dequantized.
+    TARGETS["llm_int8"].save(tmp_path / "float", rounded(model, reference, "int8_token_outlier0.0001"), "x")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "float")
+    count = 0
+    for module, tensors, q in modules_of(tmp_path / "float", model):
+        layer = stock.get_submodule(module)
+        theirs = layer.state_dict()
+        assert isinstance(layer, bnb.nn.Linear8bitLt)
+        assert theirs.keys() == tensors.keys()
+        for name in theirs:
+            assert theirs[name].dtype == tensors[name].dtype
+            assert torch.equal(theirs[name], tensors[name]), (module, name)
+        plain = bnb.functional.int8_vectorwise_dequant(theirs["weight"], theirs["SCB"]).numpy().T
+        np.testing.assert_allclose(plain, np.asarray(q.dequantize())[0], rtol=3e-7)  # roundings of float32
+        count += 1
+    assert count == 42
+    kl, agreement = compare(want, logits(stock, tokens))
+    assert kl < 1e-7
+    assert agreement >= 0.999
+    # With outliers from 6 on, inputs are rounded by scales that differ in the last bits, and codes next to a half with
+    # them: the same loss, not the same logits.
+    inside = rounded(model, reference, "int8_token_outlier6")
+    TARGETS["llm_int8"].save(tmp_path / "integer", inside, "x")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "integer")
+    theirs, _ = compare(original, np.concatenate([logits(stock, window[None]) for window in tokens]))
+    ours, _ = compare(original, in_jax(reference, inside, tokens))
+    weights_alone, _ = compare(original, want)
+    assert 2 * weights_alone < ours
+    assert abs(theirs - ours) < 0.1 * ours
+
+
+def test_layers_that_bitsandbytes_rounds_are_read_as_they_are(reference, tmp_path):
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    w = torch.from_numpy(np.asarray(reference.params["layers.0.mlp.up_proj.kernel"]).T.copy())
+    layer = bnb.nn.Linear8bitLt(*w.shape[::-1], bias=False, has_fp16_weights=False)
+    layer.load_state_dict({"weight": w})
+    parts = {name: part.numpy() for name, part in layer.to("cpu").state_dict().items()}
+    q = CONTAINERS["bnb"].reader({"load_in_8bit": True}).unpack("up_proj", parts)
+    plain = bnb.functional.int8_vectorwise_dequant(*(torch.from_numpy(parts[name]) for name in ("weight", "SCB")))
+    np.testing.assert_array_equal(np.asarray(q.qvalue)[0].T, parts["weight"])
+    np.testing.assert_allclose(np.asarray(q.dequantize())[0].T, plain.numpy(), rtol=3e-7)  # roundings of float32
