@@ -217,7 +217,7 @@ def test_a_batch_that_cannot_be_divided(monkeypatch):
     [
         ({"rank": -1}, "the rank of a low-rank update is -1: give at least 1, or 0 for none"),
         ({"shift": 1.5}, "warmup 0.05, noise 0.3 and shift 1.5 must be in 0 .. 1"),
-        ({"beside": -1.0}, "learning rates (0.02, 0.003, 0.02, 0.003, -1.0) must be at least 0 and finite"),
+        ({"beside": -1.0}, "learning rates (0.006, 0.001, 0.006, 0.003, -1.0) must be at least 0 and finite"),
     ],
 )
 def test_options_out_of_range(options, told):
