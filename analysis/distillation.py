@@ -20,10 +20,13 @@ INGREDIENTS = {
     "codes": "codes and scales distilled, without QEP",
     "varied": "codes and scales distilled, on varied text, without QEP",
     "propagated_varied": "codes and scales distilled, on varied text, after QEP",
+    "propagated_written": "codes and scales distilled, on text that the model writes itself, after QEP",
     "learned": "learned levels to choose from, too, QEP",
     "learned_varied": "the same, codes and scales distilled, on varied text",
+    "learned_written": "the same, codes and scales distilled, on text that the model writes itself",
     "guided": "learned levels, and grams of tokens weighted by the end loss, QEP",
     "guided_varied": "the same, codes and scales distilled, on varied text",
+    "guided_written": "the same, codes and scales distilled, on text that the model writes itself",
 }
 
 

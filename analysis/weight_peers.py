@@ -22,10 +22,14 @@ INGREDIENTS = {
     "uniform": "mpq, one scheme for all, GPTQ",
     "propagated": "mpq, allocated and rounded (QEP)",
     "propagated_varied": "mpq, allocated, rounded (QEP) and distilled in {} steps",
+    "propagated_written": "mpq, allocated, rounded (QEP) and distilled in {} steps on its own text",
     "learned": "mpq, with learned levels, rounded (QEP)",
     "learned_varied": "mpq, with learned levels, rounded (QEP) and distilled in {} steps",
+    "learned_written": "mpq, with learned levels, rounded (QEP) and distilled in {} steps on its own text",
     "guided": "mpq, with learned levels, rounded (QEP) by end-loss-weighted grams",
     "guided_varied": "mpq, with learned levels, rounded (QEP) by end-loss-weighted grams and distilled in {} steps",
+    "guided_written": "mpq, with learned levels, rounded (QEP) by end-loss-weighted grams and distilled in {} steps "
+    "on its own text",
 }
 
 STRONGEST = tuple(f"AutoRound W{bits}g32" for bits in (2, 3, 4))

@@ -165,7 +165,7 @@ def as_model(model: Model, logits: Logits) -> Model:
         shape = jax.eval_shape(model.apply, params, tokens)
         return jax.pure_callback(lambda t: logits(np.asarray(t)).astype(shape.dtype), shape, tokens)
 
-    return dataclasses.replace(model, apply=apply)
+    return dataclasses.replace(model, apply=apply, decoder=None)
 
 
 def rows(comparison: Comparison, options: Options, done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-r"""What each ingredient buys at a size: allocation, finer scales, propagation, distilled scales and codes, varied text.
+r"""What each ingredient buys at a size: allocation, finer scales, propagation, distilled scales and codes, more text.
 
 Run:     python -m experiments.distillation --model DIR --data TEXT --test TEXT --out FILE
 Expect:  every ingredient lowers the KL on held-out text; the order of the rows is the order in which they are added
@@ -16,7 +16,7 @@ import functools
 import itertools
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,16 @@ from mpq.quantize.propagate import Propagation
 from mpq.sensitivity import METRICS
 from mpq.types import MpqError, QTensor, Scheme, SensitivityTable
 
+GIVEN: Mapping[str, Any] = {"rounding": 0.02, "scale": 0.003, "zero_point": 0.02, "written": 0}
+AS_IT_IS: Mapping[str, Any] = GIVEN | {"noise": 0.0, "splice": False}
+TRAINED: Mapping[str, Mapping[str, Any]] = {
+    "scales": AS_IT_IS | {"rounding": 0.0},
+    "codes": AS_IT_IS,
+    "varied": GIVEN,
+    "written": {},
+}
+"""Ingredient -> how a distillation on the text given differs from the default, on text that the model writes."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -55,7 +65,7 @@ class Options:
       uniform: the first ingredient is the largest of these that fits, the second a choice among them for each weight.
       fine: the third adds these to choose from.
       learned: the ingredients of that name add these, too.
-      ingredients: which of the twelve.
+      ingredients: which of the fifteen.
       steps: of a distillation.
       windows: of either text, `window` tokens each, `batch_size` a pass.
       sensitivity_windows: of the calibration text, for the table that plans are solved from.
@@ -86,10 +96,13 @@ class Options:
         "codes",
         "varied",
         "propagated_varied",
+        "propagated_written",
         "learned",
         "learned_varied",
+        "learned_written",
         "guided",
         "guided_varied",
+        "guided_written",
     )
     steps: int = 600
     windows: int = 64
@@ -233,10 +246,8 @@ class Comparison:
         qtensors = self.propagated(self.candidates, choice) if propagated else self.candidates.choose(choice)
         if ingredient in ("fine", "propagated"):
             return qtensors
-        as_it_is: dict[str, Any] = {"noise": 0.0, "splice": False}
-        trained = ingredient.removeprefix("propagated_")
-        options = {"scales": {"rounding": 0.0, **as_it_is}, "codes": as_it_is, "varied": {}}[trained]
-        training = Distill(steps=self.options.steps, batch_size=self.options.batch_size, **options)
+        trained = TRAINED[ingredient.removeprefix("propagated_")]
+        training = Distill(steps=self.options.steps, batch_size=self.options.batch_size, **trained)
         return training(self.model, self.traced, qtensors, self.calibration, key=jax.random.key(0)).qtensors
 
     def rows(self, done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -294,6 +305,7 @@ def main(options: Options) -> None:
     head = {
         "options": named | {"model": comparison.model.name},
         "distill": dataclasses.asdict(Distill(steps=options.steps, batch_size=options.batch_size)),
+        "trained": TRAINED,
         "perplexity": comparison.original.summary().quality,
     }
     keep(comparison.rows(done), options.out, head, done)

@@ -12,8 +12,8 @@ Both start from the same float32 file, batch norms folded into their convolution
 names, min-max or, static, calibrated on the calibration set; ours is the plan that is solved for at most as many bytes,
 rounded by GPTQ. Against weight-only recipes ours has float32 inputs, against dynamic ones hybrid operators, against
 static ones the plan's static ranges (`exact`), or int8 sums of residual blocks beside them (`integer`). Outputs are
-those of LiteRT's interpreter with XNNPACK on one thread; `*_stderr` are over windows or images, times are medians of
-runs in turn, of one batch.
+those of LiteRT's interpreter with XNNPACK on one thread; `*_stderr` are over windows or images, `kl_change` is the mean
+of ours less theirs on each of them, times are medians of runs in turn, of one batch.
 """
 
 import dataclasses
@@ -216,16 +216,16 @@ class Files:
         save(path, exported, "ours", **options)
         return path, choice
 
-    def scores(self, path: Path) -> dict[str, float]:
-        """KL to the original with its standard error, and agreement of the largest output."""
+    def scores(self, path: Path) -> tuple[dict[str, float], np.ndarray]:
+        """KL to the original with its standard error, and agreement of the largest output; the KL of each row."""
         run = Interpreter(path, self.batches[0])
         got = np.concatenate([run(batch) for batch in self.batches])
         p, q = (np.asarray(jax.nn.log_softmax(x)) for x in (self.original, got))
         kl, same = (np.exp(p) * (p - q)).sum(-1, dtype=np.float64), p.argmax(-1) == q.argmax(-1)
         values = kl if self.real is None else (kl * self.real).sum(-1) / self.real.sum(-1)
         agreement = float(same.mean() if self.real is None else same[self.real].mean())
-        stderr = float(values.std(ddof=1) / np.sqrt(len(values)))
-        return {"kl": float(values.mean()), "kl_stderr": stderr, "agreement": agreement}
+        mean, stderr = mean_and_stderr(values)
+        return {"kl": mean, "kl_stderr": stderr, "agreement": agreement}, values
 
     def times(self, paths: Sequence[Path]) -> list[float]:
         """Median seconds of a batch of each file, in turn."""
@@ -248,12 +248,20 @@ class Files:
                 ours, choice = self.ours(theirs.stat().st_size, kind)
                 schemes = [str(scheme) for scheme in choice.values()]
                 row: dict[str, Any] = {"recipe": recipe, "kind": kind}
+                values = {}
                 for side, path in (("their", theirs), ("our", ours)):
                     row |= {f"{side}_bytes": path.stat().st_size}
-                    row |= {f"{side}_{name}": value for name, value in self.scores(path).items()}
+                    found, values[side] = self.scores(path)
+                    row |= {f"{side}_{name}": value for name, value in found.items()}
+                row["kl_change"], row["kl_change_stderr"] = mean_and_stderr(values["our"] - values["their"])
                 their_time, our_time = self.times([theirs, ours])
                 row["time_ratio"] = our_time / their_time
                 yield row | {"schemes": {scheme: schemes.count(scheme) for scheme in sorted(set(schemes))}}
+
+
+def mean_and_stderr(values: np.ndarray) -> tuple[float, float]:
+    """Of `float64[rows]`, one for each window or image."""
+    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
 class Interpreter:

@@ -128,6 +128,7 @@ def qat(
             ranges=range_rate,
             beside=beside_rate,
             rank=rank,
+            written=0,  # there is text to train on
             devices=Devices(devices, bool(fsdp)),
         )
         return commands_quantize.quantize(model, plan, out, text, stats, how, steps, ranges, training=training)

@@ -12,12 +12,13 @@ from mpq.distill import Distill, loop
 from mpq.distill.vary import varied
 from mpq.evaluate import Reference, score
 from mpq.formats import parse_scheme
+from mpq.generate import write
 from mpq.quantize import RTN, Candidates, apply_plan
 from mpq.types import MpqError
 from tests import tiny
 
 KEY = jax.random.key(0)
-OPTIONS = Distill(steps=24, batch_size=4, rounding=0.05, scale=0.01, noise=0.1, save_every=6)
+OPTIONS = Distill(steps=24, batch_size=4, rounding=0.05, scale=0.01, written=0, noise=0.1, save_every=6)
 SCHEMES = ("int2_g16", "int3_g16_zp", "nf4_g16", "fp32")
 
 
@@ -58,6 +59,10 @@ def test_the_loss_falls_and_is_that_of_an_evaluation(setup, distilled):
     assert after < 0.7 * before
     one_batch = dataclasses.replace(OPTIONS, batch_size=14, steps=1, noise=0.0, splice=False)
     assert one_batch(*setup, key=KEY).losses[0] == pytest.approx(before, rel=1e-4)
+
+
+def take_rows(data, rows):
+    return new_dataset(data.inputs[rows], data.mask[rows], np.arange(len(rows)), "rows")
 
 
 def test_scheme_and_size_stay(setup, distilled):
@@ -121,6 +126,40 @@ def test_interrupted_it_continues_to_the_same_bytes(setup, distilled, tmp_path, 
         OPTIONS(*setup, key=KEY, state=state)
 
 
+@pytest.mark.parametrize("written", [8, 10_000])
+def test_a_language_model_writes_what_its_quantized_form_is_trained_on(setup, tmp_path, monkeypatch, written):
+    model, _, qtensors, data = setup
+    options = dataclasses.replace(OPTIONS, written=written, steps=6, save_every=3)
+    texts = []
+    monkeypatch.setattr(loop, "write", lambda *a, **o: texts.append(write(*a, **o)) or texts[-1])
+    found = options(*setup, key=KEY)
+    (text,) = texts
+    assert len(text.inputs) == min(written, 6 * 4)
+    assert text.inputs.shape[1:] == data.inputs.shape[1:]
+    assert not {row.tobytes() for row in text.inputs} & {row.tobytes() for row in data.inputs}
+
+    # The first loss is that of the start on the first batch of this text, which nothing that is varied changes.
+    batch = take_rows(text, options._rows(KEY, 0, len(text.inputs)))
+    start = apply_plan(model.params, setup[1].weights, qtensors)
+    want = score(model, start, batch, reference=Reference(model, batch, 4), batch_size=0).summary().kl
+    assert found.losses[0] == pytest.approx(want, rel=1e-4)
+    same_bytes(dataclasses.replace(options, noise=0.9)(*setup, key=KEY).qtensors, found.qtensors)
+
+    state = tmp_path / "state"
+    options(*setup, key=KEY, state=state)
+    count = len(texts)
+    same_bytes(options(*setup, key=KEY, state=state).qtensors, found.qtensors)
+    assert len(texts) == count  # nothing left to do, nothing to write
+    with pytest.raises(MpqError, match="of another model, plan, text or options"):
+        dataclasses.replace(options, written=9)(*setup, key=KEY, state=state)
+
+
+def test_a_model_without_a_cache_is_trained_on_the_text_given(setup, distilled):
+    model, *rest = setup
+    without = dataclasses.replace(model, decoder=None)
+    same_bytes(dataclasses.replace(OPTIONS, written=8)(without, *rest, key=KEY).qtensors, distilled.qtensors)
+
+
 def test_every_window_of_an_epoch_comes_once():
     rows = np.concatenate([OPTIONS._rows(KEY, number, 14) for number in range(3)])
     assert len(rows) == len(set(rows.tolist())) == 12
@@ -171,6 +210,7 @@ def test_one_compilation_serves_all_steps(setup):
         ({"scale": float("inf")}, "at least 0 and finite"),
         ({"warmup": 1.5}, "warmup 1.5"),
         ({"noise": 2.0}, "noise 2.0"),
+        ({"written": -1}, "written is -1"),
         ({"rounding": 0.0, "scale": 0.0}, "nothing is learned"),
     ],
 )

@@ -128,7 +128,9 @@ def test_low_rank_updates_and_norms_lower_the_loss(setup):
         params = apply_plan({**model.params, **(beside or {})}, traced.weights, qtensors)
         return score(model, params, data, reference=reference, batch_size=0).summary().kl
 
-    options = Distill(steps=40, batch_size=4, rounding=0.05, scale=0.0, beside=0.01, rank=4, noise=0.0, splice=False)
+    options = Distill(
+        steps=40, batch_size=4, rounding=0.05, scale=0.0, beside=0.01, rank=4, written=0, noise=0.0, splice=False
+    )
     found = options(*setup, key=KEY)
     norms = {path for path in model.params if path.endswith("scale")}
     assert found.beside.keys() == norms
@@ -160,7 +162,7 @@ told = {}
 for name, devices in {"one": Devices(), "data": Devices(8), "fsdp": Devices(8, fsdp=True)}.items():
     held = []
     loop.checkpoint.save = lambda path, whole, losses, of: held.append(whole)
-    options = Distill(steps=4, batch_size=8, noise=0.0, splice=False, devices=devices)
+    options = Distill(steps=4, batch_size=8, written=0, noise=0.0, splice=False, devices=devices)
     found = options(model, traced, qtensors, data, key=jax.random.key(0), state=__import__("pathlib").Path("none"))
     size = lambda leaf: leaf.addressable_shards[0].data.size
     leaves = [leaf for leaf in jax.tree.leaves(held[0]) if leaf.size >= 64]
@@ -215,7 +217,7 @@ def test_a_batch_that_cannot_be_divided(monkeypatch):
     [
         ({"rank": -1}, "the rank of a low-rank update is -1: give at least 1, or 0 for none"),
         ({"shift": 1.5}, "warmup 0.05, noise 0.3 and shift 1.5 must be in 0 .. 1"),
-        ({"beside": -1.0}, "learning rates (0.02, 0.003, 0.02, 0.003, -1.0) must be at least 0 and finite"),
+        ({"beside": -1.0}, "learning rates (0.006, 0.001, 0.006, 0.003, -1.0) must be at least 0 and finite"),
     ],
 )
 def test_options_out_of_range(options, told):

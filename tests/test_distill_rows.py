@@ -92,7 +92,7 @@ def setup():
     return model, data, chosen, Candidates(model.params, traced(model).weights, RTN()).choose(choice)
 
 
-OPTIONS = Distill(steps=40, batch_size=4, noise=0.0, splice=False, save_every=10, ranges=0.02)
+OPTIONS = Distill(steps=40, batch_size=4, written=0, noise=0.0, splice=False, save_every=10, ranges=0.02)
 
 
 def kl(setup, qtensors, rows):

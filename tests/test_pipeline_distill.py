@@ -110,14 +110,14 @@ def test_interrupted_it_continues_to_the_same_bytes(finished, config, tmp_path, 
     monkeypatch.setattr(pipeline, "load", lambda source: done.model)
     calls = []
 
-    def interrupted(rows, *args, **kwargs):
-        calls.append(rows)
+    def interrupted(self, *args):
+        calls.append(args)
         if len(calls) == 55:  # after the state of 50 steps was written
             raise KeyboardInterrupt
-        return varied(rows, *args, **kwargs)
+        return rows_of(self, *args)
 
-    varied = loop.varied
-    monkeypatch.setattr(loop, "varied", interrupted)
+    rows_of = loop.Distill._rows
+    monkeypatch.setattr(loop.Distill, "_rows", interrupted)
     run = pipeline.prepare(config, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         results.finish(run, "mpq run tiny")

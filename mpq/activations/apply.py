@@ -192,4 +192,4 @@ def with_activations(model: Model, traced: Trace, chosen: Sequence[RoundedActiva
         change = lambda number, x: chosen[number](x, len(inputs))
         return traced.on(inputs.shape).evaluate(params, inputs, replacing(rows, change))
 
-    return dataclasses.replace(model, apply=apply)
+    return dataclasses.replace(model, apply=apply, decoder=None)

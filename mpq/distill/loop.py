@@ -8,8 +8,9 @@ arXiv:2309.05516), which learns them block by block from the block's output and 
 the scale distillation of MLX's DWQ. With `rank` only low-rank updates of the weights are trained and merged into codes
 in the end, and with `beside` biases and norms too.
 
-A little text is soon learned by heart. The labels are never read, so any input that the original can judge will do, and
-text and images are varied (`mpq.distill.vary`). Judge the result on other text, and by its KL: a lower loss can be the
+A little text is soon learned by heart. The labels are never read, so any input that the original can judge will do:
+language models write it themselves (`mpq.generate`), beginning as the windows that are given do, and other text and
+images are varied (`mpq.distill.vary`). Judge the result on other text, and by its KL: a lower loss can be the
 calibration text's own words.
 """
 
@@ -32,6 +33,7 @@ from mpq.distill.rows import freeze_rows, start_rows
 from mpq.distill.shard import ONE, Devices
 from mpq.distill.vary import moved, varied
 from mpq.files import digest_arrays, digest_json
+from mpq.generate import can_write, write
 from mpq.inputs import Dataset, Images, Tokens
 from mpq.models.model import Model
 from mpq.progress import Watch, track
@@ -74,6 +76,8 @@ class Distill:
       beside: of biases and norms, relative to their size; 0: they stay.
       rank: of a low-rank update that is learned in the place of the codes' latent values; 0: these themselves.
       warmup: share of the steps over which the rates rise.
+      written: windows that a language model writes itself to be trained on, no more than the steps take; 0, and where
+        it has no cache to write with: the windows given, varied.
       noise: share of the tokens of a text that are exchanged for others.
       splice: let a window of text go on as another window does.
       mirror: mirror half of the images.
@@ -84,13 +88,14 @@ class Distill:
 
     steps: int = 600
     batch_size: int = 8
-    rounding: float = 0.02
-    scale: float = 0.003
-    zero_point: float = 0.02
+    rounding: float = 0.006
+    scale: float = 0.001
+    zero_point: float = 0.006
     ranges: float = 0.003
     beside: float = 0.0
     rank: int = 0
     warmup: float = 0.05
+    written: int = 640
     noise: float = 0.3
     splice: bool = True
     mirror: bool = True
@@ -108,6 +113,8 @@ class Distill:
             raise MpqError(f"warmup {self.warmup}, noise {self.noise} and shift {self.shift} must be in 0 .. 1")
         if not self.rounding and not self.scale:
             raise MpqError("with rates 0 for rounding and scale nothing is learned: give one of them, such as 0.003")
+        if self.written < 0:
+            raise MpqError(f"written is {self.written}: give a number of windows, or 0 to vary those that are given")
         if self.rank < 0:
             raise MpqError(f"the rank of a low-rank update is {self.rank}: give at least 1, or 0 for none")
 
@@ -193,6 +200,10 @@ class Distill:
         if state is not None and state.exists():
             whole, losses = checkpoint.load(state, whole, told)
             begin = len(losses)
+        writes = self.written > 0 and can_write(student.model)
+        if writes and begin < self.steps:
+            count = max(self.batch_size, min(self.written, self.steps * self.batch_size))
+            data = write(student.model, data, count, key=jax.random.fold_in(key, _WRITTEN))
         held = None if self.devices.count == 1 else jax.tree.map(lambda leaf: leaf.sharding, whole)
 
         def step(whole: Any, fixed: Fixed, inputs: jax.Array, counted: jax.Array) -> tuple[Any, jax.Array]:
@@ -208,7 +219,8 @@ class Distill:
         watch = Watch("distill", int(counted[: self.batch_size].sum()))
         for number in track(range(begin, self.steps), "distill", self.steps - begin):
             rows = self._rows(key, number, len(data.inputs))
-            inputs = self._varied(student.model, data, rows, jax.random.fold_in(key, number))
+            own = jax.random.fold_in(key, number)
+            inputs = data.inputs[rows] if writes else self._varied(student.model, data, rows, own)
             whole, value = run(whole, fixed, *map(self.devices.batch, (inputs, counted[rows])))
             losses.append(value)
             watch.tell(value)
@@ -269,5 +281,6 @@ def _finite(losses: list[Any], state: Path | None) -> list[float]:
     return losses
 
 
+_WRITTEN = 0x80000000  # beside the numbers of steps and of epochs
 _permutation = functools.partial(jax.jit, static_argnums=1)(jax.random.permutation)
 _freeze = jax.jit(freeze)

@@ -1,8 +1,9 @@
 """A LiteRT graph under construction: tensors, operators, and the flatbuffer that they make.
 
 The file is a `Model` of the schema that `ai-edge-litert` brings (`schema_py_generated`). Contents lie at multiples of
-16 bytes, as its `Buffer` table demands, so the file's size follows from shapes and types alone: `Graph.size_bytes`
-builds it with every content shortened by a multiple of 16, which moves nothing else.
+16 bytes, as its `Buffer` table demands, so the file's size does not depend on what they are: `Graph.size_bytes` builds
+it with every content shortened by a multiple of 16, which moves nothing else. Equal vectors of integers are written
+once: shapes, and the zeros that stand beside the scales of rows.
 """
 
 import dataclasses
@@ -188,7 +189,7 @@ class Graph:
         return self._build(lambda content: content.make())
 
     def size_bytes(self) -> int:
-        """Bytes of the file, from shapes and types alone."""
+        """Bytes of the file, whose contents are not made for it."""
         left_out = 0
 
         def short(content: Content) -> bytes:
@@ -236,7 +237,7 @@ class Graph:
         signature.signatureKey, signature.subgraphIndex = b"serving_default", 0
         signature.inputs, signature.outputs = (self._maps(names) for names in (self.inputs, self.outputs))
         model.signatureDefs = [signature]
-        builder = flatbuffers.Builder(1024)
+        builder = _sharing(flatbuffers.Builder)(1024)
         builder.Finish(model.Pack(builder), b"TFL3")
         return bytes(builder.Output())
 
@@ -272,6 +273,25 @@ class _Aligned:
         if where is not None:
             self._schema.BufferAddData(builder, where)
         return self._schema.BufferEnd(builder)
+
+
+def _sharing(builder: type) -> type:
+    """A flatbuffer's `builder` that writes equal vectors of integers once: tables point to them by offsets."""
+
+    class Sharing(builder):
+        def __init__(self, size: int) -> None:
+            super().__init__(size)
+            self._written: dict[tuple[str, bytes], int] = {}
+
+        def CreateNumpyVector(self, x: np.ndarray) -> int:
+            if x.dtype.kind != "i":
+                return super().CreateNumpyVector(x)
+            key = x.dtype.str, x.tobytes()
+            if key not in self._written:
+                self._written[key] = super().CreateNumpyVector(x)
+            return self._written[key]
+
+    return Sharing
 
 
 def require_litert() -> Any:

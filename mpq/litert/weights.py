@@ -28,8 +28,9 @@ from mpq.types import QTensor, Scheme, WeightSpec
 WIDTHS = (2, 4, 8)
 FLOATS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _LEAST = np.float32(2.0**-100)  # a scale of 0, which runtimes refuse
-CHANNEL_BITS = 96
-"""Of a row's float32 scale and its zero point, which the file has in 64 bits."""
+SCALE_BITS, ZERO_BITS = 32, 64
+"""Of a row's scale and of its zero point. Zero points that are 0 are written once for all weights of so many rows
+(`mpq.litert.graph`), and are no part of any of them."""
 
 
 def refusal(spec: WeightSpec, scheme: Scheme) -> str | None:
@@ -48,10 +49,11 @@ def refusal(spec: WeightSpec, scheme: Scheme) -> str | None:
 
 
 def size_bits(spec: WeightSpec, scheme: Scheme) -> int:
-    """Bits of a weight in the file: a scale for a row or the tensor has 32 bits there, and a zero point 64."""
+    """Bits of a weight in the file: a scale for a row or the tensor has 32 bits there, a zero point beside it 64."""
     if not scheme.has_scale or scheme.group_size is not None:
         return spec.size_bits(scheme)
-    return -(-spec.size * scheme.format.bits // 8) * 8 + CHANNEL_BITS * _channels(spec, scheme)
+    channel = SCALE_BITS + ZERO_BITS * scheme.zero_point
+    return -(-spec.size * scheme.format.bits // 8) * 8 + channel * _channels(spec, scheme)
 
 
 def has_blocks(scheme: Scheme) -> bool:

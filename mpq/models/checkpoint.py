@@ -17,6 +17,7 @@ from mpq.export.orbax import write_checkpoint
 from mpq.files import canonical_json, read_json, writing
 from mpq.hf.reading import QuantizedTensors, split_config
 from mpq.inputs import Tokens
+from mpq.models.decoders import DecoderConfig
 from mpq.models.family import Family, Stored
 from mpq.models.model import Model, functional
 from mpq.models.tensors import FLOATS, ORBAX, SHARD_INDEX, SINGLE_FILE, OrbaxArrays, Tensors, find_tensors, nest
@@ -186,7 +187,8 @@ def make_model(
     task = family.architectures[config["architectures"][0]]
     if task == "classification" and getattr(parsed, "num_labels", None) == 1:
         task = "regression"  # what transformers trains a single output for
-    return Model(apply, dict(params), stored, name, inputs, TASKS[task], config, tokenizer)
+    decoder = parsed if isinstance(parsed, DecoderConfig) else None
+    return Model(apply, dict(params), stored, name, inputs, TASKS[task], config, tokenizer, decoder=decoder)
 
 
 def first_token(tokenizer: Tokenizer) -> int | None:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from mpq.files import digest_arrays
 from mpq.inputs import Inputs
+from mpq.models.decoders import DecoderConfig
 from mpq.tasks import Task
 from mpq.trace import Trace, trace
 from mpq.types import Params, Scheme
@@ -32,6 +33,7 @@ class Model:
       config: the Hugging Face `config.json`, as read.
       tokenizer: or None.
       schemes: path -> scheme of the parameters that the checkpoint stores quantized, as those of GPTQ or AWQ do.
+      decoder: of a language model whose `apply` takes `mpq.models.decoders.Cache` or `Slots` behind its inputs.
     """
 
     apply: Callable[[Params, jax.Array], jax.Array]
@@ -43,6 +45,7 @@ class Model:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: Tokenizer | None = None
     schemes: Mapping[str, Scheme] = dataclasses.field(default_factory=dict)
+    decoder: DecoderConfig | None = None
 
     @functools.cached_property
     def digest(self) -> str:

@@ -224,6 +224,25 @@ def test_sizes_are_known_for_random_plans_and_equal_models_give_equal_bytes(smal
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+def test_zero_points_of_rows_are_written_once_for_all_weights_of_so_many_rows(small, tmp_path):
+    model, quantized = small
+    make, scheme = noise(model), parse_scheme("int8_channel")
+    plan = dataclasses.replace(quantized, qtensors={w.path: make(w, scheme) for w in quantized.weights})
+    save(tmp_path / "a", plan, "x")
+    root = graph.require_litert().Model.GetRootAs((tmp_path / "a").read_bytes(), 0)
+    lies, weights = {}, {w.path: w for w in plan.weights}
+    for number in range(root.Subgraphs(0).TensorsLength()):
+        tensor = root.Subgraphs(0).Tensors(number)
+        if (path := tensor.Name().decode()) in weights:
+            vectors = tensor.Quantization().ZeroPointAsNumpy(), tensor.Quantization().ScaleAsNumpy()
+            np.testing.assert_array_equal(vectors[0], np.zeros(weights[path].n))
+            np.testing.assert_array_equal(vectors[1], np.asarray(plan.qtensors[path].scale, np.float32).reshape(-1))
+            lies[path] = tuple(vector.__array_interface__["data"][0] for vector in vectors)
+    assert lies.keys() == weights.keys()
+    assert len({zeros for zeros, _ in lies.values()}) == len({w.n for w in weights.values()}) < len(weights)
+    assert len({scales for _, scales in lies.values()}) == len(weights)
+
+
 class TestWhatCannotBeWritten:
     def test_a_scheme(self, small, tmp_path):
         model, quantized = small

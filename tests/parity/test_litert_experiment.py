@@ -40,6 +40,8 @@ def test_a_row_has_both_files_and_ours_is_no_larger(options):
     assert row["our_bytes"] <= row["their_bytes"]
     assert row["our_kl"] > 0
     assert row["their_kl"] > 0
+    assert row["kl_change"] == pytest.approx(row["our_kl"] - row["their_kl"], rel=1e-9)
+    assert 0 < row["kl_change_stderr"] < row["our_kl_stderr"] + row["their_kl_stderr"]
     assert row["time_ratio"] > 0
     assert sum(row["schemes"].values()) == 15
     before = options.out.read_bytes()
@@ -49,7 +51,8 @@ def test_a_row_has_both_files_and_ours_is_no_larger(options):
 
 def test_the_file_that_both_start_from_is_the_model(options, tmp_path):
     files = Files(options, tmp_path)
-    found = files.scores(files.base)
+    found, values = files.scores(files.base)
+    assert found["kl"] == values.mean()
     assert abs(found["kl"]) < 1e-7  # float32 sums in another order
     assert found["agreement"] == 1
 

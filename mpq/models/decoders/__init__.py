@@ -8,5 +8,6 @@ from mpq.models.decoders.cache import Cache
 from mpq.models.decoders.config import DecoderConfig, ExpertsConfig
 from mpq.models.decoders.modules import Decoder
 from mpq.models.decoders.rope import Rope
+from mpq.models.decoders.slots import Slots
 
-__all__ = ["Cache", "Decoder", "DecoderConfig", "ExpertsConfig", "Rope"]
+__all__ = ["Cache", "Decoder", "DecoderConfig", "ExpertsConfig", "Rope", "Slots"]

@@ -15,6 +15,7 @@ from mpq.models.decoders.cache import Cache
 from mpq.models.decoders.config import DecoderConfig
 from mpq.models.decoders.experts import SparseMLP
 from mpq.models.decoders.layers import MLP, linear_of, norm_of
+from mpq.models.decoders.slots import Slots
 from mpq.types import MpqError
 
 
@@ -79,7 +80,7 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = norm_of(config, rngs, config.head_dim), norm_of(config, rngs, config.head_dim)
 
-    def __call__(self, x: jax.Array, cache: Cache | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, cache: Cache | Slots | None = None) -> jax.Array:
         """`x[batch, time, hidden]` to the same shape; `cache` has the tokens before."""
         config, rope = self.config, self.config.positions(self.layer)
         q, k, v = self.heads(x)
@@ -132,7 +133,7 @@ class Block(nnx.Module):
         if config.residual == "sandwich":
             self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(), norm()
 
-    def __call__(self, x: jax.Array, cache: Cache | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, cache: Cache | Slots | None = None) -> jax.Array:
         """`x[batch, time, hidden]` to the same shape; `cache` has the tokens before."""
         if self.residual == "post":
             x = self.input_layernorm(x + self.self_attn(x, cache))
@@ -170,7 +171,7 @@ class Decoder(nnx.Module):
         if not config.tie_word_embeddings:
             self.lm_head = linear(width, config.vocab_size)
 
-    def __call__(self, tokens: jax.Array, cache: Cache | None = None) -> jax.Array:
+    def __call__(self, tokens: jax.Array, cache: Cache | Slots | None = None) -> jax.Array:
         """Logits of the next token at every position; `cache` has the tokens before."""
         config = self.config
         x = self.embed(tokens, None if cache is None else cache.positions)
