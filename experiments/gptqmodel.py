@@ -23,11 +23,11 @@ import jax
 import numpy as np
 import tyro
 
+from experiments.kept import keep
 from mpq.artifacts import make_plan
 from mpq.data.text import plain_tokenizer
 from mpq.export import orbax
 from mpq.export.arguments import export_arguments
-from mpq.files import canonical_json, write_json
 from mpq.formats import parse_scheme
 from mpq.hf.containers import CONTAINERS
 from mpq.hf.export import save
@@ -178,13 +178,9 @@ def rows(options: Options) -> Iterator[dict[str, Any]]:
 
 def main(options: Options) -> None:
     """Compare, print, write."""
-    found = []
-    for row in rows(options):
-        found.append(row)
-        print(canonical_json(row), end="", flush=True)
     config = dataclasses.asdict(options) | {key: getattr(options, key).name for key in ("python", "test", "out")}
     record = RunRecord.collect(config, seeds={}, inputs={"model": load("reference").digest})
-    write_json(options.out, {"record": record.to_json(), "rows": found})
+    keep(rows(options), options.out, {"record": record.to_json()}, [])
 
 
 if __name__ == "__main__":

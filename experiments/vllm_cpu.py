@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from experiments.kept import keep
 from mpq.activations import activation_rows, parse_activation_scheme
 from mpq.activations.apply import RoundedActivation, with_activations
 from mpq.artifacts import make_plan
@@ -33,7 +34,6 @@ from mpq.data.text import plain_tokenizer
 from mpq.export import orbax
 from mpq.export.arguments import export_arguments
 from mpq.export.targets import TARGETS
-from mpq.files import canonical_json, write_json
 from mpq.formats import parse_scheme
 from mpq.models import Model, load
 from mpq.models.hub import resolve
@@ -192,13 +192,9 @@ def divergence(a: np.ndarray, b: np.ndarray) -> float:
 
 def main(options: Options) -> None:
     """Compare, print, write."""
-    found = []
-    for row in rows(options):
-        found.append(row)
-        print(canonical_json(row), end="", flush=True)
     config = dataclasses.asdict(options) | {key: getattr(options, key).name for key in ("python", "test", "out")}
     record = RunRecord.collect(config, seeds={}, inputs={"model": load("reference").digest})
-    write_json(options.out, {"record": record.to_json(), "rows": found})
+    keep(rows(options), options.out, {"record": record.to_json()}, [])
 
 
 if __name__ == "__main__":
