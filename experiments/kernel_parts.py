@@ -9,7 +9,6 @@ Weights and copies are as there. With `--table` the entries of these cases get t
 import argparse
 import dataclasses
 import functools
-import itertools
 import json
 import re
 import time
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import BACKENDS, quantized_matmul
-from kernels_pallas.bench import environment
+from kernels_pallas.bench import Options, environment, product, rotating
 from kernels_pallas.cases import DECODE, Case, fill
 from kernels_pallas.compat import kernel_times
 from kernels_pallas.matmul import describe
@@ -34,21 +33,16 @@ DENSE = "dense"
 def calls(case: Case, megabytes: int) -> dict[str, Any]:
     """A config, as text, to a function of nothing, and the dense dot; each takes copies of a weight in turn."""
     x, packed = fill(case, 0)
-    weight = jax.random.normal(jax.random.key(1), (*case.batch, case.k, case.n), x.dtype)
-    count = lambda bits: min(8, 1 + 8 * 10**6 * megabytes // bits)
-    copies = [jax.tree.map(jnp.copy, packed) for _ in range(count(packed.size_bits))]
-    dense = [jnp.copy(weight) for _ in range(count(8 * weight.nbytes))]
-
-    def turning(function: Any, weights: list[Any]) -> Any:
-        turn = itertools.cycle(weights)
-        return lambda: function(x, next(turn))
-
+    weight, options = (
+        jax.random.normal(jax.random.key(1), (*case.batch, case.k, case.n), x.dtype),
+        Options(1, megabytes),
+    )
+    arguments = {"activation_bits": case.activation_bits, "backend": "hopper", "out_dtype": jnp.float32}
     found = {}
     for config in BACKENDS["hopper"].worth_measuring(describe(x, packed, case.activation_bits)):
-        options = {"activation_bits": case.activation_bits, "backend": "hopper", "out_dtype": jnp.float32}
-        found[str(config)] = turning(jax.jit(functools.partial(quantized_matmul, config=config, **options)), copies)
-    product = jax.jit(lambda x, weight: jnp.matmul(x, weight, preferred_element_type=jnp.float32))
-    return {**found, DENSE: turning(product, dense)}
+        run = functools.partial(quantized_matmul, config=config, **arguments)
+        found[str(config)] = rotating(run, x, packed, packed.size_bits // 8, options)
+    return {**found, DENSE: rotating(product, x, weight, weight.nbytes, options)}
 
 
 def measure(case: Case, repeats: int, megabytes: int) -> list[dict[str, Any]]:

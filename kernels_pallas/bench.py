@@ -128,9 +128,9 @@ def measure(case: Case, options: Options, limits: Device) -> tuple[list[dict[str
             for config in backend.worth_measuring(problem) if here == "cuda" else (tuned(name, problem, here),):
                 arguments = {"activation_bits": case.activation_bits, "backend": name, "out_dtype": jnp.float32}
                 run = functools.partial(quantized_matmul, **arguments, config=config)
-                runs[name, config] = _rotating(run, x, packed, packed.size_bits // 8, options)
+                runs[name, config] = rotating(run, x, packed, packed.size_bits // 8, options)
     label = f"dense_{weight.dtype}"
-    runs = {(label, ()): _rotating(_product, x, weight, weight.nbytes, options), **runs}
+    runs = {(label, ()): rotating(product, x, weight, weight.nbytes, options), **runs}
     taken = {key: micro / options.chain for key, micro in times(runs, options.repeats).items()}
     fastest: dict[str, tuple[str, Config]] = {}
     for key in taken:
@@ -160,7 +160,7 @@ def _data(case: Case, here: str, large: bool) -> tuple[jax.Array, Packed, jax.Ar
     return x, _for_this_device(plain, here), jax.jit(lambda packed: dequantize(packed).astype(dtype))(plain)
 
 
-def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     """The dense dot."""
     exact = lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
     return jnp.matmul(x.astype(weight.dtype), weight, precision=exact, preferred_element_type=jnp.float32)
@@ -184,7 +184,7 @@ def _for_this_device(plain: Packed, platform: str) -> Packed:
     return relayout(plain, layout) if LAYOUTS[layout].refuses(plain.spec) is None else plain
 
 
-def _rotating(run: Callable[..., Any], x: jax.Array, weight: Any, size: int, options: Options) -> Callable[[], Any]:
+def rotating(run: Callable[..., Any], x: jax.Array, weight: Any, size: int, options: Options) -> Callable[[], Any]:
     """Calls with the next of enough copies of a weight to fill so many megabytes, at most 64; they return lists."""
     count = min(64, max(options.chain, -(-options.megabytes * 10**6 // max(size, 1))))
     copies = [jax.tree.map(jnp.copy, weight) for _ in range(count)]

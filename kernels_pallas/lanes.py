@@ -10,7 +10,7 @@ from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-_THREADS = 128
+from kernels_pallas.fragments import THREADS
 
 
 def word(four: Any, i: int) -> Any:
@@ -38,19 +38,25 @@ def array(registers: list[Any], layout: Any, shape: tuple[int, ...], integers: b
         if integers
         else ir.VectorType.get((2,), ir.BF16Type.get())
     )
-    held = np.empty(len(registers), dtype=object)
-    held[:] = [utils.bitcast(register, kind) for register in registers]
+    held = _objects([utils.bitcast(register, kind) for register in registers])
     return fragmented_array.FragmentedArray(
         _registers=held.reshape(layout.registers_shape(shape)), _layout=layout, _is_signed=True if integers else None
     )
+
+
+def _objects(values: list[Any]) -> np.ndarray:
+    """As an array of one axis, which NumPy would not make of values that have axes of their own."""
+    held = np.empty(len(values), dtype=object)
+    held[:] = values
+    return held
 
 
 def _place(ref: Any, i: int, block: int, bytes_each: int) -> tuple[Any, Any]:
     """First element of block `128 i` and this thread's number, and where it is in global memory."""
     index = ir.IntegerType.get_signless(32)
     constant = lambda value: arith.constant(index, ir.IntegerAttr.get(index, value))
-    thread = arith.remui(utils.thread_idx(), constant(_THREADS))
-    first = arith.muli(arith.addi(thread, constant(i * _THREADS)), constant(block))
+    thread = arith.remui(utils.thread_idx(), constant(THREADS))
+    first = arith.muli(arith.addi(thread, constant(i * THREADS)), constant(block))
     offset = arith.muli(first, constant(bytes_each))
     return first, utils.getelementptr(utils.memref_ptr(ref), [offset], ir.IntegerType.get_signless(8))
 
@@ -72,10 +78,8 @@ def load_blocks(row: Any, size: int, block: int, count: int) -> Any:
             )
             words += [llvm.extractvalue(integer, four, [j]) for j in range(4)]
         held.append(vector.from_elements(ir.VectorType.get((len(words),), integer), words))
-    registers = np.empty(count, dtype=object)
-    registers[:] = held
-    layout = fragmented_array.WGStridedFragLayout((count * _THREADS * block // 2,), block // 2)
-    return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
+    layout = fragmented_array.WGStridedFragLayout((count * THREADS * block // 2,), block // 2)
+    return fragmented_array.FragmentedArray(_registers=_objects(held), _layout=layout, _is_signed=True)
 
 
 def words_of(held: Any) -> list[list[Any]]:
@@ -87,10 +91,10 @@ def words_of(held: Any) -> list[list[Any]]:
 def one_each(found: Any) -> Any:
     """A word of every thread, a float32, as an array of them."""
     kind = ir.VectorType.get((1,), ir.F32Type.get())
-    registers = np.empty(1, dtype=object)
-    registers[:] = [utils.bitcast(found, kind)]
-    layout = fragmented_array.WGStridedFragLayout((_THREADS,), 1)
-    return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+    layout = fragmented_array.WGStridedFragLayout((THREADS,), 1)
+    return fragmented_array.FragmentedArray(
+        _registers=_objects([utils.bitcast(found, kind)]), _layout=layout, _is_signed=None
+    )
 
 
 def bits_of(scalar: Any) -> Any:

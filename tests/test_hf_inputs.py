@@ -25,9 +25,8 @@ from mpq.quantize import RTN, Candidates
 from mpq.types import MpqError
 from tests import tiny
 from tests.command import exit_code
-from tests.test_hf_export import assert_same, message_of
+from tests.test_hf_export import CONFIG, assert_same, message_of
 
-CONFIG = tiny.CONFIG | {"tie_word_embeddings": False, "torch_dtype": "bfloat16"}
 W8A8 = {"o_proj": "int8_tensor", "down_proj": "int4_g16_zp", "gate_proj": "int4_g16", "up_proj": "int4_g16"}
 """End of a module's name -> scheme of its weight, in a mixed plan; int8_channel elsewhere."""
 
