@@ -27,7 +27,7 @@ import tyro
 
 from experiments import activations
 from experiments.activations import SETTINGS, Comparison
-from experiments.kept import keep, rows_in
+from experiments.kept import keep, named_options, rows_in
 from mpq.config import known
 from mpq.models import Model
 from mpq.record import RunRecord
@@ -192,7 +192,7 @@ def main(options: Options) -> None:
     done = rows_in(options.out)
     shared = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name != "peers"}
     comparison = Comparison(activations.Options(**shared, shifted=options.test))
-    config = dataclasses.asdict(options) | {key: getattr(options, key).name for key in ("data", "test", "out")}
+    config = named_options(options, ("data", "test", "out"))
     inputs = {"data": comparison.calibration.digest, "model": comparison.model.digest}
     inputs |= {"test": comparison.references["test"].data.digest}
     versions = {name: _version(name) for name in ("torch", "transformers", "torchao", "nvidia-modelopt")}

@@ -24,7 +24,7 @@ import jax
 import tyro
 
 from experiments.distillation import windows_of
-from experiments.kept import keep, rows_in
+from experiments.kept import keep, named_options, rows_in
 from mpq.activations import activation_rows, calibrate_activations
 from mpq.activations.apply import RoundedActivation, choose_activations, with_activations
 from mpq.activations.plans import split_plan, uniform_rows
@@ -268,7 +268,7 @@ def main(options: Options) -> None:
     done = rows_in(options.out)
     comparison = Comparison(options)
     files = ("data", "test", "shifted", "out")
-    config = dataclasses.asdict(options) | {key: getattr(options, key).name for key in files}
+    config = named_options(options, files)
     inputs = {"data": comparison.calibration.digest, "model": comparison.model.digest}
     inputs |= {name: reference.data.digest for name, reference in comparison.references.items()}
     record = RunRecord.collect(config | {"model": comparison.model.name}, seeds={"rotate": options.seed}, inputs=inputs)

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 import tyro
 
-from experiments.kept import keep, rows_in
+from experiments.kept import keep, named_options, rows_in
 from mpq.allocate import Frontier, Problem, solve_frontier
 from mpq.calibrate import Weighting, calibrate
 from mpq.data import new_dataset, take
@@ -301,7 +301,7 @@ def main(options: Options) -> None:
     """Compare, print, write after every row."""
     done = rows_in(options.out, "results of a distillation")
     comparison = Comparison(options)
-    named = dataclasses.asdict(options) | {key: getattr(options, key).name for key in ("data", "test", "out")}
+    named = named_options(options, ("data", "test", "out"))
     head = {
         "options": named | {"model": comparison.model.name},
         "distill": dataclasses.asdict(Distill(steps=options.steps, batch_size=options.batch_size)),

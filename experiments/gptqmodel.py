@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import tyro
 
-from experiments.kept import keep
+from experiments.kept import keep, named_options
 from mpq.artifacts import make_plan
 from mpq.data.text import plain_tokenizer
 from mpq.export import orbax
@@ -178,7 +178,7 @@ def rows(options: Options) -> Iterator[dict[str, Any]]:
 
 def main(options: Options) -> None:
     """Compare, print, write."""
-    config = dataclasses.asdict(options) | {key: getattr(options, key).name for key in ("python", "test", "out")}
+    config = named_options(options, ("python", "test", "out"))
     record = RunRecord.collect(config, seeds={}, inputs={"model": load("reference").digest})
     keep(rows(options), options.out, {"record": record.to_json()}, [])
 

@@ -20,7 +20,7 @@ from typing import Any
 import tyro
 
 from experiments.activations import Rounded
-from experiments.kept import keep, rows_in
+from experiments.kept import keep, named_options, rows_in
 from mpq.activations.apply import with_activations
 from mpq.activations.plans import all_rows, split_plan
 from mpq.calibrate import calibrate
@@ -145,7 +145,7 @@ def main(options: Options) -> None:
     done = rows_in(options.out)
     comparison = Comparison(options)
     files = ("data", "shifted_data", "shifted_test", "out")
-    config = dataclasses.asdict(options) | {key: getattr(options, key).name for key in files}
+    config = named_options(options, files)
     sets = {"calibration": comparison.calibration, "test": comparison.test}
     inputs = {f"{which}_{name}": data.digest for which, of in sets.items() for name, data in of.items()}
     inputs |= {"model": comparison.model.digest}

@@ -1,5 +1,6 @@
 """Rows of an experiment in one JSON file that is written after each of them: what was stopped goes on where it was."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ def rows_in(out: Path, what: str = "results of a comparison") -> list[Row]:
       MpqError: it holds no JSON; the sentence says that `what` was wanted.
     """
     return read_json(out, what)["rows"] if out.exists() else []
+
+
+def named_options(options: Any, files: Iterable[str]) -> dict[str, Any]:
+    """The options of an experiment for its record, files without the folders that they lie in."""
+    return dataclasses.asdict(options) | {key: getattr(options, key).name for key in files}
 
 
 def keep(rows: Iterable[Row], out: Path, head: Mapping[str, Any], done: list[Row]) -> None:

@@ -29,7 +29,7 @@ import tyro
 
 from experiments.distillation import Comparison
 from experiments.distillation import Options as Text
-from experiments.kept import keep, rows_in
+from experiments.kept import keep, named_options, rows_in
 from mpq.config import known
 from mpq.formats import parse_scheme
 from mpq.guide import Guide
@@ -168,7 +168,7 @@ def main(options: Options) -> None:
     done = rows_in(options.out)
     first = parts["blocks"]
     inputs = {"data": first.calibration.digest, "model": first.model.digest, "test": first.reference.data.digest}
-    config = dataclasses.asdict(options) | {key: getattr(options, key).name for key in ("data", "test", "out")}
+    config = named_options(options, ("data", "test", "out"))
     record = RunRecord.collect(config | {"model": first.model.name}, seeds={"seed": options.seed}, inputs=inputs)
     head = {
         "algorithms": {name: repr(ALGORITHMS[name]) for name in options.algorithms},

@@ -25,7 +25,7 @@ import tyro
 
 from experiments.distillation import Comparison
 from experiments.distillation import Options as Text
-from experiments.kept import keep, rows_in
+from experiments.kept import keep, named_options, rows_in
 from mpq.allocate import Problem, solve_frontier
 from mpq.artifacts import make_plan
 from mpq.export import orbax
@@ -185,7 +185,7 @@ def main(options: Options) -> None:
         runtimes = Runtimes(options, Path(folder))
         comparison = runtimes.comparison
         inputs = {"data": comparison.calibration.digest, "model": comparison.model.digest, "test": runtimes.test.digest}
-        config = dataclasses.asdict(options) | {key: getattr(options, key).name for key in ("data", "test", "out")}
+        config = named_options(options, ("data", "test", "out"))
         record = RunRecord.collect(config | {"model": comparison.model.name}, seeds={}, inputs=inputs)
         keep(runtimes.rows(done), options.out, {"record": record.to_json()}, done)
 

@@ -32,7 +32,7 @@ import numpy as np
 import tyro
 
 from experiments.distillation import windows_of
-from experiments.kept import keep, rows_in
+from experiments.kept import keep, named_options, rows_in
 from mpq.activations.plans import calibrated, uniform_rows
 from mpq.activations.smooth import smooth_model
 from mpq.artifacts import make_plan
@@ -256,7 +256,7 @@ def compare(options: Options, comparison: type[Comparison], quantizers: Collecti
     with tempfile.TemporaryDirectory() as folder:
         found = comparison(options, Path(folder))
         inputs = {"data": found.calibration.digest, "model": found.model.digest, "test": found.test.digest}
-        config = dataclasses.asdict(options) | {key: getattr(options, key).name for key in ("data", "test", "out")}
+        config = named_options(options, ("data", "test", "out"))
         record = RunRecord.collect(config | {"model": found.model.name}, seeds={}, inputs=inputs)
         keep(found.rows(done), options.out, {"record": record.to_json()}, done)
 

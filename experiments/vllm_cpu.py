@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.kept import keep
+from experiments.kept import keep, named_options
 from mpq.activations import activation_rows, parse_activation_scheme
 from mpq.activations.apply import RoundedActivation, with_activations
 from mpq.artifacts import make_plan
@@ -192,7 +192,7 @@ def divergence(a: np.ndarray, b: np.ndarray) -> float:
 
 def main(options: Options) -> None:
     """Compare, print, write."""
-    config = dataclasses.asdict(options) | {key: getattr(options, key).name for key in ("python", "test", "out")}
+    config = named_options(options, ("python", "test", "out"))
     record = RunRecord.collect(config, seeds={}, inputs={"model": load("reference").digest})
     keep(rows(options), options.out, {"record": record.to_json()}, [])
 
