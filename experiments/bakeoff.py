@@ -128,6 +128,27 @@ class Bakeoff:
         self.folder = options.work / f"{options.out.stem}-{self.digest}"
         self.store = score_store(self.folder / "scores")
 
+    def description(self) -> dict[str, Any]:
+        """Of a result file: what was measured, on what."""
+        options = self.options
+        rows = {name: int(rows) for name, _, rows in (m.partition(":") for m in options.metrics) if rows}
+        return {
+            "model": self.model.name,
+            # Names alone: where files lie is this machine's business.
+            "data": [one.source.rsplit("/", 1)[-1] for one in (self.calibration, self.sets["test"])],
+            "rows": [len(self.calibration.inputs), len(self.sets["test"].inputs)],
+            "statistics_rows": self.statistics_rows,
+            "method": options.method,
+            "schemes": [str(s) for s in self.schemes],
+            "groups": len({weight.group for weight in self.traced.weights}),
+            "plans": options.plans,
+            "fit_plans": options.fit_plans,
+            "fit_set": options.fit_set,
+            "jax": jax.__version__,
+            "device": jax.devices()[0].device_kind,
+            "metric_rows": rows,
+        }
+
     def table(self, metric: str) -> tuple[SensitivityTable, float]:
         """The metric's table and its cost in forward passes over the whole calibration set."""
         path = self.folder / f"{metric.replace(':', '-')}.json"
@@ -223,30 +244,17 @@ def main(options: Options) -> None:
         bands.append(
             {
                 "bits": list(band),
-                "median": _rounded(float(np.median(measured[: options.plans]))),
+                "median": rounded(float(np.median(measured[: options.plans]))),
                 "ceiling": agreement(own, measured[options.plans :]),
-                "halves": _rounded(halves),
+                "halves": rounded(halves),
                 "metrics": judged,
             }
         )
     write_json(
         options.out,
-        {
-            "model": run.model.name,
-            # Names alone: where files lie is this machine's business.
-            "data": [one.source.rsplit("/", 1)[-1] for one in (run.calibration, run.sets["test"])],
-            "rows": [len(run.calibration.inputs), len(run.sets["test"].inputs)],
-            "statistics_rows": run.statistics_rows,
-            "method": options.method,
-            "schemes": [str(s) for s in run.schemes],
-            "groups": len(any_problem.names),
-            "plans": options.plans,
-            "fit_plans": options.fit_plans,
-            "fit_set": options.fit_set,
-            "jax": jax.__version__,
-            "device": jax.devices()[0].device_kind,
-            "metric_rows": {name: int(rows) for name, _, rows in (m.partition(":") for m in options.metrics) if rows},
-            "cost": {name: _rounded(cost) for name, cost in cost.items()},
+        run.description()
+        | {
+            "cost": {name: rounded(cost) for name, cost in cost.items()},
             "bands": bands,
         },
     )
@@ -275,7 +283,7 @@ def compare(total: np.ndarray, fit: np.ndarray, measured: np.ndarray, plans: int
     if (total <= 0).any():
         return judged
     law = PowerLaw.fit(total[plans:], fit)
-    return judged | {"calibrated": agreement(law(total[:plans]), measured[:plans]), "exponent": _rounded(law.exponent)}
+    return judged | {"calibrated": agreement(law(total[:plans]), measured[:plans]), "exponent": rounded(law.exponent)}
 
 
 def agreement(predicted: np.ndarray, measured: np.ndarray) -> dict[str, float]:
@@ -284,7 +292,7 @@ def agreement(predicted: np.ndarray, measured: np.ndarray) -> dict[str, float]:
     if (predicted > 0).all():
         log = np.log(predicted / measured)
         values |= {"r2": 1 - log.var() / np.log(measured).var(), "ratio": np.exp(log.mean()), "spread": log.std()}
-    return {name: _rounded(float(value)) for name, value in values.items()}
+    return {name: rounded(float(value)) for name, value in values.items()}
 
 
 def _sets(model: Model, options: Options) -> dict[str, Dataset]:
@@ -335,7 +343,8 @@ def _tau(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.asarray(kendalltau(a, b))[0])
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
+    """To four digits, as results are written."""
     return float(f"{value:.4g}")
 
 

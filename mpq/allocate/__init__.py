@@ -11,6 +11,8 @@
     allocation = solve_quadratic(problem, interactions.matrix(table), budget_bits)
     # llama.cpp's fixed mix, the baseline that needs no table
     allocation = heuristic(problem, budget_bits)
+    # the loss of any plan from some that were measured, searched in place of measuring
+    found = Refine()(problem, allocation, Surrogate(problem, plans, measured).measure)
     # how often every scheme is chosen, were the sensitivities measured again
     found = stability(problem, budget_bits, np.random.default_rng(0))
 
@@ -33,6 +35,7 @@ from mpq.allocate.refine import Refine, Refined
 from mpq.allocate.refit import Refit, refit
 from mpq.allocate.rules import matching
 from mpq.allocate.stability import Stability, gaussian, resampled, stability
+from mpq.allocate.surrogate import Surrogate
 from mpq.allocate.uniform import Uniform, best_uniform, uniform
 from mpq.types import Allocation
 
@@ -49,6 +52,7 @@ __all__ = [
     "Refit",
     "Solver",
     "Stability",
+    "Surrogate",
     "Uniform",
     "best_uniform",
     "bops",

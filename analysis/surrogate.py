@@ -1,0 +1,129 @@
+"""`python -m analysis.surrogate`: what measured plans buy, joined from results of `experiments/surrogate.py`.
+
+Goals are those of predicting random plans: tau and R2 by band, and predicted over true within a tenth.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from analysis.pages import write_page
+from analysis.text import significant
+
+FOLDER = Path("experiments/results/surrogate")
+GOALS = {(2, 4): (0.93, None), (3, 5): (0.95, 0.99), (4, 8): (None, None)}
+"""By band of bits, the tau and the R2 that the best predictor shall reach."""
+RATIO = 0.1
+Result = Mapping[str, Any]
+Found = Mapping[str, float]
+
+
+def page(results: Sequence[Result]) -> str:
+    """The overview, and every band of every model."""
+    return "\n\n".join(_parts(results)) + "\n"
+
+
+def overview(results: Sequence[Result]) -> str:
+    """The best surrogate of every band, by tau, beside the goals."""
+    lines = [
+        "| model | bits | halves | metric | plans | cost | sum: tau | surrogate: tau | R² | ratio | goals |",
+        "|---|---|---:|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for result in results:
+        for band in result["bands"]:
+            name, fitted = max(_all(band), key=lambda pair: pair[1]["surrogate"]["tau"])
+            found, entry = fitted["surrogate"], band["metrics"][name]
+            cells = [
+                _title(result),
+                _bits(band),
+                f"{band['halves']:.3f}",
+                f"`{name}`",
+                str(fitted["plans"]),
+                significant(_cost(band, entry, fitted)),
+                f"{entry['sum']['tau']:.3f}",
+                *_agreement(found),
+                _verdict(band, found),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def table(band: Mapping[str, Any]) -> str:
+    """One band of one model: every metric and number of plans."""
+    lines = [
+        "| metric | plans | cost | sum: tau | R² | ratio | refitted: tau | R² | ratio | surrogate: tau | R² | ratio "
+        "| promised spread | found | within two |",
+        "|---|---:|---:|" + "---:|" * 12,
+    ]
+    for name, fitted in _all(band):
+        entry, found = band["metrics"][name], fitted["surrogate"]
+        cells = [f"`{name}`", str(fitted["plans"]), significant(_cost(band, entry, fitted))]
+        cells += [cell for one in (entry["sum"], fitted["refit"], found) for cell in _agreement(one)]
+        cells += [f"{found['promised']:.3f}", f"{found['spread']:.3f}", f"{100 * found['within']:.0f} %"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _parts(results: Sequence[Result]) -> Iterator[str]:
+    yield "# How many measured plans buy how good a prediction?"
+    yield (
+        "Written by `python -m analysis.surrogate` from the files beside it; `experiments/surrogate.py` says how they "
+        "are made, `mpq/allocate/surrogate.py` what is fitted. Plans are random within a band of bits; those that are "
+        "predicted were measured on a test set that neither the metric nor the fitted plans see."
+    )
+    yield "The best of every band. `halves` is tau between the losses of the same plans on two halves of the test set."
+    yield overview(results)
+    for result in results:
+        yield f"## {_title(result)}"
+        rows = result["rows"]
+        yield (
+            f"{result['plans']} plans a band of {result['groups']} groups, judged by {rows[1]} rows of "
+            f"{result['data'][1]}; metrics see {rows[0]} rows of {result['data'][0]}, and further plans were measured "
+            f"on the {result['fit_set']} set. Cost: forward passes over the {rows[0]} rows."
+        )
+        for band in result["bands"]:
+            yield f"### {_bits(band)} bits: median KL {significant(band['median'])} nats"
+            yield table(band)
+
+
+def _all(band: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for name in sorted(band["metrics"], key=lambda name: -band["metrics"][name]["sum"]["tau"]):
+        for fitted in band["metrics"][name]["fitted"]:
+            yield name, fitted
+
+
+def _cost(band: Mapping[str, Any], entry: Mapping[str, Any], fitted: Mapping[str, Any]) -> float:
+    return entry["cost"] + fitted["plans"] * band["plan_cost"]
+
+
+def _verdict(band: Mapping[str, Any], found: Found) -> str:
+    tau, r2 = GOALS[tuple(band["bits"])]
+    missed = [f"tau {tau}"] if tau is not None and found["tau"] < tau else []
+    missed += [f"R² {r2}"] if r2 is not None and found["r2"] < r2 else []
+    missed += [f"ratio within {RATIO}"] if abs(found["ratio"] - 1) > RATIO else []
+    return "met" if not missed else "missed: " + ", ".join(missed)
+
+
+def _agreement(found: Found) -> list[str]:
+    return [
+        f"{found[key]:.{digits}f}" if key in found else significant(None)
+        for key, digits in (("tau", 3), ("r2", 3), ("ratio", 2))
+    ]
+
+
+def _title(result: Result) -> str:
+    return f"{result['model']}, {result['method'].upper()}"
+
+
+def _bits(band: Mapping[str, Any]) -> str:
+    return "{}–{}".format(*band["bits"])
+
+
+def main() -> int:
+    """Write the page."""
+    return write_page(FOLDER, page, "result of surrogates")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+r"""How many measured plans buy how good a prediction: sums, corrected tables and surrogates of one model's plans.
+
+Run:     python -m experiments.surrogate --model DIR --data FILE [--test FILE] --metrics kl fisher \
+             --fit-plans 160 --out experiments/results/surrogate/NAME.json
+Expect:  the files of that folder, which `python -m analysis.surrogate` joins to one page
+Resume:  type the same command again; what is measured is kept in `--work`.
+
+Plans are drawn and measured as `experiments.bakeoff` does, whose options these are. In each band every metric, and
+`marginal`, is judged by the plans of the test set three ways: its sum; `refit`, the table corrected by the first N of
+the further plans; `surrogate`, the Gaussian process through them. Numbers are those of the bake-off, and
+
+    cost       forward passes over the calibration set of the metric, `plan_cost` those of measuring one plan
+    promised   median spread that the surrogate states
+    within     share of the plans whose measured loss is within twice that spread of the prediction; 95 % if the
+               spread is right and the sets that plans are fitted and judged on agree
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from experiments.bakeoff import BANDS, Bakeoff, agreement, rounded
+from experiments.bakeoff import Options as Plans
+from mpq.allocate import Problem, Surrogate, refit
+from mpq.files import write_json
+from mpq.progress import shown, track
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is compared.
+
+    Attributes:
+      plans: model, data, plans and metrics, as of `experiments.bakeoff`.
+      counts: how many of the further plans a prediction is fitted to.
+      bands: which of the bands, by number.
+    """
+
+    plans: Annotated[Plans, tyro.conf.arg(name="")]
+    counts: tuple[int, ...] = (20, 40, 80, 160)
+    bands: tuple[int, ...] = (0, 1, 2)
+
+
+def main(options: Options) -> None:
+    """Score, measure, fit, compare, write."""
+    run = Bakeoff(options.plans)
+    scored = {metric.partition(":")[0]: run.table(metric) for metric in track(options.plans.metrics, "metrics")}
+    problems = {name: Problem.from_table(table) for name, (table, _) in scored.items()}
+    cost = {name: cost for name, (_, cost) in scored.items()}
+    count, fit_set = options.plans.plans, options.plans.fit_set
+    fit_rows, rows = len(run.sets[fit_set].inputs), len(run.calibration.inputs)
+    bands = []
+    for band in [BANDS[index] for index in options.bands]:
+        what = f"{band[0]}-{band[1]} bits"
+        plans = run.plans(band, len(problems["kl"].names))
+        choices = [problems["kl"].by_path(x) for x in plans]
+        fit, _ = run.measure(fit_set, choices[count:], what)
+        around, passes = run.marginal(band, problems["kl"])
+        measured, halves = run.measure("test", choices[:count], what)
+        entries = {}
+        for name, problem in {**problems, "marginal": around}.items():
+            entries[name] = {
+                "sum": agreement(problem.parts(plans[:count]).sum(axis=1), measured),
+                "cost": rounded(cost.get(name, passes)),
+                "fitted": list(compare(problem, plans, fit, measured, options.counts)),
+            }
+        ceiling = {"halves": rounded(halves), "plan_cost": fit_rows / rows}
+        bands.append({"bits": list(band), "median": rounded(float(np.median(measured))), **ceiling, "metrics": entries})
+    write_json(options.plans.out, run.description() | {"bands": bands})
+
+
+def compare(
+    problem: Problem, plans: np.ndarray, fit: np.ndarray, measured: np.ndarray, counts: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """By N, agreement of what is fitted to the first N of the further plans with the measured ones.
+
+    Args:
+      problem: a metric's losses; nothing can be fitted where they sum to no more than 0.
+      plans: `int[plans + fit_plans, G]`.
+      fit: `[fit_plans]`, measured losses of the last ones.
+      measured: `[plans]`, measured losses of the first ones on the test set.
+      counts: the N.
+    """
+    judged, further = plans[: len(measured)], plans[len(measured) :]
+    if (problem.parts(plans).sum(axis=1) <= 0).any():
+        return
+    for count in counts:
+        corrected = refit(problem, further[:count], fit[:count]).predict(judged)
+        predicted, spread = Surrogate(problem, further[:count], fit[:count]).predict(judged)
+        within = np.abs(np.log(predicted / measured)) < 2 * spread
+        promised = {"promised": rounded(float(np.median(spread))), "within": rounded(float(within.mean()))}
+        yield {
+            "plans": count,
+            "refit": agreement(corrected, measured),
+            "surrogate": agreement(predicted, measured) | promised,
+        }
+
+
+if __name__ == "__main__":
+    with shown():
+        main(tyro.cli(Options))

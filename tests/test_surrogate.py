@@ -1,0 +1,78 @@
+"""`experiments.surrogate` on a tiny model, and the page that `analysis.surrogate` makes of it."""
+
+import numpy as np
+import pytest
+
+from analysis.surrogate import overview, page
+from experiments import bakeoff
+from experiments.surrogate import Options, compare, main
+from mpq.files import read_json
+from tests import tiny
+from tests.allocate_cases import make_problem
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    root = tmp_path_factory.mktemp("surrogate")
+    tiny.write_folder(root / "model")
+    (root / "text.txt").write_text(tiny.text(documents=200))
+    plans = bakeoff.Options(
+        model=str(root / "model"),
+        data=str(root / "text.txt"),
+        out=root / "tiny.json",
+        work=root / "work",
+        granularity="g16",
+        metrics=("kl", "weight_mse"),
+        window=32,
+        calibration_rows=8,
+        statistics_rows=2,
+        test_rows=6,
+        batch_size=2,
+        plans=12,
+        fit_plans=16,
+        fit_set="selection",
+    )
+    main(Options(plans, counts=(8, 16), bands=(1,)))
+    return read_json(plans.out, "result of surrogates")
+
+
+def test_every_metric_is_fitted_to_every_number_of_plans(result):
+    assert [band["bits"] for band in result["bands"]] == [[3, 5]]
+    assert result["fit_set"] == "selection"
+    for band in result["bands"]:
+        assert band["plan_cost"] == 6 / result["rows"][0]
+        assert sorted(band["metrics"]) == ["kl", "marginal", "weight_mse"]
+        assert [fitted["plans"] for fitted in band["metrics"]["kl"]["fitted"]] == [8, 16]
+        for fitted in band["metrics"]["kl"]["fitted"]:
+            assert fitted["surrogate"]["tau"] > 0.5
+            assert 0.5 < fitted["surrogate"]["ratio"] < 2
+            assert 0 <= fitted["surrogate"]["within"] <= 1
+
+
+def test_what_is_fitted_sees_the_further_plans_alone():
+    rng = np.random.default_rng(0)
+    loss = np.exp(rng.normal(size=(6, 1))) * 0.25 ** np.arange(3)
+    problem = make_problem(1000 * np.array([2, 3, 4]) * np.ones((6, 1), np.int64), loss)
+    plans = rng.integers(3, size=(50, 6))
+    true = problem.parts(plans).sum(axis=1) ** 1.2
+    fit, measured = 2 * true[30:], true[:30]
+    (found,) = compare(problem, plans, fit, measured, [20])
+    assert found["surrogate"]["tau"] == pytest.approx(1, abs=0.01)
+    assert found["surrogate"]["ratio"] == pytest.approx(2, rel=0.02)
+    assert found["surrogate"]["within"] == 0
+    assert not list(compare(make_problem(problem.size_bits, -loss), plans, fit, measured, [20]))
+
+
+def test_the_page_says_which_goals_are_met(result):
+    band = {"bits": [3, 5], "halves": 0.97, "plan_cost": 1.0, "median": 0.4, "metrics": {}}
+    sums = {"tau": 0.8, "r2": 0.9, "ratio": 0.7}
+    for name, tau, ratio in (("kl", 0.96, 1.02), ("fisher", 0.94, 1.2)):
+        found = {"tau": tau, "r2": 0.995, "ratio": ratio, "spread": 0.05, "promised": 0.04, "within": 0.93}
+        fitted = [{"plans": 40, "refit": sums, "surrogate": found}]
+        band["metrics"][name] = {"sum": sums, "cost": 10.0, "fitted": fitted}
+    best = overview([result | {"bands": [band]}]).splitlines()[-1]
+    assert "`kl` | 40 | 50" in best
+    assert best.endswith("| 0.800 | 0.960 | 0.995 | 1.02 | met |")
+    del band["metrics"]["kl"]
+    assert overview([result | {"bands": [band]}]).endswith("missed: tau 0.95, ratio within 0.1 |")
+    assert "measured on the selection set" in page([result])
