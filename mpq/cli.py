@@ -231,8 +231,8 @@ def quantize(
       data: calibration text, or `reference`; all methods but rtn and hqq need it or `stats`.
       stats: what `mpq calibrate` wrote, or an importance matrix of llama.cpp.
       method: rounding algorithm: gptq, gptq_act_order, best, adaround, signround, hqq or rtn.
-      distill: steps of training codes, scales and zero points to the outputs of the original on the text; interrupted,
-        it continues when typed again.
+      distill: steps of training codes, scales and zero points to the outputs of the original on the text, an eighth of
+        which decides whether the result is better than what was rounded; interrupted, it continues when typed again.
       ranges: what `mpq calibrate --of activations` wrote, for static schemes of activations; else `data` gives them.
       smooth: move outliers of activations into weights where that lowers the error on the data (SmoothQuant).
       awq: let the layers before take over what makes weights of large inputs finer (AWQ), where that lowers the error.

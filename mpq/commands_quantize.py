@@ -1,7 +1,6 @@
 """What `mpq quantize` and `mpq qat` do: a plan's weights, rounded and perhaps trained, as a folder."""
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from mpq.calibrate import calibrate
 from mpq.commands import Data, collect, make_candidates, read_plan, read_ranges
 from mpq.commands_rotate import plan_after, told_of, warnings_of
 from mpq.config import known
-from mpq.distill import Distill
+from mpq.distill import Distill, Distilled, distill_harmless
 from mpq.equalize import awq, equalize, find_folds, find_shifts, rotate
 from mpq.export import orbax
 from mpq.export.arguments import export_arguments
@@ -170,11 +169,14 @@ def quantize(
     if distill and text is not None and data is not None:
         options = dataclasses.replace(training or Distill(), steps=distill)
         options = dataclasses.replace(options, batch_size=min(text.batch_size, len(data.inputs)))
-        train = functools.partial(options, original, traced, qtensors, data, activations=chosen)
         beside = {path: p for path, p in model.params.items() if p is not original.params[path]}
-        qtensors, losses, chosen, beside = train(key=jax.random.key(0), state=state, beside=beside)
+        given = {"key": jax.random.key(0), "state": state, "activations": chosen, "beside": beside}
+        trained, judged = _trained(options, training is None, original, traced, qtensors, data, given)
+        qtensors, losses, chosen, beside = trained
         model = dataclasses.replace(original, params={**original.params, **beside})
-        told |= {"distill": distill, "first_loss": float(losses[0]), "last_loss": float(losses[-1])}
+        told |= {"distill": distill, "first_loss": float(losses[0]), "last_loss": float(losses[-1]), **judged}
+        if not judged.get("distilled", True):
+            warnings = [*warnings, "training made the model worse on data that it did not see: the rounding stays"]
     written = orbax.save(out, **export_arguments(model, traced.weights, qtensors, plan, chosen))
     if distill:
         state.unlink()
@@ -228,6 +230,26 @@ def _round(
         in_order = Propagation(traced, candidates, data, batch_size=batch_size, weightings=weightings)
         return _Rounded(model, plan, chosen, in_order.choose(plan.choices), {**told, "propagated": True})
     return _Rounded(model, plan, chosen, candidates.choose(plan.choices), told)
+
+
+def _trained(
+    options: Distill,
+    harmless: bool,
+    model: Model,
+    traced: Trace,
+    qtensors: dict[str, QTensor],
+    data: Dataset,
+    given: dict[str, Any],
+) -> tuple[Distilled, dict[str, Any]]:
+    """What training leaves, or, if it shall do no harm, the better of that and what came in, and how that was told."""
+    if not harmless:
+        return options(model, traced, qtensors, data, **given), {}
+    found = distill_harmless(options, model, traced, qtensors, data, **given)
+    return found.distilled, {
+        "held_out_kl": found.before,
+        "held_out_kl_distilled": found.after,
+        "distilled": found.helped,
+    }
 
 
 def _equalized(model: Model, traced: Trace, plan: artifacts.Plan, data: Dataset, batch_size: int) -> Model:

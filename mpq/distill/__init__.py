@@ -1,5 +1,6 @@
 """Training against the outputs of the original: what a quantized model stores, and which bits its weights get."""
 
+from mpq.distill.harmless import distill_harmless as distill_harmless
 from mpq.distill.latent import Latent as Latent
 from mpq.distill.latent import freeze as freeze
 from mpq.distill.latent import reconstruct as reconstruct
