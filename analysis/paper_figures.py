@@ -17,7 +17,7 @@ from analysis.paper_sources import Json, Sources
 from analysis.paper_tex import parse
 from analysis.pareto import frontier_panel
 
-WIDTH = 6.5
+WIDTH = 6.6
 """Inches: the text's width in `main.tex`, so that nothing is scaled there."""
 SMALL = MappingProxyType(
     {
@@ -37,7 +37,7 @@ SMALL = MappingProxyType(
 def frontier(sources: Sources) -> Figure:
     """The reference model's frontier and plans, and how far measured losses are from the sums over weights."""
     result = sources.run("quickstart")
-    figure = Figure(figsize=(WIDTH, 3.3))
+    figure = Figure(figsize=(WIDTH, 2.9))
     left, right = figure.subplots(1, 2, width_ratios=(1.75, 1))
     drawn = [plan for plan in result.plans if 0 < plan.kl < 3 and plan.bits_per_weight < 6]
     frontier_panel(left, result, drawn, (2.15, 5.7), named=False)
@@ -53,7 +53,7 @@ def frontier(sources: Sources) -> Figure:
     for axis in (right.xaxis, right.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axis.set_minor_locator(NullLocator())
-    right.legend(loc="center", bbox_to_anchor=(0.48, 0.48))
+    right.legend(loc="center", bbox_to_anchor=(0.48, 0.52))
     figure.legend(*legend_entries(left), loc="outside lower center", ncols=4)
     return figure
 
@@ -68,7 +68,7 @@ def metrics(sources: Sources) -> Figure:
     """Kendall's tau of every metric, a row each, before and after the correction; a panel a model, under GPTQ."""
     results = {name: result for name, result in sources.folder("bakeoff").items() if name.endswith("-gptq")}
     names = [row[0].strip("`") for row in parse(overview(list(results.values()))).rows if row[0].startswith("`")]
-    figure = Figure(figsize=(WIDTH, 4.1))
+    figure = Figure(figsize=(WIDTH, 3.5))
     panels = figure.subplots(1, len(results), sharey=True)
     for ax, result in zip(panels, results.values(), strict=True):
         _taus(ax, result, names)
@@ -107,7 +107,7 @@ _OURS: Mapping[str, tuple[str, str, str]] = MappingProxyType(
 
 def peers(sources: Sources) -> Figure:
     """Excess loss over bits per weight: other tools' settings, and ours ingredient by ingredient, a panel a model."""
-    figure = Figure(figsize=(WIDTH, 3.4))
+    figure = Figure(figsize=(WIDTH, 2.75))
     panels = figure.subplots(1, 2)
     files = sources.folder("weight_peers").values()
     results = weight_peers.merged(file for file in files if "peers" in file["record"]["config"])
@@ -161,15 +161,15 @@ _FORMATS: Mapping[str, tuple[str, str, str]] = MappingProxyType(
 
 def kernels(sources: Sources) -> Figure:
     """How many times as fast as a dense dot, over tokens: kernels in C on a CPU, and those for Hopper on an H200."""
-    figure = Figure(figsize=(WIDTH, 3.0))
+    figure = Figure(figsize=(WIDTH, 2.6))
     left, right = figure.subplots(1, 2)
     cpu = [row for row in sources.file("kernels/cpu")["rows"] if row["backend"] == "native"]
     cpu_points = {
         name: sorted((row["m"], row["speedup"]) for row in cpu if (row["format"], row["shape"]) == (name, "4096x4096"))
         for name in _FORMATS
     }
-    _speedups(left, cpu_points, "CPU, two cores, 4096 x 4096")
-    _speedups(right, h200_speedups(sources), "H200, 8192 x 57344")
+    _speedups(left, cpu_points, "CPU, two cores, 4096 × 4096")
+    _speedups(right, h200_speedups(sources), "H200, 8192 × 57344")
     left.set_ylabel("times as fast as the dense dot")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure

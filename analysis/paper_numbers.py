@@ -74,6 +74,7 @@ def sensitivity(sources: Sources) -> Numbers:
     results = sources.folder("bakeoff")
     smooth = [result for name, result in results.items() if not name.startswith("resnet20")]
     ranged = lambda metric, part=None, of=smooth: _range(mean_tau(result, metric, part) for result in of)
+    text = [result for name, result in results.items() if name.startswith(("reference", "tiny1m"))]
     convolutional = results["resnet20-gptq"]
     reference = results["reference-gptq"]
     cost = sources.file("bench_sensitivity")
@@ -87,9 +88,12 @@ def sensitivity(sources: Sources) -> Numbers:
         "TauGaussNewton": ranged("gauss_newton"),
         "TauFisher": ranged("fisher"),
         "TauFisherRefitted": ranged("fisher", "refitted"),
+        "TauModelopt": ranged("modelopt_gradient", of=text),
+        "TauEmpirical": ranged("empirical_fisher", of=text),
         "TauTrace": ranged("hessian_trace"),
         "TauTraceRefitted": ranged("hessian_trace", "refitted"),
         "TauLayer": ranged("layer_error"),
+        "TauLayerRefitted": ranged("layer_error", "refitted"),
         "TauNncf": ranged("nncf"),
         "TauImatrix": ranged("imatrix"),
         "TauFirst": f"{mean_tau(reference, 'first_order'):.2f}",
@@ -137,6 +141,9 @@ def _peers(sources: Sources) -> Numbers:
     found: dict[str, dict[str, list[str]]] = {}
     for model, result in peer_results(sources).items():
         for row in parse(weight_peers.goals(result)).rows:
+            assert row[-1] != "yes" or "distilled" in row[6] or model == "stories260k", (
+                "the text says: not without training"
+            )
             if "no peer" not in row[-1]:
                 found.setdefault(model, {}).setdefault(row[0], []).append(row[-1])
     halved = {model: ["yes" in words for words in of.values()] for model, of in found.items()}
@@ -165,6 +172,7 @@ def _training(sources: Sources) -> Numbers:
         "QatImagesPlain": recovered(images, "W2A4")[0],
         "QatNothing": recovered(images, "2.5 bpw")[1],
         "SearchLow": f"{above(2.75)['budget']:g}",
+        "SearchHigh": f"{above(3.5)['budget']:g}",
         "SearchAbove": with_error(above(2.75)["above_gradient"], above(2.75)["above_gradient_stderr"]),
         "SearchAboveHigh": with_error(above(3.5)["above_gradient"], above(3.5)["above_gradient_stderr"]),
         "SearchTimes": f"{only(gradient, method='gradient', budget=2.75)['seconds'] / above(2.75)['seconds']:.0f}",
@@ -185,10 +193,35 @@ def rounded(sources: Sources) -> Numbers:
         "DynamicChange": f"{change('reference', 'W8A8 dynamic'):+.2f} %",
         "StaticWorst": f"{worst:+.1f} %",
         "StaticOnline": f"{change('tiny1m', 'W8A8 static, MSE, online'):+.2f} %",
+        **_beside(sources),
         "FourBits": f"{change('reference', 'W4g32A4 dynamic'):+.1f} %",
         "FourBitsOnline": f"{change('reference', 'W4g32A4 dynamic, online'):+.1f} %",
         "FourBitsBest": f"{change('reference', 'W4g32A4 dynamic, groups, online'):+.1f} %",
         "FourBitsBestTiny": f"{change('tiny1m', 'W4g32A4 dynamic, groups, online'):+.1f} %",
+    }
+
+
+def _beside(sources: Sources) -> Numbers:
+    """Other libraries' rounded activations, corrected convolutions, and the time on packed kernels."""
+    theirs = sources.file("activations/peers/tiny1m")["rows"]
+    smooth = only(theirs, peer="ModelOpt W8A8 static, SmoothQuant")
+    kl = lambda of: with_error(of["kl"], of["kl_stderr"])
+    worse = [name for row in theirs for name, of in row["ours"].items() if of["kl"] > row["theirs"]["kl"]]
+    assert worse == ["W8A8 static, MSE, smoothed"], "the text says: with this exception"
+    images = sources.file("corrections/resnet20_cifar10")["rows"]
+    plain = only(images, plan="W4A4 static", method="gptq", correction="none")
+    corrected = only(images, plan="W4A4 static", method="gptq", correction="biases and norms")
+    times = {}
+    for name, of in sources.folder("activations/cost").items():
+        times[name] = [row["seconds"] / of["rows"][0]["seconds"] for row in of["rows"][1:]]
+    return {
+        "SmoothTheirs": kl(smooth["theirs"]),
+        "SmoothOurs": kl(smooth["ours"]["W8A8 static, MSE, smoothed"]),
+        "SmoothOnline": kl(smooth["ours"]["W8A8 static, MSE, smoothed, online"]),
+        "CorrectedFrom": kl(plain),
+        "CorrectedTo": kl(corrected),
+        "PackedText": f"{min(times['reference']):.2f}–{max(times['reference']):.2f}",
+        "PackedImages": f"{min(times['resnet20_cifar10']):.1f}–{max(times['resnet20_cifar10']):.1f}",
     }
 
 
@@ -214,7 +247,8 @@ def _range(values: Iterable[float | None]) -> str:
 
 def numbers(sources: Sources) -> Mapping[str, str]:
     """All macros, by name."""
-    return {
+    recorded, total = sources.recorded()
+    return {"RecordFiles": str(recorded), "RecordTotal": str(total)} | {
         name: text
         for part in (allocation, sensitivity, making, rounded, kernels, files)
         for name, text in part(sources).items()

@@ -7,35 +7,32 @@ BY_HAND = "–"
 """The page's tables are kept beside its text."""
 
 ROWS = (
-    ("quickstart", "mpq run experiments/configs/quickstart.py", "analysis.readme"),
-    ("resnet20_cifar10", "mpq run experiments/configs/resnet20_cifar10.py", "analysis.readme"),
-    ("minilm_stsb", "mpq run experiments/configs/minilm_stsb.py", "analysis.readme"),
-    ("terrain", "mpq run experiments/configs/terrain.py", "analysis.readme"),
-    ("bakeoff", "python -m experiments.bakeoff", "analysis.bakeoff"),
-    ("quadratic", "python -m experiments.bench_quadratic", BY_HAND),
-    ("rounding", "python -m experiments.rounding", BY_HAND),
-    ("codebooks", "python -m experiments.rounding, python -m experiments.distillation", "analysis.codebooks"),
-    ("distillation", "python -m experiments.distillation", "analysis.distillation"),
-    ("weight_peers", "python -m experiments.weight_peers, python -m experiments.peer_folders", "analysis.weight_peers"),
-    ("bit_search", "python -m experiments.bit_search", "analysis.bit_search"),
-    (
-        "activations",
-        "python -m experiments.activations, python -m experiments.image_activations",
-        "analysis.activations",
-    ),
-    ("outliers", "python -m experiments.activations", "analysis.activations"),
-    ("corrections", "python -m experiments.conv_correction", "analysis.corrections"),
-    ("qat", "python -m experiments.qat", "analysis.qat"),
-    ("kernels", "python -m kernels_pallas.bench, python -m experiments.kernel_parts", "analysis.kernels"),
-    ("gguf", "python -m experiments.gguf_peers", "analysis.gguf"),
-    ("runtimes", "python -m experiments.runtimes, python -m experiments.vllm_cpu", BY_HAND),
-    ("litert", "python -m experiments.litert", BY_HAND),
+    ("quickstart", "configs/quickstart.py", "readme"),
+    ("resnet20_cifar10", "configs/resnet20_cifar10.py", "readme"),
+    ("minilm_stsb", "configs/minilm_stsb.py", "readme"),
+    ("terrain", "configs/terrain.py", "readme"),
+    ("bakeoff", "bakeoff", "bakeoff"),
+    ("quadratic", "bench_quadratic", BY_HAND),
+    ("rounding", "rounding", BY_HAND),
+    ("codebooks", "rounding, distillation", "codebooks"),
+    ("distillation", "distillation", "distillation"),
+    ("weight_peers", "weight_peers, peer_folders", "weight_peers"),
+    ("bit_search", "bit_search", "bit_search"),
+    ("activations", "activations, image_activations", "activations"),
+    ("outliers", "activations", "activations"),
+    ("corrections", "conv_correction", "corrections"),
+    ("qat", "qat", "qat"),
+    ("kernels", "kernels_pallas.bench, kernel_parts", "kernels"),
+    ("gguf", "gguf_peers", "gguf"),
+    ("runtimes", "runtimes, vllm_cpu", BY_HAND),
+    ("litert", "litert", BY_HAND),
 )
-"""Folder under `experiments/results`, the commands that measure, and the module that writes its page."""
+"""Folder under `experiments/results`; what measures: modules for `python -m`, of `experiments` where nothing else is
+said, or a config for `mpq run`; and the module of `analysis` that writes its page."""
 
 
 def reproduce(_: Sources) -> Table:
     """A row a folder."""
     code = lambda text: text if text == BY_HAND else ", ".join(f"`{part}`" for part in text.split(", "))
     rows = tuple(tuple(map(code, row)) for row in ROWS)
-    return Table(("folder", "measured by", "page by"), (False, False, False), rows)
+    return Table(("folder", "measured by", "page by"), (False, False, False), rows).folded()

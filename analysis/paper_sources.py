@@ -44,6 +44,18 @@ class Sources:
         """
         return {path.stem: self.file(f"{name}/{path.stem}") for path in sorted((self._folder / name).glob("*.json"))}
 
+    def recorded(self) -> tuple[int, int]:
+        """How many files name the commit that made them, or lie beside a record that does, and how many there are."""
+        paths = sorted(self._folder.rglob("*.json"))
+        return sum(map(self._names_commit, paths)), len(paths)
+
+    def _names_commit(self, path: Path) -> bool:
+        if path.with_name("record.json").exists():
+            return True
+        content = self.file(path.relative_to(self._folder).with_suffix("").as_posix())
+        places = (content, content.get("record"), content.get("options"))
+        return any(isinstance(place, Mapping) and place.get("commit") for place in places)
+
     def run(self, name: str) -> Run:
         """A run of `mpq run`.
 

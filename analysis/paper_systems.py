@@ -64,6 +64,7 @@ def files(sources: Sources) -> dict[str, str]:
     loaded = sources.file("runtimes/gptqmodel")["rows"]
     served = sources.file("runtimes/vllm")["rows"]
     run = only(sources.file("weight_peers/times")["rows"], model="reference")
+    tiny = only(sources.file("weight_peers/times")["rows"], model="tiny1m")
     bits = sources.file("weight_peers/checkpoints_reference")["rows"]
     same = next(row for row in bits if row["case"] == "bitsandbytes NF4" and row["method"] == "qep")
     theirs = next(row for row in bits if row["case"] == "bitsandbytes NF4" and row["method"] == "theirs")
@@ -83,6 +84,7 @@ def files(sources: Sources) -> dict[str, str]:
         "ServedWeights": significant(max(row["kl"] for row in served if not _rounds_inputs(row)), 1),
         "ServedInputs": significant(max(row["kl"] for row in served if _rounds_inputs(row)), 1),
         "FolderRatio": f"{same['test']['kl'] / theirs['test']['kl']:.2f}",
+        "RunTinySeconds": f"{tiny['cpu_seconds']:.0f}",
         "RunSeconds": f"{run['cpu_seconds']:.0f}",
         "RunCompiling": f"{100 * run['compiled'] / run['seconds']:.0f} %",
         "RunBits": str(run["budget"]).removesuffix("bpw"),

@@ -1,9 +1,11 @@
 """The tables of the paper: those of the pages of results, with fewer rows and columns, and two of its own."""
 
+import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from analysis import activation_tables, activations, bit_search, codebooks, corrections, distillation, gguf, qat, readme
+from analysis import activation_tables, activations, codebooks, corrections, distillation, gguf, qat, readme
 from analysis import weight_peers as peers_page
 from analysis.paper_reproduce import reproduce
 from analysis.paper_runtimes import runtimes
@@ -30,14 +32,15 @@ def rounding(sources: Sources) -> Table:
 
 def ingredients(sources: Sources) -> Table:
     """KL of plans of five budgets, an ingredient a row."""
-    return parse(distillation.table(sources.file("distillation/tiny1m"), "kl"))
+    table = parse(distillation.table(sources.file("distillation/tiny1m"), "kl")).cells(_shorter)
+    return dataclasses.replace(table, head=("weights of the blocks", *table.head[1:]))
 
 
 def weight_peers(sources: Sources) -> Table:
     """The reference model beside the best peer of every size where there is one."""
     table = parse(peers_page.goals(peer_results(sources)["reference"])).keep(lambda row: "no peer" not in row[-1])
-    said = lambda text: text.removeprefix("mpq, ").replace("end-loss-weighted grams", "weighted grams")
-    return table.columns(0, 1, 3, 6, 8, 11, 12, 13, heads={13: "at most half"}).cells(said)
+    heads = {1: "best peer", 6: "ours", 11: "ratio", 12: "of KL", 13: "at most half"}
+    return table.columns(0, 1, 3, 6, 8, 11, 12, 13, heads=heads).cells(_shorter)
 
 
 def peer_results(sources: Sources) -> dict[str, Json]:
@@ -69,7 +72,7 @@ def rounded_activations(sources: Sources) -> Table:
     for model in models:
         rows = parse(activations.table(sources.file(f"activations/{model}"))).rows
         of_model.append({_without_code(row[0]): row for row in rows})
-    head = ("setting", *(f"{model}: {what}" for model in models for what in ("change", "KL", "KL, shifted")))
+    head = ("setting", *(f"{short}: {what}" for short in ("ref.", "tiny1m") for what in ("change", "KL", "shifted")))
     cells = lambda row: (row[2], row[3], row[6])
     rows = ((setting, *(cell for of in of_model for cell in cells(of[setting]))) for setting in SETTINGS)
     return Table(head, (False, *(True,) * 6), tuple(rows))
@@ -84,41 +87,65 @@ def asked(sources: Sources) -> Table:
 def corrected(sources: Sources) -> Table:
     """Biases and norms corrected behind rounded convolutions."""
     table = parse(corrections.table(sources.file("corrections/resnet20_cifar10"))).columns(0, 1, 2, 3, 6, 7)
-    return table.keep(lambda row: "equalized" not in row[1] and "one scale" not in row[0]).cells(_without_code)
+    return table.keep(lambda row: "one scale" not in row[0] and row[0].split()[0] in ("W4", "W3", "W4A4")).cells(
+        _without_code
+    )
 
 
 def trained(sources: Sources) -> Table:
-    """What training recovers, of both models."""
-    tables = []
+    """What training recovers, of both models: the plans that were trained."""
+    tables, heads = [], {2: "bpw", 3: "quality", 7: "recovered", 8: "of the best"}
     for name, result in sources.folder("qat").items():
-        table = parse(qat.table(result)).columns(0, 1, 2, 3, 4, 7, 8, heads={2: "bpw", 3: "quality"})
+        plans = {row["plan"] for row in result["rows"] if row["way"] == "trained"}
+        table = parse(qat.table(result)).keep(lambda row, plans=plans: row[0] in plans)
+        table = table.columns(0, 1, 2, 3, 4, 7, 8, heads=heads)
         tables.append(table.beside("model", [name.split("_")[0]] * len(table.rows)))
     return tables[0].above(*tables[1:])
 
 
-def widths(sources: Sources) -> Table:
-    """Bit widths by gradient, against the exact solver."""
-    return parse(bit_search.table(sources.file("bit_search/stories260k"))).columns(0, 1, 2, 3, 4, 5)
-
-
 def tpu(sources: Sources) -> Table:
-    """Cycles that the newest libtpu estimates, a row a case, a column a generation."""
+    """Cycles that the newest libtpu estimates for few tokens, a row a format, a column a generation."""
     cycles = list(sources.file("kernels/tpu_cycles").values())[-1]["cycles"]
-    cases = dict.fromkeys(case for of in cycles.values() for case in of)
+    cases = dict.fromkeys(case for of in cycles.values() for case in of if "-16x4096x4096-" in case)
     rows = tuple(
-        (case.removesuffix("-bfloat16"), *(f"{of[case]:,}" if of[case] else "–" for of in cycles.values()))
-        for case in cases
+        (case.split("-")[0], *(f"{of[case]:,}" if of[case] else "–" for of in cycles.values())) for case in cases
     )
-    return Table(("case: format, tokens x rows x columns", *cycles), (False, *(True,) * len(cycles)), rows)
+    return Table(("16 tokens, 4096 × 4096", *cycles), (False, *(True,) * len(cycles)), rows)
 
 
 def llama_cpp(sources: Sources) -> Table:
     """KL of files for llama.cpp at equal bytes, two models."""
     tables = []
     for name in ("reference", "student"):
-        table = parse(gguf.table(sources.file(f"gguf/{name}"))).cells(lambda cell: cell.split(";")[0])
+        table = parse(gguf.table(sources.file(f"gguf/{name}"))).cells(lambda cell: _shorter(cell.split(";")[0]))
         tables.append(table.beside("model", [name] * len(table.rows)))
     return tables[0].above(*tables[1:])
+
+
+SHORTER = (
+    (r"mpq, ", ""),
+    (r"(?:with )?learned levels, rounded \(QEP\)", "learned levels, QEP"),
+    (r"allocated(?: and|,) rounded \(QEP\)", "allocated, QEP"),
+    (r"(?:,| and) distilled in \d+ steps", ", distilled"),
+    (r" on its own text", " on own text"),
+    (r" by end-loss-weighted grams", ", weighted grams"),
+    (r"the same plan, each weight making up for those before it \(QEP\)", "the same plan, QEP"),
+    (r"largest uniform scheme that fits", "largest uniform scheme"),
+    (r"schemes allocated instead, by Fisher", "allocated by Fisher, GPTQ"),
+    (r"more schemes to choose from", "the same of more schemes"),
+    (r", on varied text", ""),
+    (r"llama.cpp's quantizer, importance matrix", "llama.cpp, importance matrix"),
+    (r"its mix of types, rounded by GPTQ here", "its mix, GPTQ of ours"),
+    (r"`mpq gguf`, embedding and output as in the mix", "searched, same ends"),
+    (r"`mpq gguf`", "searched"),
+)
+"""What pages say, and how the paper's narrower tables say it."""
+
+
+def _shorter(cell: str) -> str:
+    for pattern, said in SHORTER:
+        cell = re.sub(pattern, said, cell)
+    return cell
 
 
 def _without_code(cell: str) -> str:
@@ -136,7 +163,6 @@ TABLES: Mapping[str, Callable[[Sources], Table]] = MappingProxyType(
         "asked": asked,
         "corrected": corrected,
         "trained": trained,
-        "widths": widths,
         "tpu": tpu,
         "llama_cpp": llama_cpp,
         "runtimes": runtimes,

@@ -20,6 +20,7 @@ _SPECIAL = {
     "^": r"\textasciicircum{}",
     "±": r"\ensuremath{\pm}",
     "→": r"\ensuremath{\to}",
+    "×": r"\ensuremath{\times}",
     "²": r"\textsuperscript{2}",
     "\N{EN DASH}": "--",
     MINUS: r"\ensuremath{-}",
@@ -101,6 +102,13 @@ class Table:
     def above(self, *others: "Table") -> "Table":
         """The rows of others, whose columns are the same, below these."""
         return dataclasses.replace(self, rows=self.rows + tuple(row for other in others for row in other.rows))
+
+    def folded(self) -> "Table":
+        """The second half of the rows beside the first."""
+        half = (len(self.rows) + 1) // 2
+        second = (*self.rows[half:], *[("",) * len(self.head)] * (2 * half - len(self.rows)))
+        rows = tuple((*left, *right) for left, right in zip(self.rows[:half], second, strict=True))
+        return Table(self.head * 2, self.right * 2, rows)
 
     def tex(self) -> str:
         """A `tabular` between the rules of booktabs."""
