@@ -41,6 +41,7 @@ def frontier(sources: Sources) -> Figure:
     left, right = figure.subplots(1, 2, width_ratios=(1.75, 1))
     drawn = [plan for plan in result.plans if 0 < plan.kl < 3 and plan.bits_per_weight < 6]
     frontier_panel(left, result, drawn, (2.15, 5.7), named=False)
+    left.set_ylim(top=2.5)  # room for the first name
     left.set_ylabel("KL to the original, nats per token")
     looks = (("quickstart", PREDICTED, "o"), ("minilm_stsb", HEURISTIC, "s"), ("resnet20_cifar10", MIXED, "^"))
     for name, color, marker in looks:

@@ -194,6 +194,7 @@ def rounded(sources: Sources) -> Numbers:
         "StaticWorst": f"{worst:+.1f} %",
         "StaticOnline": f"{change('tiny1m', 'W8A8 static, MSE, online'):+.2f} %",
         **_beside(sources),
+        **_outliers(sources),
         "FourBits": f"{change('reference', 'W4g32A4 dynamic'):+.1f} %",
         "FourBitsOnline": f"{change('reference', 'W4g32A4 dynamic, online'):+.1f} %",
         "FourBitsBest": f"{change('reference', 'W4g32A4 dynamic, groups, online'):+.1f} %",
@@ -223,6 +224,16 @@ def _beside(sources: Sources) -> Numbers:
         "PackedText": f"{min(times['reference']):.2f}–{max(times['reference']):.2f}",
         "PackedImages": f"{min(times['resnet20_cifar10']):.1f}–{max(times['resnet20_cifar10']):.1f}",
     }
+
+
+def _outliers(sources: Sources) -> Numbers:
+    """LLM.int8 on dynamic W8A8, and rotation instead of it."""
+    of = lambda file, setting: only(sources.file(file)["rows"], setting=setting)["test"]
+    plain, apart = (of("outliers/tiny1m", f"W8A8 dynamic{more}") for more in ("", ", outliers apart"))
+    turned = of("activations/tiny1m", "W8A8 dynamic, online")
+    assert turned["kl"] < apart["kl"] < plain["kl"], "the text says: in this order"
+    names = {"OutliersIn": plain, "OutliersApart": apart, "OutliersTurned": turned}
+    return {name: with_error(found["kl"], found["kl_stderr"]) for name, found in names.items()}
 
 
 def _found(plan: PlanResult | None) -> PlanResult:
