@@ -10,7 +10,7 @@ inputs := pyproject.toml constraints.txt .ci/venv
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format slow parity aot clean
+.PHONY: help demo test lint format slow parity aot paper clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -38,6 +38,12 @@ parity: $(PARITY)/.installed  ## compare with transformers and PyTorch, in an en
 
 aot: $(AOT)/.installed  ## compile the kernels for TPUs and an H200, without either (1.4 GB of compilers)
 	$(AOT)/bin/python -m pytest -m aot tests/aot
+
+# paper/Makefile says what to install where there is no TeX engine; everything but the PDF is made without one.
+paper: $(VENV)/.installed  ## numbers, tables and figures of the report; its PDF, too, where a TeX engine is installed
+	$(VENV)/bin/python -m analysis.paper
+	@if command -v latexmk >/dev/null || command -v tectonic >/dev/null; then $(MAKE) -C paper; \
+	else echo "paper/generated and paper/figures are written; main.pdf needs latexmk or tectonic: none is installed."; fi
 
 clean:  ## remove the environments, caches and runs
 	rm -rf $(VENV) $(PARITY) $(AOT) runs build dist .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -61,7 +61,7 @@ def peers(result: Result) -> str:
 def asked(texts: Sequence[Result], pictures: Sequence[Result]) -> str:
     """A row a model: W8A8 dynamic, and the static setting with the least KL, against the limits."""
     lines = ["| model | dynamic | change | static | change | asked | holds |", "|---|---|---:|---|---:|---:|---|"]
-    for model, found, limit, unit in (*_texts(texts), *_images(pictures)):
+    for model, found, limit, unit in judged(texts, pictures):
         cells = [model]
         for name, change in found:
             cells += [name, f"{change:+.2f} {unit}"]
@@ -71,6 +71,13 @@ def asked(texts: Sequence[Result], pictures: Sequence[Result]) -> str:
 
 
 Found = tuple[str, list[tuple[str, float]], float, str]
+"""Model; settings and what they change; the limit of that; its unit."""
+
+
+def judged(texts: Sequence[Result], pictures: Sequence[Result]) -> Iterator[Found]:
+    """Of every model W8A8 with dynamic scales, and the static setting with the least KL."""
+    yield from _texts(texts)
+    yield from _images(pictures)
 
 
 def _texts(results: Sequence[Result]) -> Iterator[Found]:

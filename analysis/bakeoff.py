@@ -29,12 +29,12 @@ COLUMNS = (
 
 def overview(results: Sequence[Result]) -> str:
     """Kendall's tau of every metric, its mean over the bands, before and after the correction, on every model."""
-    heads = [_title(result) for result in results]
+    heads = [title(result) for result in results]
     names = {name for result in results for name in result["cost"]}
-    score = {name: _mean([_tau(result, name, "refitted") for result in results]) for name in names}
+    score = {name: _mean([mean_tau(result, name, "refitted") for result in results]) for name in names}
     lines = ["| metric | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
     for name in sorted(names, key=lambda name: (-(score[name] or -1.0), name)):
-        pairs = ((_tau(result, name), _tau(result, name, "refitted")) for result in results)
+        pairs = ((mean_tau(result, name), mean_tau(result, name, "refitted")) for result in results)
         lines.append(f"| `{name}` | " + " | ".join(f"{_decimal(a, 2)} → {_decimal(b, 2)}" for a, b in pairs) + " |")
     for what, tau in (
         ("*measured on the calibration set*", lambda band: band["ceiling"]["tau"]),
@@ -76,7 +76,7 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
     )
     yield overview(results)
     for result in results:
-        yield f"## {_title(result)}"
+        yield f"## {title(result)}"
         yield (
             f"{result['plans']} plans a band of {result['groups']} groups; {result['rows'][0]} rows to calibrate on, "
             f"{result['rows'][1]} to judge by. {_statistics(result)} Calibrated: by a power law. Refitted: the table "
@@ -100,11 +100,13 @@ def _statistics(result: Result) -> str:
     return f"Moments for rounding: of {rows} others." if rows else "Moments for rounding: of the same rows."
 
 
-def _title(result: Result) -> str:
+def title(result: Result) -> str:
+    """Model and rounding algorithm."""
     return f"{result['model']}, {result['method'].upper()}"
 
 
-def _tau(result: Result, name: str, part: str | None = None) -> float | None:
+def mean_tau(result: Result, name: str, part: str | None = None) -> float | None:
+    """Kendall's tau of a metric, its mean over the bands: of the sum, or of `part`; None where a band has none."""
     return _mean([_part(band["metrics"].get(name, {}), part).get("tau") for band in result["bands"]])
 
 

@@ -35,7 +35,7 @@ def table(result: Result, quantity: str) -> str:
     budgets = sorted({row["budget"] for row in result["rows"]})
     lines = ["| | " + " | ".join(f"{budget:g} bpw" for budget in budgets) + " |", "|---|" + "---:|" * len(budgets)]
     for name, what in INGREDIENTS.items():
-        rows = [_row(result, name, budget) for budget in budgets]
+        rows = [row_of(result, name, budget) for budget in budgets]
         if any(rows):
             cells = [with_error(row.get(quantity), row.get(f"{quantity}_stderr")) for row in rows]
             lines.append("| " + " | ".join([what, *cells]) + " |")
@@ -81,7 +81,8 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
         yield plans(result)
 
 
-def _row(result: Result, ingredient: str, budget: float) -> Mapping[str, Any]:
+def row_of(result: Result, ingredient: str, budget: float) -> Mapping[str, Any]:
+    """What the file holds of an ingredient at a budget; empty if nothing."""
     wanted = (row for row in result["rows"] if (row["ingredient"], row["budget"]) == (ingredient, budget))
     return next(wanted, {})
 

@@ -70,7 +70,7 @@ def frontier_figure(result: Result) -> Figure:
     figure = Figure(figsize=(10.5, 5.4) if zoom else (8.0, 5.4))
     panels = figure.subplots(1, 1 + zoom, squeeze=False)[0]
     for ax, limits in zip(panels, (whole, near), strict=False):
-        _frontier_panel(ax, result, drawn, limits, named=ax is panels[-1])
+        frontier_panel(ax, result, drawn, limits, named=ax is panels[-1])
     panels[0].set_ylabel(f"KL to the original ({result.task.nats})")
     panels[0].set_title("whole range" if zoom else "", pad=8)
     if zoom:
@@ -90,7 +90,7 @@ def frontier_figure(result: Result) -> Figure:
     return figure
 
 
-def _frontier_panel(
+def frontier_panel(
     ax: Axes, result: Result, drawn: Sequence[PlanResult], limits: tuple[float, float], *, named: bool
 ) -> None:
     """One panel over the bits per weight in `limits`; with the names of mixed plans, too, if `named`."""
