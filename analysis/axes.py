@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from analysis.figure import DISTILLED, HEURISTIC, MIXED, PAPER, PROPAGATED, UNIFORM, Label
+from analysis.figure import CORRECTED, DISTILLED, HEURISTIC, MIXED, PAPER, PROPAGATED, UNIFORM, Label
 from analysis.load import MADE_BETTER, PlanResult, Result
 from analysis.text import significant
 
@@ -23,6 +23,7 @@ KINDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "uniform": (UNIFORM, "s"),
         "heuristic": (HEURISTIC, "^"),
         "propagated": (PROPAGATED, "v"),
+        "corrected": (CORRECTED, "P"),
         "distilled": (DISTILLED, "D"),
     }
 )

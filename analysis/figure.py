@@ -22,7 +22,7 @@ STYLE = Path(__file__).with_name("paper.mplstyle")
 INK, PAPER, MUTED = "#1b1f24", "#ffffff", "#6e7781"
 # Okabe and Ito's palette: told apart with every common colour vision; kinds also differ in marker and line.
 PREDICTED, MIXED, UNIFORM, HEURISTIC = "#0072b2", "#d55e00", "#6e7781", "#009e73"
-PROPAGATED, DISTILLED = "#8a5a00", "#b0468c"
+PROPAGATED, CORRECTED, DISTILLED = "#8a5a00", "#56b4e9", "#b0468c"
 
 
 @contextlib.contextmanager

@@ -128,7 +128,7 @@ class FrontierInfo:
         return self.corrected_stderr if self.corrected_kl else self.predicted_stderr
 
 
-MADE_BETTER = ("propagated", "distilled")
+MADE_BETTER = ("propagated", "corrected", "distilled")
 """Kinds of plans with the choices of another one, whose weights were made otherwise."""
 
 
@@ -138,7 +138,8 @@ class PlanResult:
 
     Attributes:
       kind: `mixed` (a solution of the knapsack), `uniform` (every weight under `scheme`), `heuristic` (a fixed mix), or
-        any of these made better: `propagated` (each weight makes up for those before it), `distilled` (trained).
+        any of these made better: `propagated` (each weight makes up for those before it), `corrected` (biases and
+        norms make up for all), `distilled` (trained).
       handed_out: its budget ends with this plan, and it is plainly rounded or the best way to make it.
       quality: None without labels, and where it is not finite (a perplexity that overflows).
       nll: None without labels, and for embeddings, which have no right answer.
@@ -148,7 +149,7 @@ class PlanResult:
     """
 
     name: str
-    kind: Literal["mixed", "uniform", "heuristic", "propagated", "distilled"]
+    kind: Literal["mixed", "uniform", "heuristic", "propagated", "corrected", "distilled"]
     method: str
     handed_out: bool
     size_bytes: int

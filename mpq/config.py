@@ -44,6 +44,8 @@ class RunConfig:
       guided: rounding goes by grams in which tokens count by how much the end loss depends on them (`mpq.guide`).
       propagate: the winner of every budget is rounded once more with each weight making up for those before it
         (`mpq.quantize.propagate`); it is handed out so if that is better on the selection set.
+      correct: and its biases and norms are corrected for what rounding does to layers' outputs on average
+        (`mpq.quantize.correction`), where there are some behind weights; likewise.
       distill_steps: of distillation of the plan that is handed out, on the calibration set; it is handed out distilled
         if that is better on the selection set. 0: none.
       activations: scheme of all activations, `int8_token`, or of these and of the KV cache, `int8_token+int8_head`
@@ -74,6 +76,7 @@ class RunConfig:
     refine_windows: int = 16
     guided: bool = False
     propagate: bool = True
+    correct: bool = True
     distill_steps: int = 0
     activations: str = ""
     seed: int = 0

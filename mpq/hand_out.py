@@ -3,7 +3,8 @@
 Plans are compared as the main rounding algorithm alone makes them; what follows costs more and is done for winners:
 
     +propagate    rounded in order, each weight making up for those before it (`mpq.quantize.propagate`)
-    +distill      from the better of these, trained to the original's outputs (`mpq.distill`)
+    +correct      of the better of these, biases and norms corrected for what rounding does (`mpq.quantize.correction`)
+    +distill      from the best of these, trained to the original's outputs (`mpq.distill`)
 
 Nothing is taken on trust: each is measured on the selection set, and the plain rounding stays if it is better.
 """
@@ -13,19 +14,26 @@ import functools
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from mpq.artifacts import Plan
 from mpq.distill import Distill
+from mpq.equalize import find_shifts
+from mpq.equalize.shifts import Shift
 from mpq.evaluate import DocumentScores
 from mpq.export import orbax
 from mpq.export.arguments import export_arguments
 from mpq.pipeline import Run
+from mpq.quantize.correction import SUFFIX as CORRECT
+from mpq.quantize.correction import correct_biases
 from mpq.quantize.propagate import SUFFIX as PROPAGATE
 from mpq.quantize.propagate import Propagation
-from mpq.types import QTensor
+from mpq.types import Params, QTensor
 
 DISTILL = "+distill"
 """Of the name of what was trained."""
+MADE_BETTER = {PROPAGATE: "propagated", CORRECT: "corrected", DISTILL: "distilled"}
+"""Suffix of a way -> what its plans are called, in the order in which suffixes are added."""
 
 
 class HandOut:
@@ -61,8 +69,13 @@ class HandOut:
         return kl
 
     def _untrained(self, plan: Plan) -> dict[str, float]:
-        method, propagate = self.run.config.method, self.run.config.propagate
-        return {way: self._kl(plan, way) for way in (method, *([method + PROPAGATE] if propagate else []))}
+        config = self.run.config
+        ways = (config.method, *([config.method + PROPAGATE] if config.propagate else []))
+        kl = {way: self._kl(plan, way) for way in ways}
+        if config.correct and self._shifts:
+            way = _least(kl) + CORRECT
+            kl[way] = self._kl(plan, way)
+        return kl
 
     def way(self, budget: str) -> str:
         """The best of them."""
@@ -80,16 +93,25 @@ class HandOut:
 
     def scores(self, plan: Plan, way: str, which: str) -> DocumentScores:
         """Quality on the selection or test set: of any plan by a rounding algorithm, of a winner by one of its ways."""
-        measured = lambda which: self.run.measured(f"{way}-{plan.name}", lambda: self.qtensors(plan, way), which)
-        if way in self.run.methods:
+        run = self.run
+        made = lambda: run.params(self.qtensors(plan, way), self.beside(plan, way))
+        measured = lambda which: run.measured(f"{way}-{plan.name}", made, which)
+        if way in run.methods:
             return measured(which)
         return {one: measured(one) for one in ("selection", "test")}[which]  # both while the weights are at hand
 
     def qtensors(self, plan: Plan, way: str) -> dict[str, QTensor]:
         """Path -> quantized weight, likewise."""
-        if way in self.run.methods:
-            return self.run.qtensors(plan, way)
-        return self._distilled if way.endswith(DISTILL) else self._propagation.choose(plan.choices)
+        if way.endswith(DISTILL):
+            return self._distilled[0]
+        way = way.removesuffix(CORRECT)
+        return self.run.qtensors(plan, way) if way in self.run.methods else self._propagation.choose(plan.choices)
+
+    def beside(self, plan: Plan, way: str) -> Params:
+        """Path -> other parameters that are not the original's, likewise."""
+        if way.endswith(DISTILL):
+            return self._distilled[1]
+        return self._corrected(plan, way) if way.endswith(CORRECT) else {}
 
     def stored(self) -> Plan:
         """The plan that is handed out, with the activations."""
@@ -99,8 +121,10 @@ class HandOut:
         """Write what is handed out as an Orbax folder of packed weights."""
         path, run = self.run.folder / "quantized", self.run
         if not path.exists():
+            beside = self.beside(self.plan, self.method)
+            model = dataclasses.replace(run.model, params={**run.model.params, **beside})
             made = self.qtensors(self.plan, self.method), self.stored(), run.activations
-            orbax.save(path, **export_arguments(run.model, run.traced.weights, *made))
+            orbax.save(path, **export_arguments(model, run.traced.weights, *made))
         return path
 
     def _winner(self, budget: str) -> tuple[Plan, dict[str, float]]:
@@ -128,20 +152,57 @@ class HandOut:
         return Propagation(run.traced, candidates, data, batch_size=size, weightings=weightings)
 
     @functools.cached_property
-    def _distilled(self) -> dict[str, QTensor]:
+    def _shifts(self) -> tuple[Shift, ...]:
+        """Where biases and norms take up what layers give too much."""
+        return find_shifts(self.run.model, self.run.traced, self.run.sets["calibration"])
+
+    def _corrected(self, plan: Plan, way: str) -> Params:
+        """Vectors of biases and norms that make up for the rounding of a winner, whose way is read more than once."""
+        if (plan.name, way) not in self._vectors:
+            run, data = self.run, self.run.sets["calibration"]
+            size = min(run.config.batch_size, len(data.inputs))
+            params = correct_biases(
+                run.model,
+                run.traced,
+                run.params(self.qtensors(plan, way)),
+                self._shifts,
+                data,
+                activations=run.activations,
+                norms=True,
+                batch_size=size,
+            )
+            named = {path for shift in self._shifts for path in (*shift.vectors, shift.gain) if path is not None}
+            self._vectors[plan.name, way] = {path: params[path] for path in sorted(named)}
+        return self._vectors[plan.name, way]
+
+    @functools.cached_property
+    def _vectors(self) -> dict[tuple[str, str], Params]:
+        return {}
+
+    @functools.cached_property
+    def _distilled(self) -> tuple[dict[str, QTensor], Params]:
         """The plan that is handed out, trained on the calibration set from the best way without training."""
         run, plan, state = self.run, self.plan, self.run.folder / "distill.state"
         data = run.sets["calibration"]
         options = Distill(steps=run.config.distill_steps, batch_size=min(Distill.batch_size, len(data.inputs)))
+        way = _least(self._untrained(plan))
+        beside = self.beside(plan, way)
 
-        def make() -> dict[str, QTensor]:
-            start, key = self.qtensors(plan, _least(self._untrained(plan))), jax.random.key(run.config.seed)
-            return options(run.model, run.traced, start, data, key=key, state=state).qtensors
+        def make() -> tuple[dict[str, QTensor], Params]:
+            start, key = self.qtensors(plan, way), jax.random.key(run.config.seed)
+            found = options(run.model, run.traced, start, data, key=key, state=state, beside=beside)
+            return found.qtensors, found.beside
 
-        def save(path: Path, qtensors: dict[str, QTensor]) -> None:
-            orbax.save(path, **export_arguments(run.model, run.traced.weights, qtensors, plan))
+        def save(path: Path, made: tuple[dict[str, QTensor], Params]) -> None:
+            model = dataclasses.replace(run.model, params={**run.model.params, **made[1]})
+            orbax.save(path, **export_arguments(model, run.traced.weights, made[0], plan))
 
-        found = run.stage("distilled", lambda path: orbax.load(path).qtensors, make, save)
+        def read(path: Path) -> tuple[dict[str, QTensor], Params]:
+            exported = orbax.load(path)
+            dtypes = {name: value.dtype for name, value in run.model.params.items()}
+            return exported.qtensors, {p: jnp.asarray(exported.params[p]).astype(dtypes[p]) for p in beside}
+
+        found = run.stage("distilled", read, make, save)
         state.unlink(missing_ok=True)
         return found
 

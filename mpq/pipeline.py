@@ -56,7 +56,7 @@ from mpq.sensitivity import METRICS
 from mpq.sensitivity.base import require_finite_entries
 from mpq.store import Store, score_store, source_digest
 from mpq.trace import Trace
-from mpq.types import LayerStats, QTensor, SensitivityTable
+from mpq.types import LayerStats, Params, QTensor, SensitivityTable
 
 T = TypeVar("T")
 SETS = ("calibration", "selection", "test")
@@ -206,7 +206,7 @@ class Run:
 
     def scores(self, plan: Plan, method: str, which: str) -> DocumentScores:
         """A plan's quality on the selection or test set."""
-        return self.measured(f"{method}-{plan.name}", lambda: self.qtensors(plan, method), which)
+        return self.measured(f"{method}-{plan.name}", lambda: self.params(self.qtensors(plan, method)), which)
 
     def reference_scores(self, which: str) -> DocumentScores:
         """The unquantized model's own quality: KL 0, agreement 1."""
@@ -219,17 +219,21 @@ class Run:
         """Path -> quantized weight."""
         return self.candidates[method].choose(plan.choices)
 
-    def measured(self, name: str, qtensors: Callable[[], Mapping[str, QTensor]], which: str) -> DocumentScores:
-        """Quality of weights on the selection or test set; that of the original if they are it, bit for bit.
+    def params(self, qtensors: Mapping[str, QTensor], beside: Params | None = None) -> dict[str, jax.Array]:
+        """The model's parameters with these weights, and with other values of what is beside them."""
+        return apply_plan({**self.model.params, **(beside or {})}, self.traced.weights, qtensors)
+
+    def measured(self, name: str, made: Callable[[], Params], which: str) -> DocumentScores:
+        """Quality of parameters on the selection or test set; that of the original if they are it, bit for bit.
 
         Args:
           name: of the scores, by which they are kept.
-          qtensors: makes the weights, if they are not.
+          made: makes the parameters, if they are not measured yet.
           which: `selection` or `test`.
         """
 
         def make() -> DocumentScores:
-            params = apply_plan(self.model.params, self.traced.weights, qtensors())
+            params = made()
             same = all(bool(jnp.array_equal(params[path], original)) for path, original in self.model.params.items())
             if same and not self.activations:
                 return self.reference_scores(which)

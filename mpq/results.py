@@ -17,11 +17,10 @@ from mpq.checks import check
 from mpq.evaluate import DocumentScores, counts_of, score
 from mpq.export import orbax
 from mpq.files import write_json
-from mpq.hand_out import DISTILL, HandOut
+from mpq.hand_out import MADE_BETTER, HandOut
 from mpq.pipeline import Run
 from mpq.predict import Predictor, number
 from mpq.progress import track
-from mpq.quantize.propagate import SUFFIX as PROPAGATE
 from mpq.record import Costs, RunRecord, timed
 from mpq.types import MpqError, SensitivityTable
 
@@ -152,9 +151,10 @@ def plan_entry(
     handed_out: bool,
 ) -> dict[str, Any]:
     """One row: a plan, rounded by one method, measured on the test set."""
-    kind, plain = kind_of(plan), method.removesuffix(DISTILL).removesuffix(PROPAGATE)
-    if method != plain:
-        kind = "distilled" if method.endswith(DISTILL) else "propagated"
+    kind, plain = kind_of(plan), method
+    for suffix, made in reversed(MADE_BETTER.items()):
+        kind = made if method.endswith(suffix) else kind
+        plain = plain.removesuffix(suffix)
     return {
         "name": plan.name,
         "kind": kind,

@@ -34,6 +34,8 @@ from mpq.progress import track
 from mpq.trace import Site, Trace
 from mpq.types import Params
 
+SUFFIX = "+correct"
+"""Of the name of a rounding algorithm whose result is corrected."""
 ROUNDING = 1e-5
 """A variance below this share of the mean square is what sums in float32 leave of one that is 0."""
 
