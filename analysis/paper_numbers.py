@@ -105,6 +105,22 @@ def sensitivity(sources: Sources) -> Numbers:
         "CostGaussNewton": f"{reference['cost']['gauss_newton']:.0f}",
         "CostFisher": f"{reference['cost']['fisher']:.0f}",
         "FisherGradients": f"{cost['fisher_over_gradient']:.1f}",
+        **_surrogates(sources),
+    }
+
+
+def _surrogates(sources: Sources) -> Numbers:
+    """Plans of few bits: sums, a corrected table and a surrogate, of Fisher scores and the most plans."""
+    few = [only(result["bands"], bits=[2, 4])["metrics"]["fisher"] for result in sources.folder("surrogate").values()]
+    most = [of["fitted"][-1] for of in few]
+    assert len({fitted["plans"] for fitted in most}) == 1, "the text names one number of plans"
+    ranged = lambda name: _range(fitted[name]["tau"] for fitted in most)
+    return {
+        "SurrogatePlans": str(most[0]["plans"]),
+        "SurrogateSum": _range(of["sum"]["tau"] for of in few),
+        "SurrogateRefit": ranged("refit"),
+        "SurrogateTau": ranged("surrogate"),
+        "SurrogateWithin": f"{_range((100 * fitted['surrogate']['within'] for fitted in most), 0)} %",
     }
 
 
@@ -250,9 +266,9 @@ def _percents(shares: Iterable[float]) -> str:
     return f"{', '.join(first)} and {last} %"
 
 
-def _range(values: Iterable[float | None]) -> str:
+def _range(values: Iterable[float | None], decimals: int = 2) -> str:
     known = [value for value in values if value is not None]
-    low, high = f"{min(known):.2f}", f"{max(known):.2f}"
+    low, high = f"{min(known):.{decimals}f}", f"{max(known):.{decimals}f}"
     return low if low == high else f"{low}–{high}"
 
 

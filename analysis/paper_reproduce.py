@@ -12,6 +12,7 @@ ROWS = (
     ("minilm_stsb", "configs/minilm_stsb.py", "readme"),
     ("terrain", "configs/terrain.py", "readme"),
     ("bakeoff", "bakeoff", "bakeoff"),
+    ("surrogate", "surrogate", "surrogate"),
     ("quadratic", "bench_quadratic", BY_HAND),
     ("rounding", "rounding", BY_HAND),
     ("codebooks", "rounding, distillation", "codebooks"),

@@ -27,6 +27,7 @@ from experiments.bakeoff import Options as Plans
 from mpq.allocate import Problem, Surrogate, refit
 from mpq.files import write_json
 from mpq.progress import shown, track
+from mpq.record import RunRecord
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,11 @@ def main(options: Options) -> None:
             }
         ceiling = {"halves": rounded(halves), "plan_cost": fit_rows / rows}
         bands.append({"bits": list(band), "median": rounded(float(np.median(measured))), **ceiling, "metrics": entries})
-    write_json(options.plans.out, run.description() | {"bands": bands})
+    inputs = {"model": run.model.digest, **{name: data.digest for name, data in run.sets.items()}}
+    named = {"data": run.description()["data"], "model": run.model.name, "out": "", "test": "", "work": ""}
+    config = dataclasses.asdict(options.plans) | named | {"counts": options.counts, "bands": options.bands}
+    record = RunRecord.collect(config, seeds={"seed": options.plans.seed}, inputs=inputs)
+    write_json(options.plans.out, run.description() | {"bands": bands, "record": record.to_json()})
 
 
 def compare(

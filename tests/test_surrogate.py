@@ -39,6 +39,7 @@ def result(tmp_path_factory):
 def test_every_metric_is_fitted_to_every_number_of_plans(result):
     assert [band["bits"] for band in result["bands"]] == [[3, 5]]
     assert result["fit_set"] == "selection"
+    assert result["record"]["config"]["counts"] == [8, 16]
     for band in result["bands"]:
         assert band["plan_cost"] == 6 / result["rows"][0]
         assert sorted(band["metrics"]) == ["kl", "marginal", "weight_mse"]
