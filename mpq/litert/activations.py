@@ -18,7 +18,6 @@ from typing import Self
 import numpy as np
 
 from mpq.activations.apply import RoundedActivation
-from mpq.activations.scheme import scale_and_zero
 from mpq.export.graphs import ROTATED
 from mpq.export.orbax import Exported
 from mpq.litert.graph import Quantization
@@ -45,11 +44,8 @@ class Codes:
     @classmethod
     def of(cls, row: RoundedActivation) -> Self:
         """Those of a static row, as `mpq.activations.scheme` has them, its codes less 128 where they are not signed."""
-        assert row.low is not None
-        assert row.high is not None
-        low, high = (np.float32(x) for x in (min(row.low[0], 0.0), max(row.high[0], 0.0)))
-        scale, zero = scale_and_zero(low, high, row.scheme.asymmetric, np.float32(row.scheme.top))  # pyright: ignore[reportArgumentType]
-        return cls(float(scale), int(zero) - 128 if row.scheme.asymmetric else 0)
+        scale, zero = row.step
+        return cls(scale, zero - 128 if row.scheme.asymmetric else 0)
 
     @classmethod
     def beside(cls, other: "Codes", total: "Codes", rectified: bool) -> Self:
