@@ -180,6 +180,20 @@ class TestWhatCannotBeAsked:
             "they are, by int8_token, int8_tensor_static or int8_tensor_static_asym; leave it out"
         )
 
+    @pytest.mark.parametrize(
+        ("name", "scheme", "reason"),
+        [
+            ("litert", "int8_token", "as they come inputs are rounded by int8_token_asym there, those of convolutions"),
+            ("litert", "int4_tensor_static", "static ranges are of whole tensors in 8 bits; leave it out"),
+            ("llm_int8", "int8_token_outlier6_static", "inputs are rounded there as they are, by int8_token; leave"),
+        ],
+    )
+    def test_what_the_other_runtimes_have_not(self, model, table, tmp_path, name, scheme, reason):
+        request = Request(bpw=16.0, runtime=name, activations=scores(model, (scheme,), tmp_path / "scores"))
+        message = message_of(lambda: request.joint(request.problem(table, 0), table))
+        first = "layers.0.self_attn.{q,k,v}_proj.kernel"
+        assert message.startswith(f"{name} has no form for {first} at {scheme}: {reason}")
+
     def test_one_scheme_for_all_where_none_is_enough(self, model, table, tmp_path):
         path = scores(model, ROUNDINGS["llm_int8"], tmp_path / "scores")
         request = Request(bpw=16.0, runtime="llm_int8", activations=path, max_bops=1e6)

@@ -127,6 +127,8 @@ def rounding_refusal(row: ActivationSpec, scheme: ActivationScheme) -> str | Non
         return "it keeps no features in floating point; int8_token_asym rounds them all"
     if scheme.minifloat:
         return "it has no FP8; use int8_token_asym"
+    if scheme.static is None and str(scheme) not in (TOKEN, TENSOR):
+        return f"as they come inputs are rounded by {TOKEN} there, those of convolutions by {TENSOR}"
     whole = scheme.static is None or (scheme.bits == 8 and scheme.granularity == "tensor")
     return None if whole else "static ranges are of whole tensors in 8 bits"
 

@@ -281,7 +281,11 @@ class TestWhatCannotBeWritten:
     @pytest.mark.parametrize(
         ("scheme", "weights", "reason"),
         [
-            ("int8_token", "int8_channel", "as they come inputs are rounded by int8_token_asym there"),
+            (
+                "int8_token",
+                "int8_channel",
+                "as they come inputs are rounded by int8_token_asym there, those of convolutions by int8_tensor_asym",
+            ),
             ("int8_token_asym", "int8_g16", "it multiplies no codes of {first} at int8_g16"),
             ("int4_tensor_static", "int8_channel", "static ranges are of whole tensors in 8 bits"),
         ],
