@@ -15,7 +15,7 @@ independent, but those of many rows add up to more than their sum where they are
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -154,13 +154,7 @@ def joint_problem(
         size[group, : len(pairs)] = repeat(weights.size_bits) + np.tile(bits, len(weights.schemes))
         alone = np.arange(len(pairs)) % every == 0  # a group that reads no row of the table has no choice of one
         allowed[group, : len(pairs)] = repeat(weights.allowed) & (alone | bool(read))
-        rounded = {path for _, row in read for path in row.weights}
-        for column in np.flatnonzero(allowed[group]):
-            weight, activation = pairs[column].weight, pairs[column].activation
-            assert weight is not None  # columns of the cache are not allowed to weights
-            by = lambda spec, activation=activation, rounded=rounded: activation if spec.path in rounded else None
-            members = weights.members[group]
-            allowed[group, column] = all(pairs_allowed(spec, weight, by(spec)) for spec in members)
+        allowed[group, : len(pairs)] &= _taken(pairs, weights.members[group], read, pairs_allowed)
         if not allowed[group].any():
             raise MpqError(
                 f"no scheme of {weights.names[group]} goes with one of its inputs for this runtime: score more schemes "
@@ -205,6 +199,21 @@ def _rows_of_groups(weights: Problem, table: ActivationTable | None) -> list[lis
             )
         found[groups.pop() or 0].append((number, row))
     return found
+
+
+def _taken(
+    pairs: Sequence[JointScheme],
+    members: Sequence[WeightSpec],
+    read: list[tuple[int, ActivationSpec]],
+    pairs_allowed: Pairs,
+) -> np.ndarray:
+    """`bool[pairs]`: those that every weight of a group may have; only inputs with losses are rounded."""
+    rounded, taken = {path for _, row in read for path in row.weights}, np.zeros(len(pairs), np.bool_)
+    for column, pair in enumerate(pairs):
+        assert pair.weight is not None  # that of a cache is no pair
+        by = [pair.activation if spec.path in rounded else None for spec in members]
+        taken[column] = all(pairs_allowed(spec, pair.weight, a) for spec, a in zip(members, by, strict=True))
+    return taken
 
 
 def _of_rows(
