@@ -2,7 +2,7 @@ r"""Checkpoints of `mpq export` beside those that their runtime's own quantizer 
 
 Run:     python -m experiments.peer_folders --model reference --python ENV/bin/python --data TEXT --test TEXT
          --other TEXT --out FILE   (environments as for `experiments/weight_peers.py`)
-Expect:  a lower KL to the original in every row; where no data is seen, the same codes
+Expect:  a lower KL to the original by QEP in every case; where no data is seen, the same codes
 Resume:  type the same command again: rows that the file holds are not computed again
 Writes:  one JSON object: by case and method, bytes of the weights' file and quality on two texts, from the logits of
          the runtime, which reads both sides' folders alike

@@ -108,9 +108,8 @@ def allocate(table_path: Path, out: Path, request: Request, picture: Path | None
     matched = request.matched([w.path for w in table.weights])
     problem = request.problem(table, beside)
     if request.is_joint:
-        joint = request.joint(problem, table.model_digest)
-        limits = [] if request.max_bops is None else [joint.bops(request.max_bops)]
-        problem = joint.problem
+        joint = request.joint(problem, table)
+        limits, problem = request.joint_limits(joint), joint.problem
     else:
         joint, limits = None, request.limits(problem)
     allocation = request.solve(problem, limits, table)

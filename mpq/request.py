@@ -85,33 +85,65 @@ class Request:
                 "--activations and --kv go with a size, --max-kl and --max-bops: leave out --interactions, --latency "
                 "and --rules"
             )
-        if self.is_joint and self.runtime is not None and not known("format", self.runtime, TARGETS).activations:
-            raise MpqError(
-                f"format {self.runtime} holds weights only: leave out --activations and --kv, or use --for onnx"
-            )
+        if self.is_joint and self.runtime is not None:
+            target = known("format", self.runtime, TARGETS)
+            if not (target.activations or target.rounds_alike):
+                raise MpqError(
+                    f"format {self.runtime} holds weights only: leave out --activations and --kv, or use --for onnx"
+                )
 
     @property
     def is_joint(self) -> bool:
         """Whether more than weights is chosen."""
         return self.activations is not None or self.cache is not None
 
-    def joint(self, problem: Problem, model_digest: str) -> Joint:
+    def joint(self, problem: Problem, table: SensitivityTable) -> Joint:
         """The problem of weights, activations and the KV cache.
 
+        Where the runtime has one scheme for all activations, it is that of the best solution.
+
         Raises:
-          MpqError: a table is damaged or of another model, the tables do not go together, or the runtime cannot round
-            what they are of.
+          MpqError: a table is damaged or of another model, the tables do not go together, the runtime cannot round what
+            they are of, or it rounds by one scheme and no plan of one keeps to what is asked.
         """
         tables = [None if path is None else load_activation_table(path) for path in (self.activations, self.cache)]
-        for path, table, kind in zip((self.activations, self.cache), tables, ("activation", "kv"), strict=True):
-            if path is not None and table is not None:
-                require_model(path, table.model_digest, model_digest)
-                if any(row.kind != kind for row in table.activations):
+        for path, scores, kind in zip((self.activations, self.cache), tables, ("activation", "kv"), strict=True):
+            if path is not None and scores is not None:
+                require_model(path, scores.model_digest, table.model_digest)
+                if any(row.kind != kind for row in scores.activations):
                     of = {"activation": "activations", "kv": "kv"}[kind]
                     raise MpqError(f"{path} is no table of {of}: give what `mpq sensitivity --of {of}` wrote")
-        if self.runtime is not None:
-            require_rounding(self.runtime, [table for table in tables if table is not None])
-        return joint_problem(problem, tables[0], tables[1], self.context * self.sequences)
+        activations, cache, tokens = *tables, self.context * self.sequences
+        if self.runtime is None:
+            return joint_problem(problem, activations, cache, tokens)
+        require_rounding(self.runtime, [scores for scores in tables if scores is not None])
+        target = TARGETS[self.runtime]
+        if activations is None or not target.one_rounding:
+            return joint_problem(problem, activations, cache, tokens, target.pairs)
+        found: list[tuple[float, Joint]] = []
+        for number in range(len(activations.schemes)):
+            with contextlib.suppress(MpqError):  # no plan with this scheme keeps to what is asked
+                posed = joint_problem(problem, activations.at(number), cache, tokens, target.pairs)
+                found.append((self._least(posed.problem, self.joint_limits(posed), table), posed))
+        if not found:
+            raise MpqError(
+                f"no plan with one scheme for all activations, which {self.runtime} needs, keeps to what is asked: "
+                "allow more, or score more schemes"
+            )
+        return min(found, key=lambda pair: pair[0])[1]
+
+    def joint_limits(self, joint: Joint) -> list[Constraint]:
+        """The limits beside the size, of a joint problem.
+
+        Raises:
+          MpqError: a limit is no positive number.
+        """
+        return [] if self.max_bops is None else [joint.bops(self.max_bops)]
+
+    def _least(self, problem: Problem, limits: Sequence[Constraint], table: SensitivityTable) -> float:
+        """Loss of the solution, or its size where that is asked for."""
+        solved = self.solve(problem, limits, table)
+        return solved.size_bits if self.max_kl is not None else solved.loss
 
     @property
     def name(self) -> str:
@@ -181,8 +213,7 @@ class Request:
         for one in (scheme for scheme in table.schemes if scheme.has_scale):
             with contextlib.suppress(MpqError):  # this scheme does not fit some weight, a rule or the budget
                 problem = pose(self.sets | rules(lambda scheme, one=one: scheme == one or not scheme.has_scale))
-                solved = self.solve(problem, self.limits(problem), table)
-                found.append((solved.size_bits if self.max_kl is not None else solved.loss, problem))
+                found.append((self._least(problem, self.limits(problem), table), problem))
         if not found:
             raise MpqError(
                 f"no plan with one scheme for all linear layers, which {self.runtime} needs, keeps to what is asked: "

@@ -6,7 +6,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from mpq import artifacts
 from mpq.activations import activation_rows, parse_activation_scheme
@@ -17,6 +17,7 @@ from mpq.export.arguments import export_arguments
 from mpq.export.orbax import Exported
 from mpq.export.targets import TARGETS
 from mpq.formats import parse_scheme
+from mpq.hf.container import Site
 from mpq.hf.containers import CONTAINERS
 from mpq.hf.inputs import compressed_tensors_of, llm_int8_of
 from mpq.hf.load import load_codes
@@ -104,7 +105,10 @@ class TestRoundedInputs:
                 "int8_token"
             )
         every = dict.fromkeys(inside, "int8_token")
-        assert "as they are, by int8_token" in of(every, turn=3)
+        moved = "inputs are rounded there as they are, neither divided nor rotated"
+        assert of(every, turn=3) == f"{inside[0].path} at int8_token has no form in llm_int8: {moved}"
+        divided = dataclasses.replace(planned(every), smooth={inside[0].path: np.ones(32, np.float32)})
+        assert message_of(lambda: llm_int8_of(divided)).endswith(moved)
         rule = "llm_int8 rounds all of int8 by channel, or none, and of no others"
         assert of({**every, head: "int8_token"}) == f"inputs of lm_head.kernel at fp32 are rounded: {rule}"
         every.pop(inside[-1])
@@ -200,11 +204,26 @@ class TestW8A8:
         path = "layers.0.self_attn.q_proj.kernel"
         assert of(every) == f"inputs of {path} at int8_channel are not rounded: {rule}"
         assert of(dict.fromkeys(w8a8, "int8_token_outlier6")) == (
-            "outliers begin at 6: hf keeps none in floating point; use int8_token"
+            f"{w8a8[0].path} at int8_token_outlier6 has no form in hf: outliers begin at 6, and it keeps none in "
+            "floating point; use int8_token"
         )
+        for scheme in ("int8_token_asym", "int6_tensor_static", "fp8_e4m3_tensor_static", "int8_g32", "int4_token"):
+            assert of({w8a8[0]: scheme}) == (
+                f"{w8a8[0].path} at {scheme} has no form in hf: inputs are rounded there as they are, by int8_token, "
+                "int8_tensor_static or int8_tensor_static_asym"
+            )
 
-    @pytest.mark.parametrize("inputs", [None, {"dynamic": False}])
-    def test_static_ranges_are_not_read(self, inputs):
+    @pytest.mark.parametrize(
+        "inputs",
+        [
+            None,
+            {"num_bits": 8, "dynamic": False},
+            {"num_bits": 4, "strategy": "token", "dynamic": True},
+            {"num_bits": 8, "strategy": "token", "dynamic": True, "symmetric": False},
+            {"num_bits": 8, "strategy": "tensor", "type": "float"},
+        ],
+    )
+    def test_inputs_that_are_rounded_otherwise_are_not_read(self, inputs):
         weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
         group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "format": "int-quantized"}
         config = {"format": "int-quantized", "config_groups": {"g": group}}
@@ -213,7 +232,7 @@ class TestW8A8:
     def test_codes_that_are_not_there(self, planned, w8a8):
         container = compressed_tensors_of(planned(dict.fromkeys(w8a8, "int8_token"), "hf"))
         q = RTN()(jnp.ones((1, 8, 4)), parse_scheme("int8_channel"))
-        sites = {"a": None}
+        sites = {"a": Site("a.kernel", "a", "matmul", 8, 4, False)}
         reader = container.reader(container.config({"a": q.scheme}, sites))
         parts = dict(container.pack(q))
         parts["weight_scale"] = parts["weight_scale"][:-1]
@@ -221,3 +240,100 @@ class TestW8A8:
         with pytest.raises(MpqError) as caught:
             reader.unpack("a", parts)
         assert str(caught.value) == message
+
+
+def static_of(row, scheme: str) -> RoundedActivation:
+    """A range of its own for every row, of either sign where there is a zero point."""
+    at = 1 + len(row.path) / 7
+    return RoundedActivation(row, parse_activation_scheme(scheme), (-at if "asym" in scheme else 0.0,), (2.3 * at,))
+
+
+class TestStaticRanges:
+    @pytest.fixture
+    def planned(self, quantized, w8a8):
+        """A mixed plan with inputs rounded in all three ways."""
+        exported = orbax.load(quantized["hf"])
+        schemes = ("int8_tensor_static_asym", "int8_tensor_static", "int8_token")
+        chosen = [static_of(row, schemes[i % 3]) for i, row in enumerate(w8a8)]
+        chosen = [RoundedActivation(c.spec, c.scheme) if c.scheme.static is None else c for c in chosen]
+        ranges = {c.spec.path: np.array([c.low, c.high], np.float32) for c in chosen if c.low is not None}
+        plan = exported.plan | {"activations": {c.spec.path: c.to_json() for c in chosen}}
+        return dataclasses.replace(exported, plan=plan, ranges=ranges), chosen
+
+    def test_they_are_read_back_as_the_same_steps_and_written_again_as_the_same_bytes(self, planned, tmp_path):
+        exported, chosen = planned
+        written = TARGETS["hf"].save(tmp_path / "out", exported, "x")
+        assert written == (tmp_path / "out/model.safetensors").stat().st_size == TARGETS["hf"].size_bytes(exported, "x")
+        read = load_codes(tmp_path / "out")
+        assert_same(exported, read)
+        assert read.plan["activations"].keys() == exported.plan["activations"].keys()
+        for one in chosen:
+            back = RoundedActivation.from_json(read.plan["activations"][one.spec.path], *read.of_row(one.spec.path))
+            assert (back.spec, back.scheme) == (one.spec, one.scheme)
+            assert (back.limits is None) == (one.limits is None)
+            assert one.limits is None or back.step == one.step
+        TARGETS["hf"].save(tmp_path / "again", read, "x")
+        for name in ("model.safetensors", "config.json"):
+            assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+        assert load(str(tmp_path / "out")).params.keys() == read.shapes.keys()
+
+    def test_what_is_stored(self, planned, tmp_path):
+        """Codes of a value by the formula that compressed-tensors has are ours, less 128 where they have no sign."""
+        exported, chosen = planned
+        TARGETS["hf"].save(tmp_path / "out", exported, "x")
+        tensors = load_file(tmp_path / "out/model.safetensors")
+        config = json.loads((tmp_path / "out/config.json").read_text())
+        assert config["dtype"] == "float16"
+        x = np.linspace(-3, 4, 501, dtype=np.float32).reshape(1, 1, -1)
+        for one in (c for c in chosen if c.limits is not None):
+            for path in one.spec.weights:
+                module = f"model.{path.removesuffix('.kernel')}"
+                scale, zero = tensors[f"{module}.input_scale"], tensors.get(f"{module}.input_zero_point")
+                assert (scale.dtype, scale.shape) == (np.float16, (1,))
+                assert (zero is None) == (not one.scheme.asymmetric)
+                middle = 0 if zero is None else int(zero[0])
+                codes = np.clip(np.round(x / np.float32(scale) + middle), -128, 127)
+                ours = dataclasses.replace(one, spec=dataclasses.replace(one.spec, width=501))(jnp.asarray(x), 1)
+                # That of -128 is none of ours where the range is symmetric.
+                codes = np.maximum(codes, -127) if zero is None else codes
+                np.testing.assert_allclose(ours, (codes - middle) * np.float32(scale), rtol=1e-6)
+        groups = config["quantization_config"]["config_groups"].values()
+        told = [group["input_activations"] for group in groups if group["format"] == "int-quantized"]
+        assert {(t["strategy"], t["symmetric"], t["dynamic"]) for t in told} == {
+            ("tensor", False, False),
+            ("tensor", True, False),
+            ("token", True, True),
+        }
+
+    def test_scales_of_weights_in_bfloat16_do_not_round_those_of_inputs(self, planned, tmp_path):
+        exported, _ = planned
+        as_bf16 = lambda q: dataclasses.replace(
+            q, scale=q.scale.astype("bfloat16"), scheme=dataclasses.replace(q.scheme, scale_dtype="bfloat16")
+        )
+        qtensors = {path: as_bf16(q) if q.scheme.has_scale else q for path, q in exported.qtensors.items()}
+        TARGETS["hf"].save(tmp_path / "out", dataclasses.replace(exported, qtensors=qtensors), "x")
+        assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "float32"
+
+    def changed(self, exported, folder, change) -> str:
+        """What reading the codes says after a change of tensors by name."""
+        TARGETS["hf"].save(folder, exported, "x")
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+        return message_of(lambda: load_codes(folder))
+
+    def test_what_is_not_read(self, planned, tmp_path):
+        name = "model.layers.0.self_attn.q_proj"
+        wide = {f"{name}.input_scale": np.array([0.1], np.float32)}
+        message = self.changed(planned[0], tmp_path / "wide", lambda tensors: tensors.update(wide))
+        assert message == (
+            f"{name} of {tmp_path / 'wide'}: the scale of inputs 0.1 is no positive number of float16, as ours are"
+        )
+        other = {f"{name}.input_scale": np.array([0.5], np.float16)}
+        message = self.changed(planned[0], tmp_path / "other", lambda tensors: tensors.update(other))
+        assert message == (
+            f"readers of the activation layers.0.self_attn.{{q,k,v}}_proj.kernel of {tmp_path / 'other'} round it "
+            "differently, which is not read"
+        )
+        message = self.changed(planned[0], tmp_path / "none", lambda tensors: tensors.pop(f"{name}.input_scale"))
+        assert message.startswith(f"{name} of {tmp_path / 'none'} is not as its config says (")

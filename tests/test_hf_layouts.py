@@ -302,7 +302,7 @@ class TestWhatIsNotWritten:
 
 GROUPS = (
     "supported are weights alone, as integers with scales of groups, channels or tensors in the order of the columns, "
-    "and int8 beside inputs that are rounded as they come"
+    "and int8 beside inputs that are rounded by int8_token, int8_tensor_static, int8_tensor_static_asym"
 )
 
 

@@ -11,7 +11,7 @@ from mpq.activations.rows import ActivationSpec
 from mpq.activations.scheme import fake_quantize, parse_activation_scheme
 from mpq.export.targets import TARGETS
 from mpq.formats import parse_scheme
-from mpq.litert.activations import Codes
+from mpq.litert.activations import Codes, pair_refusal
 from mpq.litert.graph import require_litert
 from mpq.litert.versions import version_of
 from mpq.litert.weights import pack, unpack
@@ -41,6 +41,24 @@ SLICE = WeightSpec("s[0]", "s", (0,), (64, 48), (0, 1), 1, 64, 48, "s", (Use("ma
 )
 def test_what_litert_has(spec, scheme, reason):
     assert TARGETS["litert"].refusal(spec, parse_scheme(scheme)) == reason
+
+
+@pytest.mark.parametrize(
+    ("spec", "scheme", "activation", "reason"),
+    [
+        (MATMUL, "int8_channel", "int8_token_asym", None),
+        (MATMUL, "nf4_g32", "int8_tensor_static", None),
+        (CONV, "int8_channel", "int8_tensor_asym", None),
+        (CONV, "int8_channel", "int8_token_asym", "as they come inputs are rounded by int8_tensor_asym there"),
+        (CONV, "int2_channel", "int8_tensor_asym", "it multiplies no codes of c at int2_channel"),
+        (MATMUL, "bf16", "int8_token_asym", "it multiplies no codes of a.kernel at bf16"),
+    ],
+)
+def test_which_pairs_litert_has(spec, scheme, activation, reason):
+    weight, by = parse_scheme(scheme), parse_activation_scheme(activation)
+    assert pair_refusal(by, spec, weight) == reason
+    assert TARGETS["litert"].pairs(spec, weight, by) == (reason is None)
+    assert TARGETS["litert"].pairs(spec, weight, None)
 
 
 @pytest.mark.parametrize(

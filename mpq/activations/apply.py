@@ -16,7 +16,14 @@ import numpy as np
 from mpq.activations.clip import choose_columns, choose_range
 from mpq.activations.ranges import ActivationRange
 from mpq.activations.rows import ActivationSpec, replacing, require_schemes
-from mpq.activations.scheme import ActivationScheme, fake_quantize, outliers, parse_activation_scheme, quantize
+from mpq.activations.scheme import (
+    ActivationScheme,
+    fake_quantize,
+    outliers,
+    parse_activation_scheme,
+    quantize,
+    scale_and_zero,
+)
 from mpq.equalize.orthogonal import Rotation, random_rotation
 from mpq.inputs import Tokens
 from mpq.models.model import Model
@@ -64,6 +71,14 @@ class RoundedActivation:
         if self.low is None or self.high is None:
             return None
         return jnp.asarray(self.low, jnp.float32), jnp.asarray(self.high, jnp.float32)
+
+    @property
+    def step(self) -> tuple[float, int]:
+        """Of a static range of a whole tensor, the scale and the zero point, which is 0 of a symmetric one."""
+        assert self.limits is not None
+        low, high = (jnp.minimum(self.limits[0], 0.0)[0], jnp.maximum(self.limits[1], 0.0)[0])
+        scale, zero = scale_and_zero(low, high, self.scheme.asymmetric, jnp.float32(self.scheme.top))
+        return float(scale), int(zero)
 
     @property
     def kept(self) -> np.ndarray | None:

@@ -15,7 +15,7 @@ independent, but those of many rows add up to more than their sum where they are
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -112,8 +112,16 @@ class Joint:
         return Constraint("BOPs", "bit operations", cost, int(limit))
 
 
+Pairs = Callable[[WeightSpec, Scheme, ActivationScheme | None], bool]
+"""Whether a weight may have a scheme while its input has another, or stays in floating point."""
+
+
 def joint_problem(
-    weights: Problem, activations: ActivationTable | None, cache: ActivationTable | None, tokens: int
+    weights: Problem,
+    activations: ActivationTable | None,
+    cache: ActivationTable | None,
+    tokens: int,
+    pairs_allowed: Pairs = lambda spec, scheme, activation: True,
 ) -> Joint:
     """The problem that weights, activations and the cache pose together.
 
@@ -122,9 +130,10 @@ def joint_problem(
       activations: losses of the inputs of weights; None: they stay in floating point.
       cache: losses of the parts of the KV cache; None: it is not counted.
       tokens: that the cache holds: context times sequences.
+      pairs_allowed: of the schemes of a weight and its input.
 
     Raises:
-      MpqError: `tokens` is not positive, or a row is of another model.
+      MpqError: `tokens` is not positive, a row is of another model, or a weight is left no pair.
     """
     if cache is not None and tokens < 1:
         raise MpqError(f"a cache of {tokens} tokens: give a context and sequences of 1 or more")
@@ -145,6 +154,12 @@ def joint_problem(
         size[group, : len(pairs)] = repeat(weights.size_bits) + np.tile(bits, len(weights.schemes))
         alone = np.arange(len(pairs)) % every == 0  # a group that reads no row of the table has no choice of one
         allowed[group, : len(pairs)] = repeat(weights.allowed) & (alone | bool(read))
+        allowed[group, : len(pairs)] &= _taken(pairs, weights.members[group], read, pairs_allowed)
+        if not allowed[group].any():
+            raise MpqError(
+                f"no scheme of {weights.names[group]} goes with one of its inputs for this runtime: score more schemes "
+                "of either, bf16 for weights whose inputs have no losses"
+            )
     names, members = list(weights.names), list(weights.members)
     of = {
         spec.path: tuple(row for _, row in read) for group, read in enumerate(rows) for spec in weights.members[group]
@@ -184,6 +199,21 @@ def _rows_of_groups(weights: Problem, table: ActivationTable | None) -> list[lis
             )
         found[groups.pop() or 0].append((number, row))
     return found
+
+
+def _taken(
+    pairs: Sequence[JointScheme],
+    members: Sequence[WeightSpec],
+    read: list[tuple[int, ActivationSpec]],
+    pairs_allowed: Pairs,
+) -> np.ndarray:
+    """`bool[pairs]`: those that every weight of a group may have; only inputs with losses are rounded."""
+    rounded, taken = {path for _, row in read for path in row.weights}, np.zeros(len(pairs), np.bool_)
+    for column, pair in enumerate(pairs):
+        assert pair.weight is not None  # that of a cache is no pair
+        by = [pair.activation if spec.path in rounded else None for spec in members]
+        taken[column] = all(pairs_allowed(spec, pair.weight, a) for spec, a in zip(members, by, strict=True))
+    return taken
 
 
 def _of_rows(

@@ -6,6 +6,7 @@ parameter and no stored size, but values a token, and their schemes have no grou
 
 import dataclasses
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -36,6 +37,12 @@ class ActivationTable:
     quantizer: str
     model_digest: str
     data_digest: str
+
+    def at(self, column: int) -> Self:
+        """The same of one scheme alone."""
+        part = slice(column, column + 1)
+        parts = {"loss_increase": self.loss_increase[:, part], "stderr": self.stderr[:, part]}
+        return dataclasses.replace(self, schemes=self.schemes[part], **parts)
 
 
 def save_activation_table(path: Path, table: ActivationTable) -> None:

@@ -9,7 +9,8 @@ Facts about the formats, read from the sources named:
 - qwix (qwix/_src/qconfig.py at 04d2536): `QuantizationRule(module_path, weight_qtype, tile_size,
   weight_calibration_method)`. `module_path` matches the whole path, names joined by `/`; the first rule that matches
   counts, and one without `weight_qtype` leaves weights as they are. Asymmetric (`minmax`) are int4 and int8 alone.
-  A `weight_qtype` is int2 to int8, nf4 or the name of a dtype (qwix/_src/core/numerics.py at 06ab217).
+  A `weight_qtype` is int2 to int8, nf4 or the name of a dtype (qwix/_src/core/numerics.py at 06ab217). Tables that are
+  only looked up stay as they are, whatever their rule says: `PtqProvider` replaces products alone (version 0.1.8).
 - compressed-tensors (quantization/quant_args.py at 016da27, utils/match.py): `config_groups` of `targets` and
   `weights`, and `ignore`. `re:` targets are matched from the start of a module's name, hence `$`.
 

@@ -10,12 +10,15 @@ from mpq.export.orbax import Exported
 from mpq.gguf import export as gguf
 from mpq.gguf.layouts import require_ggml
 from mpq.hf import export as hf
+from mpq.hf.compressed_tensors import has_rounded_inputs
 from mpq.hf.container import Container
 from mpq.hf.containers import CONTAINERS
-from mpq.hf.inputs import compressed_tensors_of, llm_int8_of
+from mpq.hf.inputs import compressed_tensors_of, compressed_tensors_refusal, llm_int8_of, llm_int8_refusal
 from mpq.hf.llm_int8 import stored_bits as llm_int8_bits
 from mpq.hf.sites import site_of, why_not
 from mpq.litert import export as litert
+from mpq.litert.activations import pair_refusal as litert_pair_refusal
+from mpq.litert.activations import rounding_refusal as litert_rounding_refusal
 from mpq.litert.weights import refusal as litert_refusal
 from mpq.litert.weights import size_bits as litert_bits
 from mpq.onnx import export as onnx
@@ -39,9 +42,12 @@ class Target:
       uniform: whether all quantized weights must have one scheme.
       stored_bits: weight and scheme -> bits of the weight in the file.
       activations: whether it has a form for rounded activations, too.
-      rounds_alike: whether it rounds the inputs of all its int8 weights by one scheme, which a plan may name.
+      rounds_alike: whether it rounds the inputs of all its int8 weights, in a way that a plan may name.
       options: what `save` takes beside.
       rounding_refusal: activation and scheme -> why a runtime with such forms cannot round it so; None where it can.
+      pairs: weight, its scheme and that of its input, None where that stays as it is -> whether a plan that rounds
+        activations may have both.
+      one_rounding: whether all activations that are rounded must have one scheme.
     """
 
     what: str
@@ -54,6 +60,8 @@ class Target:
     rounds_alike: bool = False
     options: tuple[str, ...] = ()
     rounding_refusal: Callable[[ActivationSpec, ActivationScheme], str | None] = lambda row, scheme: None
+    pairs: Callable[[WeightSpec, Scheme, ActivationScheme | None], bool] = lambda spec, scheme, activation: True
+    one_rounding: bool = False
 
 
 def _ggml_refusal(spec: WeightSpec, scheme: Scheme) -> str | None:
@@ -94,6 +102,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             stored_bits=litert_bits,
             activations=True,
             options=("window", "integer"),
+            rounding_refusal=litert_rounding_refusal,
+            pairs=lambda spec, scheme, by: by is None or litert_pair_refusal(by, spec, scheme) is None,
         ),
         "pt2": Target(
             "a program of torch.export for PyTorch",
@@ -108,6 +118,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             save=lambda path, exported, name: hf.save(path, exported, compressed_tensors_of(exported)),
             size_bytes=lambda exported, name: hf.size_bytes(exported, compressed_tensors_of(exported)),
             rounds_alike=True,
+            rounding_refusal=compressed_tensors_refusal,
+            pairs=lambda spec, scheme, by: has_rounded_inputs(scheme) == (by is not None),
         ),
         "gptq": _container("a GPTQ folder", CONTAINERS["gptq"], uniform=True),
         "gptq_v2": _container("a GPTQ folder of version 2", CONTAINERS["gptq_v2"], uniform=True),
@@ -118,6 +130,9 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             save=lambda path, exported, name: hf.save(path, exported, llm_int8_of(exported)),
             stored_bits=llm_int8_bits,
             rounds_alike=True,
+            rounding_refusal=llm_int8_refusal,
+            pairs=lambda spec, scheme, by: scheme.has_scale == (by is not None),
+            one_rounding=True,
         ),
     }
 )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq.formats.integer import Integer
-from mpq.hf.container import Part, Parts, Read, Reader, Shape, Site, signed, uniform, unsigned
+from mpq.hf.container import NOTHING, Part, Parts, Read, Reader, Shape, Site, signed, uniform, unsigned
 from mpq.hf.words import pack_rows, unpack_rows
 from mpq.types import MpqError, QTensor, Scheme
 
@@ -26,6 +26,7 @@ class AWQFormat:
 
     name: str = "awq"
     scale_dtype: str | None = None
+    beside = NOTHING
 
     def refusal(self, site: Site, scheme: Scheme) -> str | None:
         """Why not."""

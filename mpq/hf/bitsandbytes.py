@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq.formats import FORMATS
-from mpq.hf.container import Part, Parts, Read, Reader, Shape, Site, one_float, plain_layers
+from mpq.hf.container import NOTHING, Part, Parts, Read, Reader, Shape, Site, one_float, plain_layers
 from mpq.hf.llm_int8 import LLMInt8
 from mpq.types import MpqError, QTensor, Scheme
 
@@ -31,6 +31,7 @@ class BitsAndBytes:
 
     name: str = "bitsandbytes"
     scale_dtype: str | None = "float32"
+    beside = NOTHING
 
     def refusal(self, site: Site, scheme: Scheme) -> str | None:
         """Why not."""

@@ -4,8 +4,10 @@ Facts from compressed-tensors 0.20 (`compressors/pack_quantized`, `naive_quantiz
 "pack-quantized" `weight_packed` of every module is `int32[n, words of k]`, rows of words (`mpq.hf.words`);
 `weight_scale` is `[n, groups]`, of a whole matrix `[1]`; `weight_zero_point` is `int32[words of n, groups]`, words
 along the first axis, and missing where 0 is stored for all; `weight_shape` is `int64[2]`. In "int-quantized" `weight`
-is `int8[n, k]`, and inputs are rounded as they come, 8 bits by token (W8A8). `config_groups` says which modules have
-which format, width and groups; the format of a checkpoint with both is "mixed-precision".
+is `int8[n, k]`, and inputs are rounded to 8 bits (W8A8): by token as they come, or all by one `input_scale`, `[1]`, and
+where they are not symmetric an `input_zero_point`, `int8[1]`. Codes of inputs go from -128 to 127, where ours of a
+symmetric range begin at -127. `config_groups` says which modules have which format, width, groups and inputs; the
+format of a checkpoint with packed and plain codes is "mixed-precision".
 
 `transformers` 5.23 loads it with version 0.18 or later: any mix of widths without zero points. With zero points it
 fails on packed ones unless it dequantizes as it loads (`dequantize`), for which it takes the first group's scheme for
@@ -21,16 +23,25 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from mpq.activations.scheme import SCALE_DTYPE
 from mpq.export.rules import config_groups, weights_config
 from mpq.formats.integer import Integer
-from mpq.hf.container import Part, Parts, Read, Reader, Shape, Site, signed, unsigned
+from mpq.hf.container import Inputs, Part, Parts, Read, Reader, Shape, Site, signed, unsigned
 from mpq.hf.words import pack_rows, unpack_rows, words_of
 from mpq.types import MpqError, QTensor, Scheme
 
 _SCALES = ("float16", "bfloat16", "float32")
 _PACKED, _INTEGERS, _BOTH = "pack-quantized", "int-quantized", "mixed-precision"
-_BY_TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-"""How inputs are rounded."""
+_INPUTS: Mapping[str, Mapping[str, Any]] = {
+    scheme: {"num_bits": 8, "type": "int", "symmetric": symmetric, "strategy": strategy, "dynamic": dynamic}
+    for scheme, symmetric, strategy, dynamic in (
+        ("int8_token", True, "token", True),
+        ("int8_tensor_static", True, "tensor", False),
+        ("int8_tensor_static_asym", False, "tensor", False),
+    )
+}
+"""How inputs are rounded -> `input_activations`."""
+_MIDDLE = 128  # zero points are of signed codes there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +50,23 @@ class CompressedTensors:
 
     Attributes:
       rounds: inputs of symmetric int8 by channel or matrix are rounded too, and such weights are int-quantized.
+      ranges: path of such a weight -> scale and zero point (`0 .. 255`, None of a symmetric one) of its inputs; others
+        are rounded by token as they come.
     """
 
     rounds: bool = False
+    ranges: Mapping[str, tuple[float, int | None]] = dataclasses.field(default_factory=dict)
     name: str = "compressed-tensors"
     scale_dtype: str | None = None
+
+    @property
+    def beside(self) -> Mapping[str, Parts]:
+        """Scales and zero points of inputs; scales are numbers of float16."""
+        made: dict[str, Parts] = {}
+        for path, (scale, zero) in self.ranges.items():
+            zeros = {} if zero is None else {"input_zero_point": np.array([zero - _MIDDLE], np.int8)}
+            made[path] = {"input_scale": np.array([scale], SCALE_DTYPE), **zeros}
+        return made
 
     def refusal(self, site: Site, scheme: Scheme) -> str | None:
         """Why not."""
@@ -91,13 +114,12 @@ class CompressedTensors:
         """`quantization_config`, every module named by a pattern."""
         schemes = {scheme for scheme in modules.values() if scheme.has_scale}
         whole = len(schemes) == 1 and any(scheme.zero_point for scheme in schemes)
-        named = {m: weights_config(s) if s.has_scale else None for m, s in modules.items()}
-        body = config_groups(named)
-        rounded = {weights_config(scheme) for scheme in schemes if self.rounds and has_rounded_inputs(scheme)}
+        of = lambda m, s: (*weights_config(s), ("inputs", self._inputs(sites[m].path, s)))
+        body = config_groups({m: of(m, s) if s.has_scale else None for m, s in modules.items()})
         groups: dict[str, Any] = {}
         for name, group in body["config_groups"].items():
-            integers = tuple(group["weights"].items()) in rounded
-            inputs, form = (_BY_TOKEN, _INTEGERS) if integers else (None, _PACKED)
+            how = group["weights"].pop("inputs")
+            inputs, form = (None, _PACKED) if how is None else (dict(_INPUTS[how]), _INTEGERS)
             groups[name] = group | {"input_activations": inputs, "output_activations": None, "format": form}
         forms = {group["format"] for group in groups.values()} or {_PACKED}
         return {
@@ -109,11 +131,19 @@ class CompressedTensors:
             **({"dequantize": True} if whole else {}),
         }
 
+    def _inputs(self, path: str, scheme: Scheme) -> str | None:
+        """A key of `_INPUTS`, or None."""
+        if not (self.rounds and has_rounded_inputs(scheme)):
+            return None
+        if path not in self.ranges:
+            return "int8_token"
+        return "int8_tensor_static" if self.ranges[path][1] is None else "int8_tensor_static_asym"
+
     def reader(self, config: Mapping[str, Any]) -> Reader:
         """What reads a checkpoint with this config.
 
         Raises:
-          MpqError: another format, inputs that are quantized too, or a group that is no group of integers.
+          MpqError: another format, inputs that are rounded otherwise, or a group that is no group of integers.
         """
         form = config.get("format") or _PACKED
         if form not in (_PACKED, _INTEGERS, _BOTH):
@@ -123,13 +153,15 @@ class CompressedTensors:
         groups = [_Group.of(name, body, form) for name, body in dict(config.get("config_groups") or {}).items()]
         marks = ("weight_packed", *(("weight_scale",) if any(not group.packed for group in groups) else ()))
         ends = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+        ends = (*ends, "input_scale", "input_zero_point")
 
         def describe(module: str, shape: Shape, read: Read) -> tuple[Scheme, int, int]:
             group = _group_of(module, groups)
             n, k = map(int, read("weight_shape")) if group.packed else shape("weight")[0]
             return group.scheme(shape("weight_scale")[1]), n, k
 
-        return Reader(marks, ends, describe, lambda module, parts: _unpack(_group_of(module, groups), parts))
+        unpack = lambda module, parts: _unpack(_group_of(module, groups), parts)
+        return Reader(marks, ends, describe, unpack, lambda module, read: _group_of(module, groups).rounded(read))
 
 
 def has_rounded_inputs(scheme: Scheme) -> bool:
@@ -147,6 +179,7 @@ class _Group:
     symmetric: bool
     per_tensor: bool
     packed: bool
+    inputs: str | None
 
     @classmethod
     def of(cls, name: str, body: Mapping[str, Any], form: str) -> "_Group":
@@ -154,21 +187,42 @@ class _Group:
         packed = (body.get("format") or form) != _INTEGERS
         known = weights.get("type", "int") == "int" and weights.get("strategy") in ("group", "channel", "tensor")
         order = weights.get("actorder") in (None, False, "static", "weight")  # "group" stores the order of the rows
-        if not packed:  # W8A8 that needs nothing of calibration, and its codes as they are
-            known &= bool(weights.get("num_bits") == 8 and weights.get("symmetric") and (inputs or {}).get("dynamic"))
+        how = _scheme_of(inputs or {})
+        if not packed:  # W8A8, and its codes as they are
+            known &= bool(weights.get("num_bits") == 8 and weights.get("symmetric") and how)
         if not known or not order or (packed and inputs) or body.get("output_activations"):
             raise MpqError(
                 f"config group {name!r} of compressed-tensors is not read: supported are weights alone, as integers "
                 "with scales of groups, channels or tensors in the order of the columns, and int8 beside inputs that "
-                "are rounded as they come"
+                f"are rounded by {', '.join(_INPUTS)}"
             )
         size = weights.get("group_size") if weights["strategy"] == "group" else None
         flags = bool(weights.get("symmetric", True)), weights["strategy"] == "tensor"
-        return cls(tuple(body.get("targets") or ()), int(weights.get("num_bits", 8)), size, *flags, packed)
+        return cls(tuple(body.get("targets") or ()), int(weights.get("num_bits", 8)), size, *flags, packed, how)
 
     def scheme(self, scale_dtype: str) -> Scheme:
         """Of its modules."""
         return Scheme(Integer(self.bits), self.group_size, not self.symmetric, scale_dtype, self.per_tensor)
+
+    def rounded(self, read: Read) -> Inputs:
+        """How inputs of a module are rounded; the range is the one of its scale and zero point.
+
+        Raises:
+          MpqError: a scale is no positive number of float16, as those of activations are here.
+        """
+        if self.inputs is None or "static" not in self.inputs:
+            return None if self.inputs is None else (self.inputs, None)
+        asymmetric, scale = self.inputs.endswith("_asym"), np.float32(read("input_scale").reshape(()))
+        if not (0 < scale < np.inf and np.float32(np.asarray(scale, SCALE_DTYPE)) == scale):
+            raise MpqError(f"the scale of inputs {scale:g} is no positive number of {SCALE_DTYPE}, as ours are")
+        zero = int(read("input_zero_point").reshape(())) + _MIDDLE if asymmetric else 127
+        return self.inputs, np.array([[-zero * scale], [((255 if asymmetric else 254) - zero) * scale]], np.float32)
+
+
+def _scheme_of(inputs: Mapping[str, Any]) -> str | None:
+    """The key of `_INPUTS` whose entries these arguments have, whatever they say beside."""
+    given = {"type": "int", "symmetric": True, "dynamic": False, **inputs}
+    return next((name for name, of in _INPUTS.items() if all(given.get(k) == v for k, v in of.items())), None)
 
 
 def _group_of(module: str, groups: list[_Group]) -> _Group:

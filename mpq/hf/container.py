@@ -1,6 +1,7 @@
 """What a container is: how one quantized matrix becomes named tensors of a checkpoint, and a config that says so."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -47,6 +48,11 @@ class Container(Protocol):
         """Dtype of all scales, where it is not the plan's."""
         ...
 
+    @property
+    def beside(self) -> Mapping[str, Parts]:
+        """Path of a weight -> what its module holds beside it: how inputs are rounded."""
+        ...
+
     def refusal(self, site: Site, scheme: Scheme) -> str | None:
         """Why this weight cannot be stored under a scheme that has a scale; None where it can."""
         ...
@@ -74,6 +80,11 @@ Shape = Callable[[str], tuple[tuple[int, ...], str]]
 """Shape and dtype of one of them, without reading it; raises `KeyError` where it is missing."""
 
 
+Inputs = tuple[str, np.ndarray | None] | None
+"""Activation scheme and range; None where inputs stay as they are."""
+NOTHING: Mapping[str, Parts] = MappingProxyType({})
+
+
 class Reader(NamedTuple):
     """Reads the modules of one checkpoint.
 
@@ -82,12 +93,14 @@ class Reader(NamedTuple):
       ends: of all names that belong to such a module.
       describe: module, shapes and small tensors -> scheme, `n`, `k`; reads no weights.
       unpack: module, arrays by the end of their name -> the matrix.
+      inputs: module and small tensors -> how its inputs are rounded, and the ends of a static range, `float32[2, 1]`.
     """
 
     marks: tuple[str, ...]
     ends: tuple[str, ...]
     describe: Callable[[str, Shape, Read], tuple[Scheme, int, int]]
     unpack: Callable[[str, Parts], QTensor]
+    inputs: Callable[[str, Read], "Inputs"] = lambda module, read: None
 
 
 def unsigned(codes: Any, bits: int) -> np.ndarray:

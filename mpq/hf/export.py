@@ -90,6 +90,9 @@ def _tensors(exported: Exported, container: Container, names: Names) -> dict[str
                 raise MpqError(f"weight {spec.path} at {qtensor.scheme}: {error}") from error
             for end, part in container.parts(qtensor.scheme, spec.k, spec.n).items():
                 found[f"{names.sites[spec.path].module}.{end}"] = _Tensor(part, lambda array=made[end]: array)
+            for end, array in container.beside.get(spec.path, {}).items():
+                part = Part(array.dtype.name, array.shape)
+                found[f"{names.sites[spec.path].module}.{end}"] = _Tensor(part, lambda array=array: array)
         else:
             found |= _plain(exported, path, specs, names.stored[path])
     return found
@@ -130,6 +133,7 @@ def _dtype(container: Container, modules: Mapping[str, Scheme]) -> str:
     theirs, where they agree.
     """
     dtypes = {scheme.scale_dtype for scheme in modules.values() if scheme.has_scale}
+    dtypes |= {of["input_scale"].dtype.name for of in container.beside.values()}
     if dtypes and container.scale_dtype is not None:
         dtypes = {FLOATS[scheme.format.name] for scheme in modules.values() if not scheme.has_scale}
     return dtypes.pop() if len(dtypes) == 1 else "float32"

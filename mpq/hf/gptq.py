@@ -20,7 +20,7 @@ import numpy as np
 
 from mpq.export.rules import fold
 from mpq.formats.integer import Integer
-from mpq.hf.container import Part, Parts, Read, Reader, Shape, Site, signed, uniform, unsigned
+from mpq.hf.container import NOTHING, Part, Parts, Read, Reader, Shape, Site, signed, uniform, unsigned
 from mpq.hf.words import pack_rows, unpack_rows, words_of
 from mpq.types import MpqError, QTensor, Scheme
 
@@ -37,6 +37,7 @@ class GPTQFormat:
 
     version: int = 1
     scale_dtype: str | None = None
+    beside = NOTHING
 
     @property
     def name(self) -> str:

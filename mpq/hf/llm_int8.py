@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq.formats import FORMATS
-from mpq.hf.container import Part, Parts, Read, Reader, Shape, Site, one_float, plain_layers
+from mpq.hf.container import NOTHING, Part, Parts, Read, Reader, Shape, Site, one_float, plain_layers
 from mpq.types import MpqError, QTensor, Scheme, WeightSpec
 
 _SCHEME = Scheme(FORMATS["int8"])
@@ -37,6 +37,7 @@ class LLMInt8:
     threshold: float = 6.0
     name: str = "llm_int8"
     scale_dtype: str | None = "float32"
+    beside = NOTHING
 
     def refusal(self, site: Site, scheme: Scheme) -> str | None:
         """Why not."""

@@ -1,11 +1,15 @@
 """A quantized checkpoint of the Hugging Face layout as codes: the way back from `mpq.hf.export.save`, bit for bit."""
 
+import dataclasses
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
+from mpq.activations.apply import RoundedActivation
+from mpq.activations.rows import ActivationSpec, activation_rows
 from mpq.artifacts import make_plan
 from mpq.export.orbax import Exported
 from mpq.formats import FORMATS
@@ -21,7 +25,8 @@ from mpq.types import MpqError, QTensor, Scheme
 def load_codes(path: str | os.PathLike[str]) -> Exported:
     """Read a checkpoint whose `config.json` has a `quantization_config`.
 
-    Weights that it keeps as floats come under the scheme of that float.
+    Weights that it keeps as floats come under the scheme of that float; inputs that its runtimes round, as those of
+    compressed-tensors do, are activations of the plan.
 
     Raises:
       MpqError: the folder is no quantized checkpoint, or a part of it is missing or not read.
@@ -35,7 +40,8 @@ def load_codes(path: str | os.PathLike[str]) -> Exported:
     model = load(str(folder))
     family = find_family(config, FAMILIES)
     wanted, _ = match(quantized, family, family.parse(config), model.params)
-    weights = model.trace().weights
+    traced = model.trace()
+    weights = traced.weights
     qtensors: dict[str, QTensor] = {}
     for spec in weights:
         stored = wanted[spec.param]
@@ -50,10 +56,32 @@ def load_codes(path: str | os.PathLike[str]) -> Exported:
     schemes = {path: qtensor.scheme for path, qtensor in qtensors.items()}
     indices = (q.row_group for q in qtensors.values() if q.row_group is not None)
     other = 8 * sum(array.nbytes for array in (*params.values(), *indices))
-    plan = make_plan(folder.name, schemes, None, weights, other, model.digest)
+    modules = {s.path: wanted[s.param].names[0] for s in weights if qtensors[s.path].scheme.has_scale}
+    chosen = tuple(_rounded(folder, quantized, activation_rows(traced), modules))
+    rows = {one.spec.path: one.to_json() for one in chosen}
+    ranges = {one.spec.path: np.array([one.low, one.high], np.float32) for one in chosen if one.low is not None}
+    plan = make_plan(folder.name, schemes, None, weights, other, model.digest, rows)
     shapes = {p: (tuple(v.shape), str(v.dtype)) for p, v in model.params.items()}
     text = (folder / "tokenizer.json").read_text() if (folder / "tokenizer.json").exists() else None
-    return Exported(plan.to_json(), config, text, weights, qtensors, params, shapes)
+    return Exported(plan.to_json(), config, text, weights, qtensors, params, shapes, ranges)
+
+
+def _rounded(
+    folder: Path, quantized: QuantizedTensors, rows: Sequence[ActivationSpec], modules: Mapping[str, str]
+) -> Iterator[RoundedActivation]:
+    """The inputs that are rounded.
+
+    Raises:
+      MpqError: weights that read the same one have it rounded differently.
+    """
+    for row in rows:
+        found = [quantized.inputs(modules[path]) if path in modules else None for path in row.weights]
+        told = {None if one is None else (one[0], None if one[1] is None else one[1].tobytes()) for one in found}
+        if len(told) > 1:
+            raise MpqError(f"readers of the activation {row.path} of {folder} round it differently, which is not read")
+        if found[0] is not None:
+            scheme, limits = found[0]
+            yield RoundedActivation.from_json({**dataclasses.asdict(row), "scheme": scheme}, limits)
 
 
 def _plain(matrix: jnp.ndarray, dtype: str) -> QTensor:

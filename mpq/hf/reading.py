@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mpq.hf.container import Reader
+from mpq.hf.container import Inputs, Reader
 from mpq.hf.containers import reader_of
 from mpq.models.tensors import Header, Tensors
 from mpq.quantize.candidates import dequantize
@@ -67,6 +67,21 @@ class QuantizedTensors:
         except MpqError as error:
             raise MpqError(f"{module} of {self.folder}: {error}") from error
         except (KeyError, ValueError, IndexError, TypeError) as error:
+            raise MpqError(f"{module} of {self.folder} is not as its config says ({error}): damaged?") from error
+
+    def inputs(self, name: str) -> Inputs:
+        """How what one quantized tensor is multiplied with is rounded, and its range.
+
+        Raises:
+          MpqError: a range is missing, or none of ours.
+        """
+        module = self._module(name)
+        assert module is not None
+        try:
+            return self._reader.inputs(module, lambda end: self._read(f"{module}.{end}"))
+        except MpqError as error:
+            raise MpqError(f"{module} of {self.folder}: {error}") from error
+        except (KeyError, ValueError) as error:
             raise MpqError(f"{module} of {self.folder} is not as its config says ({error}): damaged?") from error
 
     def _module(self, name: str) -> str | None:

@@ -18,7 +18,8 @@ from typing import Self
 import numpy as np
 
 from mpq.activations.apply import RoundedActivation
-from mpq.activations.scheme import scale_and_zero
+from mpq.activations.rows import ActivationSpec
+from mpq.activations.scheme import ActivationScheme
 from mpq.export.graphs import ROTATED
 from mpq.export.orbax import Exported
 from mpq.litert.graph import Quantization
@@ -45,11 +46,8 @@ class Codes:
     @classmethod
     def of(cls, row: RoundedActivation) -> Self:
         """Those of a static row, as `mpq.activations.scheme` has them, its codes less 128 where they are not signed."""
-        assert row.low is not None
-        assert row.high is not None
-        low, high = (np.float32(x) for x in (min(row.low[0], 0.0), max(row.high[0], 0.0)))
-        scale, zero = scale_and_zero(low, high, row.scheme.asymmetric, np.float32(row.scheme.top))  # pyright: ignore[reportArgumentType]
-        return cls(float(scale), int(zero) - 128 if row.scheme.asymmetric else 0)
+        scale, zero = row.step
+        return cls(scale, zero - 128 if row.scheme.asymmetric else 0)
 
     @classmethod
     def beside(cls, other: "Codes", total: "Codes", rectified: bool) -> Self:
@@ -114,21 +112,33 @@ class Rounded:
 
 
 def _why_not(row: RoundedActivation, spec: WeightSpec, scheme: Scheme) -> str | None:
-    if row.spec.kind != "activation":
-        return "it keeps no KV cache"
     if row.turn is not None:
         return ROTATED
     if row.smooth is not None:
         return "it divides inputs by no factors"
-    if row.scheme.threshold:
+    return rounding_refusal(row.spec, row.scheme) or pair_refusal(row.scheme, spec, scheme)
+
+
+def rounding_refusal(row: ActivationSpec, scheme: ActivationScheme) -> str | None:
+    """Why a row cannot be rounded so, whatever reads it; None where it can."""
+    if row.kind != "activation":
+        return "it keeps no KV cache"
+    if scheme.threshold:
         return "it keeps no features in floating point; int8_token_asym rounds them all"
-    if row.scheme.minifloat:
+    if scheme.minifloat:
         return "it has no FP8; use int8_token_asym"
-    if row.scheme.static is not None:
-        whole = row.scheme.bits == 8 and row.scheme.granularity == "tensor"
-        return None if whole else "static ranges are of whole tensors in 8 bits"
+    if scheme.static is None and str(scheme) not in (TOKEN, TENSOR):
+        return f"as they come inputs are rounded by {TOKEN} there, those of convolutions by {TENSOR}"
+    whole = scheme.static is None or (scheme.bits == 8 and scheme.granularity == "tensor")
+    return None if whole else "static ranges are of whole tensors in 8 bits"
+
+
+def pair_refusal(activation: ActivationScheme, spec: WeightSpec, scheme: Scheme) -> str | None:
+    """Why the input of a weight at `scheme` cannot be rounded so; None where it can."""
+    if activation.static is not None:
+        return None
     (use, *others) = sorted({use.kind for use in spec.uses if use.kind != "embedding"})
-    if others or str(row.scheme) not in HYBRID[use]:
+    if others or str(activation) not in HYBRID[use]:
         return f"as they come inputs are rounded by {HYBRID[use][0]} there"
     if spec.batch > 1 or spec.factors or not has_hybrid(scheme) or (use == "conv" and scheme.format.bits == 2):
         return f"it multiplies no codes of {spec.path} at {scheme}"

@@ -23,7 +23,7 @@ import numpy as np
 
 from mpq.activations.apply import RoundedActivation
 from mpq.activations.rows import ActivationSpec
-from mpq.activations.scheme import SCALE_DTYPE, ActivationScheme, scale_and_zero
+from mpq.activations.scheme import SCALE_DTYPE, ActivationScheme
 from mpq.export.graphs import PlannedRows, require_windows_first
 from mpq.formats.integer import Integer
 from mpq.onnx.graph import TYPES, Graph, Stored, Tensor
@@ -109,9 +109,8 @@ class Activations(PlannedRows):
                 if scheme.bits < 8:  # at 8 bits no value is beyond the largest code: the scale is made of that value
                     value = self._clip(value, -scheme.top, scheme.top)
                 return Codes(graph.one("QuantizeLinear", value, graph.constant(1, np.float32), zero), scale, zero)
-            low, high = (jnp.minimum(row.limits[0], 0.0)[0], jnp.maximum(row.limits[1], 0.0)[0])
-            found = scale_and_zero(low, high, scheme.asymmetric, jnp.float32(scheme.top))
-            step, zero = float(found[0]), int(found[1]) if scheme.asymmetric else MIDDLE
+            step, zero = row.step
+            zero = zero if scheme.asymmetric else MIDDLE
             # QuantizeLinear itself has 0 to 255 for limits; a symmetric range stops at -127, which is code 1.
             least, most = (0, scheme.top) if scheme.asymmetric else (MIDDLE - scheme.top, MIDDLE + scheme.top)
             if (least, most) != (0, 255):

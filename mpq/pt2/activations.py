@@ -16,7 +16,7 @@ import numpy as np
 
 from mpq.activations.apply import RoundedActivation
 from mpq.activations.rows import ActivationSpec
-from mpq.activations.scheme import SCALE_DTYPE, ActivationScheme, scale_and_zero
+from mpq.activations.scheme import SCALE_DTYPE, ActivationScheme
 from mpq.export.graphs import PlannedRows, require_windows_first
 from mpq.pt2.graph import Graph
 
@@ -56,12 +56,9 @@ class Activations(PlannedRows):
         return self._made[key]
 
     def _static(self, row: RoundedActivation, value: Any, shape: Sequence[Any], axes: Sequence[int]) -> Any:
-        assert row.limits is not None
-        torch, scheme = self._graph.torch, row.scheme
-        low, high = (jnp.minimum(row.limits[0], 0.0)[0], jnp.maximum(row.limits[1], 0.0)[0])
-        scale, zero = scale_and_zero(low, high, scheme.asymmetric, jnp.float32(scheme.top))
-        middle = int(zero) if scheme.asymmetric else MIDDLE
-        how = float(scale), middle, 0 if scheme.asymmetric else MIDDLE - scheme.top, scheme.top + int(middle - zero)
+        torch, scheme, (scale, zero) = self._graph.torch, row.scheme, row.step
+        middle = zero if scheme.asymmetric else MIDDLE
+        how = scale, middle, 0 if scheme.asymmetric else MIDDLE - scheme.top, scheme.top + middle - zero
         pair, dtype = torch.ops.quantized_decomposed, torch.uint8
         codes = self._graph.one(pair.quantize_per_tensor.default, value, *how, dtype)
         return self._graph.one(pair.dequantize_per_tensor.default, codes, *how, dtype)

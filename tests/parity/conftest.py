@@ -11,6 +11,8 @@ needed = {
     "test_runtimes_experiment.py": ("onnx", "onnxruntime", "onnx_ir"),
     "test_pt2.py": ("torch",),
     "test_pt2e_experiment.py": ("torch", "onnx"),
+    "test_images.py": ("torch", "onnx", "onnxruntime", "ai_edge_litert", "sklearn"),
+    "test_qwix.py": ("qwix",),
     "test_refused_operations.py": ("torch", "onnx", "ai_edge_litert"),
     "test_litert.py": ("ai_edge_litert",),
     "test_litert_experiment.py": ("ai_edge_litert", "ai_edge_quantizer"),

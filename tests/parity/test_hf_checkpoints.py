@@ -12,12 +12,15 @@ from compressed_tensors.compressors.naive_quantized.base import IntQuantizationC
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
 from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpq import artifacts
 from mpq.activations import activation_rows, parse_activation_scheme
 from mpq.activations.apply import RoundedActivation, with_activations
+from mpq.activations.plans import calibrated, uniform_rows
+from mpq.data.dataset import new_dataset
 from mpq.export import orbax
 from mpq.export.arguments import export_arguments
 from mpq.export.orbax import Exported
@@ -27,6 +30,7 @@ from mpq.hf.containers import CONTAINERS
 from mpq.hf.export import save
 from mpq.models import Model, load
 from mpq.quantize import RTN, Candidates
+from tests.runtime_cases import within_last_bits
 
 pytestmark = pytest.mark.parity
 
@@ -215,6 +219,54 @@ def test_w8a8_and_w4a16_in_stock_transformers(reference, tokens, apply, tmp_path
     plain = np.asarray(apply(model.dequantized(), tokens))
     cost = compare(plain, ours)[0]
     assert cost > 1e-5
+    assert abs(compare(plain, theirs)[0] - cost) < 0.1 * cost
+
+
+def require_steps(stock: torch.nn.Module, chosen) -> None:
+    """Scales, zero points and what they make of values within the range, layer by layer."""
+    x = np.random.default_rng(0).normal(size=(1, 500, 256)).astype(np.float32)
+    for one in chosen:
+        for path in one.spec.weights:
+            layer = stock.get_submodule("model." + path.removesuffix(".kernel"))
+            zero = getattr(layer, "input_zero_point", None)
+            assert (float(layer.input_scale.detach()), 0 if zero is None else int(zero) + 128) == one.step
+            how = layer.quantization_scheme.input_activations
+            inside = np.clip(x, -1, 1) * np.float32(min(one.high[0], max(-one.low[0], 0.01)))
+            theirs = fake_quantize(torch.from_numpy(inside), layer.input_scale, zero, how).numpy()
+            ours = np.asarray(dataclasses.replace(one, spec=dataclasses.replace(one.spec, width=256))(inside, 1))
+            # x / step is rounded before the zero point is added there, and after that here: a tie may go either way.
+            np.testing.assert_allclose(theirs, ours, atol=1.001 * one.step[0])
+            assert (np.abs(theirs - ours) > 0.5 * one.step[0]).mean() < 1e-4
+
+
+@pytest.mark.parametrize("scheme", ["int8_tensor_static_absmax", "int8_tensor_static_absmax_asym"])
+def test_static_w8a8_in_stock_transformers(reference, tokens, apply, tmp_path, scheme):
+    """Ranges of these very tokens, so that nothing is clipped, and -128 is no code, as it is none of ours."""
+    traced = reference.trace(*tokens.shape)
+    choice = {w.path: parse_scheme("bf16" if "embed" in w.path else "int8_channel") for w in traced.weights}
+    rows = uniform_rows(traced, scheme, None)
+    rows = {path: row for path, row in rows.items() if not any("embed" in weight for weight in row["weights"])}
+    data = new_dataset(tokens, np.ones(tokens.shape, bool), np.arange(len(tokens)), "text")
+    chosen, _ = calibrated(rows, reference, traced, data, None, len(tokens))
+    activations = {one.spec.path: one.to_json() for one in chosen}
+    plan = artifacts.make_plan("static", choice, None, traced.weights, 0, reference.digest, activations)
+    qtensors = Candidates(reference.params, traced.weights, RTN()).choose(choice)
+    orbax.save(tmp_path / "orbax", **export_arguments(reference, traced.weights, qtensors, plan, chosen))
+    model = orbax.load(tmp_path / "orbax")
+    TARGETS["hf"].save(tmp_path / "hf", model, "x")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+
+    require_steps(stock, chosen)
+    theirs, simulated = logits(stock, tokens), jax.jit(with_activations(reference, traced, chosen).apply)
+    params = model.dequantized()
+    ours, plain = np.asarray(simulated(params, tokens)), np.asarray(apply(params, tokens))
+    # A last bit decides between two codes now and then: the model in JAX is about as far from itself.
+    floor, same = compare(ours, within_last_bits(simulated, params, tokens))
+    kl, agreement = compare(ours, theirs)
+    assert kl < 2 * floor
+    assert 1 - agreement < 2 * (1 - same)
+    cost = compare(plain, ours)[0]
+    assert cost > 2 * floor
     assert abs(compare(plain, theirs)[0] - cost) < 0.1 * cost
 
 

@@ -173,11 +173,11 @@ def test_scales_of_either_sign(tmp_path):
 
 @pytest.mark.parametrize("name", ["resnet_cifar", "mobilenet_v2"])
 def test_static_ranges(name, tmp_path):
-    """1,000 images.
+    """1,000 images of noise, random networks, codes and scales of either sign; `test_images` has real ones.
 
-    An integer convolution has a bias of whole steps of its sums, and scales those in fixed point, rounding twice: each
-    moves a few thousandths of the codes to the next one. By the last weights it is 8 % of them, as large an error as
-    that of the plan's own rounding, so that 99.9 % of the first choices cannot be asked. Outputs may differ from the
+    An integer convolution has a bias of whole steps of its sums, which moves a few thousandths of the codes to the next
+    one. By the last weights of these it is 8 % of them, as large an error as that of the plan's own rounding, so that
+    99.9 % of the first choices cannot be asked. Outputs may differ from the
     plan's by no more than twice what the plan's differ from those of the model that rounds nothing. Random models name
     one class for all images: the mean of each class is taken off first.
     """
@@ -281,7 +281,11 @@ class TestWhatCannotBeWritten:
     @pytest.mark.parametrize(
         ("scheme", "weights", "reason"),
         [
-            ("int8_token", "int8_channel", "as they come inputs are rounded by int8_token_asym there"),
+            (
+                "int8_token",
+                "int8_channel",
+                "as they come inputs are rounded by int8_token_asym there, those of convolutions by int8_tensor_asym",
+            ),
             ("int8_token_asym", "int8_g16", "it multiplies no codes of {first} at int8_g16"),
             ("int4_tensor_static", "int8_channel", "static ranges are of whole tensors in 8 bits"),
         ],

@@ -12,7 +12,6 @@ from mpq.onnx.activations import Activations
 from mpq.onnx.export import load as load_codes
 from mpq.onnx.export import save, size_bytes
 from mpq.onnx.graph import Graph, Tensor, require_onnx
-from tests import checkpoint_folders as folders
 from tests import tiny
 from tests.command import exit_code
 from tests.parity.test_onnxruntime import exported, optimized, run
@@ -26,7 +25,6 @@ from tests.runtime_cases import (
     some_inputs,
     within_last_bits,
 )
-from tests.vision_cases import CIFAR
 
 pytestmark = pytest.mark.parity
 
@@ -92,24 +90,6 @@ def test_the_reference_model_at_w8a8_on_held_out_text(root, tmp_path):
     assert kl < 1e-3
     assert kl < 2 * floor
     assert 1 - agreement < 2 * (1 - same)
-
-
-@pytest.mark.parametrize("plan", ["w8a8_static", "int8_channel+int8_tensor"])
-def test_resnet_20_on_1000_images(plan, shared_data, tmp_path):
-    folders.write(tmp_path / "model", {**CIFAR, "depth": 20, "width": 16, "num_labels": 10, "image_size": 32}, {})
-    weights = (shared_data / "vision" / "resnet20_cifar10.safetensors").read_bytes()
-    (tmp_path / "model" / "model.safetensors").write_bytes(weights)
-    images = shared_data / "vision" / "cifar10_lossless_head.npz"
-    limit = ("--data", images, "--max-windows", "128", "--batch-size", "32", "--method", "rtn")
-    assert exit_code("quantize", tmp_path / "model", plan, *limit, "-o", tmp_path / "q") == 0
-    assert exit_code("export", tmp_path / "q", "--to", "onnx", "-o", tmp_path / "model.onnx") == 0
-    with np.load(images) as data:
-        x = np.concatenate([data["test_x"], data["train_x"][-68:]])
-    assert len(x) == 1000
-    model = load(str(tmp_path / "q"))
-    kl, agreement = kl_and_agreement(np.asarray(jax.jit(model.apply)(model.params, x)), run(tmp_path / "model.onnx", x))
-    assert kl < 1e-3
-    assert agreement >= 0.999
 
 
 class TestWhatCannotBeRounded:
