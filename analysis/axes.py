@@ -127,9 +127,11 @@ def _connect(ax: Axes, x: Sequence[float], y: Sequence[float], kind: str, *, mai
 
 
 def legend_entries(ax: Axes) -> tuple[list[Any], list[str]]:
-    """Handles and names for a legend, of error bars only the marker."""
-    handles, names = ax.get_legend_handles_labels()
-    return [handle[0] if isinstance(handle, ErrorbarContainer) else handle for handle in handles], names
+    """Handles and names for a legend, each name once; of error bars only the marker."""
+    entries: dict[str, Any] = {}
+    for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
+        entries.setdefault(name, handle[0] if isinstance(handle, ErrorbarContainer) else handle)
+    return list(entries.values()), list(entries)
 
 
 def marks(color: str, marker: str, face: str) -> dict[str, Any]:

@@ -115,6 +115,17 @@ class TestFigures:
             assert drawn == [[list(point)]]
             assert "heuristic, GPTQ" in legend_entries(ax)[1]
 
+    def test_plans_made_better_in_two_ways_are_named_once(self):
+        body = make_result(layers=1)
+        plan = next(p for p in body["plans"] if p["name"] == "int3_g64" and p["method"] == "gptq")
+        for method in ("gptq+correct", "gptq+propagate+correct"):
+            body["plans"].append(plan | {"method": method, "kind": "corrected"})
+        with style():
+            ax = frontier_figure(parse_result(body)).axes[0]
+        names = legend_entries(ax)[1]
+        assert names.count("corrected") == 1
+        assert len(names) == len(set(names))
+
     def test_error_bars_are_two_standard_errors(self, result):
         with style():
             ax = frontier_figure(result).axes[0]
