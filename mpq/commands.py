@@ -167,6 +167,7 @@ def run(config_path: str, overrides: list[str], root: Path) -> dict[str, Any]:
     """The main job. Imports the drawing only here: nothing else of `mpq` knows it."""
     from analysis.report import write_run
     from mpq import pipeline, results
+    from mpq.hand_out import MADE_BETTER
 
     config = load_config(config_path, overrides)
     this = pipeline.prepare(config, root)
@@ -176,7 +177,7 @@ def run(config_path: str, overrides: list[str], root: Path) -> dict[str, Any]:
     keep = (*body["reference"], "size_bytes", "bits_per_weight")
     rows = {
         kind: {f"{p['name']} {p['method']}": {k: p[k] for k in keep} for p in body["plans"] if p["kind"] == kind}
-        for kind in ("mixed", "uniform", "heuristic", "distilled")
+        for kind in ("mixed", "uniform", "heuristic", *MADE_BETTER.values())
     }
     return {"run": str(this.folder), "plans": rows.pop("mixed"), **rows, "results": body}
 

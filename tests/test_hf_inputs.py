@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from mpq import artifacts
 from mpq.activations import activation_rows, parse_activation_scheme
-from mpq.activations.apply import RoundedActivation
+from mpq.activations.apply import RoundedActivation, with_activations
 from mpq.activations.plans import rows_at, uniform_rows
 from mpq.export import orbax
 from mpq.export.arguments import export_arguments
@@ -337,3 +337,47 @@ class TestStaticRanges:
         )
         message = self.changed(planned[0], tmp_path / "none", lambda tensors: tensors.pop(f"{name}.input_scale"))
         assert message.startswith(f"{name} of {tmp_path / 'none'} is not as its config says (")
+
+
+class TestLoaded:
+    """A checkpoint that is read as a model computes what its runtimes do: inputs are rounded, too."""
+
+    @pytest.fixture
+    def outputs(self, model, tmp_path):
+        """Of a plan whose folder is read, of the plan, and of its weights alone."""
+
+        def make(exported: Exported, target: str):
+            TARGETS[target].save(tmp_path / "out", exported, "x")
+            tokens = jnp.asarray(np.random.default_rng(0).integers(0, 90, (2, 16)))
+            rows = exported.plan["activations"].items()
+            chosen = [RoundedActivation.from_json(row, *exported.of_row(path)) for path, row in rows]
+            params, read = exported.dequantized(), load(str(tmp_path / "out"))
+            want = with_activations(model, model.trace(), chosen).apply(params, tokens)
+            return read.apply(read.params, tokens), want, model.apply(params, tokens)
+
+        return make
+
+    def test_of_compressed_tensors(self, planned, w8a8, outputs):
+        read, want, alone = outputs(planned(dict.fromkeys(w8a8, "int8_token"), "hf"), "hf")
+        np.testing.assert_allclose(read, want, rtol=1e-5, atol=1e-5)
+        assert np.abs(read - alone).max() > 1e-3
+
+    def test_of_llm_int8_with_outliers(self, planned, rows, outputs):
+        read, want, alone = outputs(planned(dict.fromkeys(rows[0], "int8_token_outlier1.5")), "llm_int8")
+        np.testing.assert_allclose(read, want, rtol=1e-5, atol=1e-5)
+        assert np.abs(read - alone).max() > 1e-4
+
+    def test_weights_alone_stay_alone(self, planned, outputs):
+        read, want, alone = outputs(planned({}, "hf"), "hf")
+        np.testing.assert_allclose(read, alone, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(want, alone)
+
+    def test_the_command_measures_it_so(self, planned, w8a8, tmp_path, model, capsys):
+        (tmp_path / "text.txt").write_text(tiny.text())
+        kl = []
+        for name, chosen in (("alone", {}), ("rounded", dict.fromkeys(w8a8, "int8_token"))):
+            TARGETS["hf"].save(tmp_path / name, planned(chosen, "hf"), "x")
+            arguments = ["--reference", tiny.write_folder(tmp_path / f"model-{name}", CONFIG), "--json"]
+            assert exit_code("evaluate", tmp_path / name, "--data", tmp_path / "text.txt", *arguments) == 0
+            kl.append(json.loads(capsys.readouterr().out)["kl"])
+        assert kl[0] != kl[1]

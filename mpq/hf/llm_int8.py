@@ -73,7 +73,10 @@ class LLMInt8:
 
     def reader(self, config: Mapping[str, Any]) -> Reader:
         """What reads a checkpoint of LLM.int8."""
-        return Reader(("SCB",), ("weight", "SCB", "weight_format"), _describe, lambda module, parts: _unpack(parts))
+        threshold = float(config.get("llm_int8_threshold", LLMInt8.threshold))
+        scheme = "int8_token" + (f"_outlier{threshold:g}" if threshold else "")
+        ends, unpack = ("weight", "SCB", "weight_format"), lambda module, parts: _unpack(parts)
+        return Reader(("SCB",), ends, _describe, unpack, lambda module, read: (scheme, None))
 
 
 def stored_bits(spec: WeightSpec, scheme: Scheme) -> int:

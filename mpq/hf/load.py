@@ -2,23 +2,26 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from mpq.activations.apply import RoundedActivation
-from mpq.activations.rows import ActivationSpec, activation_rows
+from mpq.activations.rows import activation_rows
 from mpq.artifacts import make_plan
 from mpq.export.orbax import Exported
 from mpq.formats import FORMATS
 from mpq.hf.export import FLOATS
 from mpq.hf.reading import QuantizedTensors, split_config
 from mpq.hf.sites import is_module
-from mpq.models import FAMILIES, find_family, load
-from mpq.models.checkpoint import match, read_config
+from mpq.models import FAMILIES, Model, find_family
+from mpq.models.checkpoint import load_checkpoint, match, read_config
+from mpq.models.family import Stored
 from mpq.models.tensors import find_tensors
+from mpq.trace import Trace
 from mpq.types import MpqError, QTensor, Scheme
 
 
@@ -37,9 +40,8 @@ def load_codes(path: str | os.PathLike[str]) -> Exported:
     if quantization is None or tensors is None:
         raise MpqError(f"{folder} is no quantized checkpoint: it lacks a quantization_config or weights")
     quantized = QuantizedTensors(tensors, quantization)
-    model = load(str(folder))
-    family = find_family(config, FAMILIES)
-    wanted, _ = match(quantized, family, family.parse(config), model.params)
+    model = load_checkpoint(folder, FAMILIES, folder.name)
+    wanted = _stored(quantized, config, model)
     traced = model.trace()
     weights = traced.weights
     qtensors: dict[str, QTensor] = {}
@@ -56,8 +58,7 @@ def load_codes(path: str | os.PathLike[str]) -> Exported:
     schemes = {path: qtensor.scheme for path, qtensor in qtensors.items()}
     indices = (q.row_group for q in qtensors.values() if q.row_group is not None)
     other = 8 * sum(array.nbytes for array in (*params.values(), *indices))
-    modules = {s.path: wanted[s.param].names[0] for s in weights if qtensors[s.path].scheme.has_scale}
-    chosen = tuple(_rounded(folder, quantized, activation_rows(traced), modules))
+    chosen = tuple(_rounded(folder, quantized, traced, wanted))
     rows = {one.spec.path: one.to_json() for one in chosen}
     ranges = {one.spec.path: np.array([one.low, one.high], np.float32) for one in chosen if one.low is not None}
     plan = make_plan(folder.name, schemes, None, weights, other, model.digest, rows)
@@ -66,15 +67,39 @@ def load_codes(path: str | os.PathLike[str]) -> Exported:
     return Exported(plan.to_json(), config, text, weights, qtensors, params, shapes, ranges)
 
 
+def rounded_inputs(folder: Path, model: Model) -> tuple[RoundedActivation, ...]:
+    """The inputs that runtimes of a quantized checkpoint round; `model` is what was read of it.
+
+    Raises:
+      MpqError: weights that read the same one have it rounded differently, or a range is missing or none of ours.
+    """
+    config, quantization = split_config(read_config(folder))
+    tensors = find_tensors(folder)
+    assert quantization is not None
+    assert tensors is not None
+    quantized = QuantizedTensors(tensors, quantization)
+    if not quantized.rounds_inputs:
+        return ()
+    return tuple(_rounded(folder, quantized, model.trace(), _stored(quantized, config, model)))
+
+
+def _stored(quantized: QuantizedTensors, config: Mapping[str, Any], model: Model) -> Mapping[str, Stored]:
+    """Which tensors every parameter is made of."""
+    family = find_family(config, FAMILIES)
+    return match(quantized, family, family.parse(config), model.params)[0]
+
+
 def _rounded(
-    folder: Path, quantized: QuantizedTensors, rows: Sequence[ActivationSpec], modules: Mapping[str, str]
+    folder: Path, quantized: QuantizedTensors, traced: Trace, wanted: Mapping[str, Stored]
 ) -> Iterator[RoundedActivation]:
     """The inputs that are rounded.
 
     Raises:
-      MpqError: weights that read the same one have it rounded differently.
+      MpqError: as `rounded_inputs`.
     """
-    for row in rows:
+    names = {spec.path: wanted[spec.param].names[0] for spec in traced.weights}
+    modules = {path: name for path, name in names.items() if quantized.scheme(name) is not None}
+    for row in activation_rows(traced):
         found = [quantized.inputs(modules[path]) if path in modules else None for path in row.weights]
         told = {None if one is None else (one[0], None if one[1] is None else one[1].tobytes()) for one in found}
         if len(told) > 1:

@@ -69,6 +69,11 @@ class QuantizedTensors:
         except (KeyError, ValueError, IndexError, TypeError) as error:
             raise MpqError(f"{module} of {self.folder} is not as its config says ({error}): damaged?") from error
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether runtimes round what some quantized tensor is multiplied with. Raises as `inputs` does."""
+        return any(self.inputs(f"{module}.weight") is not None for module in sorted(self._modules))
+
     def inputs(self, name: str) -> Inputs:
         """How what one quantized tensor is multiplied with is rounded, and its range.
 

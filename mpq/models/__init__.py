@@ -3,9 +3,10 @@
 `FAMILIES` lists the architectures that `load` reads; a new one is one file and one line here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from flax import nnx
@@ -74,6 +75,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     }
 )
 
+if TYPE_CHECKING:
+    from mpq.activations.apply import RoundedActivation
+
 __all__ = ["FAMILIES", "Family", "Model", "find_family", "functional", "load", "load_shapes", "resolve", "save_orbax"]
 
 
@@ -82,8 +86,9 @@ def load(source: str) -> Model:
 
     Args:
       source: `reference`; a folder with `config.json` and safetensors, or an Orbax checkpoint in `params/`; a folder
-        that `mpq quantize` wrote, whose weights come dequantized and whose activations are rounded; a GGUF file,
-        dequantized; a hub id `owner/name[@revision]`; or a Python file that defines `MODEL`.
+        that `mpq quantize` wrote, or a quantized checkpoint of the hub, whose weights come dequantized and whose
+        activations are rounded as their runtimes do; a GGUF file, dequantized; a hub id `owner/name[@revision]`; or a
+        Python file that defines `MODEL`.
 
     Raises:
       MpqError: what is missing or wrong, by name.
@@ -98,7 +103,12 @@ def load(source: str) -> Model:
     name = model_name(str(source), folder)
     if (folder / orbax.MANIFEST).exists():
         return _load_quantized(folder, name)
-    return load_checkpoint(folder, FAMILIES, name)
+    model = load_checkpoint(folder, FAMILIES, name)
+    if not model.schemes:
+        return model
+    from mpq.hf.load import rounded_inputs  # it imports this package
+
+    return _rounding(model, rounded_inputs(folder, model))
 
 
 def load_shapes(source: str) -> Model:
@@ -138,9 +148,17 @@ def _load_quantized(folder: Path, name: str) -> Model:
     model = make_model(apply, exported.dequantized(), stored, exported.config, family, tokenizer, name)
     if not (rows := exported.plan.get("activations")):
         return model
-    from mpq.activations.apply import RoundedActivation, with_activations  # what rounds models imports this package
+    from mpq.activations.apply import RoundedActivation  # what rounds models imports this package
 
-    chosen = [RoundedActivation.from_json(row, *exported.of_row(path)) for path, row in rows.items()]
+    return _rounding(model, [RoundedActivation.from_json(row, *exported.of_row(path)) for path, row in rows.items()])
+
+
+def _rounding(model: Model, chosen: Sequence["RoundedActivation"]) -> Model:
+    """The model with these activations rounded, if any."""
+    if not chosen:
+        return model
+    from mpq.activations.apply import with_activations
+
     return with_activations(model, model.trace(), chosen)
 
 
