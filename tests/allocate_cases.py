@@ -35,6 +35,13 @@ def make_problem(size_bits, loss, *, allowed=None, variance=None, names=None, **
     )
 
 
+def graded_problem(groups: int, schemes: int = 4, seed: int = 0) -> Problem:
+    """Random groups whose losses fall to a quarter with every scheme; standard errors of a tenth."""
+    loss = np.exp(np.random.default_rng(seed).normal(size=(groups, 1))) * 0.25 ** np.arange(schemes) / groups
+    size = np.array([2, 3, 4, 8][:schemes]) * 1000 * np.ones((groups, 1), np.int64)
+    return make_problem(size, loss, variance=np.square(0.1 * loss))
+
+
 def table(weights, loss, stderr=None, schemes=SCHEMES[:3]):
     loss = np.array(loss, np.float64)
     stderr = np.zeros_like(loss) if stderr is None else np.array(stderr, np.float64)

@@ -7,17 +7,14 @@ from scipy.stats import kendalltau
 from mpq.allocate import PowerLaw, Problem, refit
 from mpq.allocate.refit import EXPONENTS
 from mpq.types import MpqError
-from tests.allocate_cases import make_problem
+from tests.allocate_cases import graded_problem
 
 GROUPS, SCHEMES = 30, 4
 
 
 @pytest.fixture
 def problem() -> Problem:
-    rng = np.random.default_rng(0)
-    loss = np.exp(rng.normal(size=(GROUPS, 1))) * 0.25 ** np.arange(SCHEMES) / GROUPS
-    size = np.array([2, 3, 4, 8]) * 1000 * np.ones((GROUPS, 1), np.int64)
-    return make_problem(size, loss, variance=np.square(0.1 * loss))
+    return graded_problem(GROUPS, SCHEMES)
 
 
 def draw(count: int, seed: int = 1) -> np.ndarray:
