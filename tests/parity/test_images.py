@@ -94,7 +94,14 @@ def compared(case: Case, runtime: str, plan: str, folder: Path) -> float:
     got = run(path, images)
     kl, agreement = kl_and_agreement(want, got)
     assert kl < (1e-3 if rows else 1e-4)
-    assert agreement >= 0.999
+    if runtime == "litert" and "static" in plan:
+        # Biases of whole steps decide between classes that are all but equal, of which there may be more than one.
+        first, second = np.sort(want, axis=-1)[:, [-1, -2]].T
+        other = want.argmax(-1) != got.argmax(-1)
+        assert ((first - second)[other] < 0.02 * np.median(first - second)).all()
+        assert agreement >= 0.995
+    else:
+        assert agreement >= 0.999
     assert not rows or kl_and_agreement(plain, got)[0] > 1e-6  # inputs are rounded
     # Sums of another order: 2^-24 of the largest value in each of a few dozen steps.
     return float((np.abs(got - want).max(-1) <= 2e-5 * np.abs(want).max()).mean())
