@@ -25,7 +25,7 @@ import itertools
 from collections.abc import Mapping
 
 import numpy as np
-from scipy.linalg import cho_solve, cholesky, solve_triangular
+from scipy.linalg import cholesky, solve_triangular
 
 from mpq.allocate.power_law import logarithms
 from mpq.allocate.problem import Problem
@@ -46,16 +46,43 @@ NEGLIGIBLE = 1e-3
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Point:
-    """One point of the grid: its weight, what was fitted there, and the residual variance s^2."""
+    """What was fitted at one point of the grid: K = factor factor', and H the lines of the measured plans.
 
-    weight: float
+    Attributes:
+      candidates, smooth, length: the point, tau^2 / s^2, theta^2 / s^2 and l.
+      likelihood: logarithm of the marginal one, up to a constant.
+      line: `[2]`, a and b.
+      factor: `[P, P]`, lower triangle.
+      unsure: `[P, 2]`, K^-1 H.
+      information: `[2, 2]`, H' K^-1 H.
+      residual: `[P]`, K^-1 (log L - H line).
+      variance: s^2.
+    """
+
     candidates: float
     smooth: float
     length: float
+    likelihood: float
     line: np.ndarray
     factor: np.ndarray
+    unsure: np.ndarray
+    information: np.ndarray
     residual: np.ndarray
     variance: float
+
+    def covariance(self, shared: np.ndarray, distance: np.ndarray) -> np.ndarray:
+        """Of plans, over s^2, by the products of their shares and their squared distances."""
+        return _covariance(self.candidates, self.smooth, self.length, shared, distance)
+
+    def spread(self, prior: np.ndarray, cross: np.ndarray, trend: np.ndarray) -> np.ndarray:
+        """Variance of other plans `[Q]`, by that before any was measured, over s^2.
+
+        The measured plans take something off it, and not knowing the line adds something.
+        """
+        white = solve_triangular(self.factor, cross.T, lower=True)
+        apart = trend - cross @ self.unsure
+        of_line = (apart * np.linalg.solve(self.information, apart.T).T).sum(axis=1)
+        return self.variance * (prior + of_line - np.square(white).sum(axis=0))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,13 +114,12 @@ class Surrogate:
         mean, variance = np.zeros(len(known)), np.zeros(len(known))
         trend, features, points = self._seen(plans[known])
         shared, distance = features @ self._own[1].T, _distances(points, self._own[2])
-        for at in self._grid:
-            cross = at.candidates * shared + at.smooth * np.exp(-distance / (2 * at.length**2))
+        for weight, at in self._grid:
+            cross = at.covariance(shared, distance)
             found = trend @ at.line + cross @ at.residual
-            prior = at.candidates * np.square(features).sum(axis=1) + at.smooth + 1
-            spread = at.variance * (prior + _reduction(at.factor, self._own[0], cross, trend))
-            mean += at.weight * found
-            variance += at.weight * (spread + np.square(found))
+            prior = at.covariance(np.square(features).sum(axis=1), np.zeros(len(known))) + 1
+            mean += weight * found
+            variance += weight * (at.spread(prior, cross, trend) + np.square(found))
         loss, deviation = np.zeros(len(plans)), np.full(len(plans), np.inf)
         loss[known] = np.exp(mean)
         deviation[known] = np.sqrt(np.maximum(variance - np.square(mean), 0.0))
@@ -133,41 +159,69 @@ class Surrogate:
         return trend, (shares - mean) / size, points / apart
 
     @functools.cached_property
-    def _grid(self) -> list[_Point]:
-        """The points of the grid that count, their weights summing to one."""
+    def _grid(self) -> list[tuple[float, _Point]]:
+        """The points of the grid that count, with their weights, which sum to one."""
         trend, features, points = self._own
         shared, distance = features @ features.T, _distances(points, points)
-        target, free = np.log(self.measured), len(self.measured) - trend.shape[1] + WORTH
-        found, likelihood = [], []
-        for length in LENGTHS:
-            near = np.exp(-distance / (2 * length**2))
-            for candidates, smooth in itertools.product(CANDIDATES, SMOOTH):
-                factor = cholesky(candidates * shared + smooth * near + np.eye(len(target)), lower=True)
-                white = solve_triangular(factor, np.column_stack([trend, target]), lower=True)
-                basis, line = np.linalg.qr(white[:, :-1])
-                left = white[:, -1] - basis @ (basis.T @ white[:, -1])
-                squares = float(left @ left) + WORTH * RESIDUAL**2
-                determinants = np.log(np.diag(factor)).sum() + np.log(np.abs(np.diag(line))).sum()
-                likelihood.append(-determinants - free / 2 * np.log(squares))
-                coefficients = np.linalg.solve(line, basis.T @ white[:, -1])
-                residual = solve_triangular(factor.T, left, lower=False)
-                rest = coefficients, factor, residual, squares / free
-                found.append(_Point(1.0, float(candidates), float(smooth), float(length), *rest))
-        weights = np.exp(np.asarray(likelihood) - max(likelihood))
-        weights = np.where(weights < NEGLIGIBLE, 0.0, weights)
-        weights /= weights.sum()
-        return [dataclasses.replace(p, weight=float(w)) for p, w in zip(found, weights, strict=True) if w > 0]
+        target, found, best = np.log(self.measured), list[_Point](), -np.inf
+        for length, candidates, smooth in itertools.product(LENGTHS, CANDIDATES, SMOOTH):
+            at = _fit(float(candidates), float(smooth), float(length), shared, distance, trend, target)
+            best = max(best, at.likelihood)
+            # Those left out by now stay out: every point holds a matrix of all plans.
+            found = [p for p in (*found, at) if p.likelihood >= best + np.log(NEGLIGIBLE)]
+        weights = np.exp(np.asarray([at.likelihood for at in found]) - best)
+        return list(zip((weights / weights.sum()).tolist(), found, strict=True))
+
+
+def _fit(
+    candidates: float,
+    smooth: float,
+    length: float,
+    shared: np.ndarray,
+    distance: np.ndarray,
+    trend: np.ndarray,
+    target: np.ndarray,
+) -> _Point:
+    """One point of the grid.
+
+    Args:
+      candidates: tau^2 / s^2.
+      smooth: theta^2 / s^2.
+      length: l.
+      shared: `[P, P]`, products of the shares of the measured plans.
+      distance: `[P, P]`, their squared distances.
+      trend: `[P, 2]`, their lines.
+      target: `[P]`, logarithms of their losses.
+    """
+    among = _covariance(candidates, smooth, length, shared, distance)
+    factor = cholesky(among + np.eye(len(target)), lower=True)
+    white = solve_triangular(factor, np.column_stack([trend, target]), lower=True)
+    basis, line = np.linalg.qr(white[:, :-1])
+    left = white[:, -1] - basis @ (basis.T @ white[:, -1])
+    squares, free = float(left @ left) + WORTH * RESIDUAL**2, len(target) - trend.shape[1] + WORTH
+    determinants = np.log(np.diag(factor)).sum() + np.log(np.abs(np.diag(line))).sum()
+    back = solve_triangular(factor.T, np.column_stack([white[:, :-1], left]), lower=False)
+    return _Point(
+        candidates,
+        smooth,
+        length,
+        likelihood=float(-determinants - free / 2 * np.log(squares)),
+        line=np.linalg.solve(line, basis.T @ white[:, -1]),
+        factor=factor,
+        unsure=back[:, :-1],
+        information=white[:, :-1].T @ white[:, :-1],
+        residual=back[:, -1],
+        variance=squares / free,
+    )
+
+
+def _covariance(
+    candidates: float, smooth: float, length: float, shared: np.ndarray, distance: np.ndarray
+) -> np.ndarray:
+    return candidates * shared + smooth * np.exp(-distance / (2 * length**2))
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Squared distances of all rows of a and b."""
     squares = np.square(a).sum(axis=1)[:, None] + np.square(b).sum(axis=1) - 2 * a @ b.T
     return np.maximum(squares, 0.0)
-
-
-def _reduction(factor: np.ndarray, own: np.ndarray, cross: np.ndarray, trend: np.ndarray) -> np.ndarray:
-    """What the measured plans take off the prior variance, and what not knowing the line adds, `[Q]`."""
-    white = solve_triangular(factor, cross.T, lower=True)
-    information = own.T @ cho_solve((factor, True), own)
-    unsure = trend - cross @ cho_solve((factor, True), own)
-    return (unsure * np.linalg.solve(information, unsure.T).T).sum(axis=1) - np.square(white).sum(axis=0)
