@@ -278,5 +278,5 @@ def _corrected(
     rounded = apply_plan(model.params, traced.weights, qtensors)
     options: dict[str, Any] = {"activations": chosen, "norms": how.correct_norms, "batch_size": batch_size}
     params = correct_biases(original, traced, rounded, shifts, data, **options)
-    vectors = {path for shift in shifts for path in (*shift.vectors, shift.gain) if path is not None}
+    vectors = {path for shift in shifts for path in shift.parameters}
     return dataclasses.replace(model, params={**model.params, **{p: params[p] for p in vectors}}), len(shifts)

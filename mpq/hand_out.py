@@ -23,6 +23,7 @@ from mpq.equalize.shifts import Shift
 from mpq.evaluate import DocumentScores
 from mpq.export import orbax
 from mpq.export.arguments import export_arguments
+from mpq.models import Model
 from mpq.pipeline import Run
 from mpq.quantize.correction import SUFFIX as CORRECT
 from mpq.quantize.correction import correct_biases
@@ -121,11 +122,14 @@ class HandOut:
         """Write what is handed out as an Orbax folder of packed weights."""
         path, run = self.run.folder / "quantized", self.run
         if not path.exists():
-            beside = self.beside(self.plan, self.method)
-            model = dataclasses.replace(run.model, params={**run.model.params, **beside})
+            model = self._model(self.beside(self.plan, self.method))
             made = self.qtensors(self.plan, self.method), self.stored(), run.activations
             orbax.save(path, **export_arguments(model, run.traced.weights, *made))
         return path
+
+    def _model(self, beside: Params) -> Model:
+        """The original with other values of what is beside its weights."""
+        return dataclasses.replace(self.run.model, params={**self.run.model.params, **beside})
 
     def _winner(self, budget: str) -> tuple[Plan, dict[str, float]]:
         run, method = self.run, self.run.config.method
@@ -156,6 +160,11 @@ class HandOut:
         """Where biases and norms take up what layers give too much."""
         return find_shifts(self.run.model, self.run.traced, self.run.sets["calibration"])
 
+    @functools.cached_property
+    def _corrects(self) -> tuple[str, ...]:
+        """The parameters that corrections change."""
+        return tuple(sorted({path for shift in self._shifts for path in shift.parameters}))
+
     def _corrected(self, plan: Plan, way: str) -> Params:
         """Vectors of biases and norms that make up for the rounding of a winner, whose way is read more than once."""
         if (plan.name, way) not in self._vectors:
@@ -171,8 +180,7 @@ class HandOut:
                 norms=True,
                 batch_size=size,
             )
-            named = {path for shift in self._shifts for path in (*shift.vectors, shift.gain) if path is not None}
-            self._vectors[plan.name, way] = {path: params[path] for path in sorted(named)}
+            self._vectors[plan.name, way] = {path: params[path] for path in self._corrects}
         return self._vectors[plan.name, way]
 
     @functools.cached_property
@@ -186,21 +194,19 @@ class HandOut:
         data = run.sets["calibration"]
         options = Distill(steps=run.config.distill_steps, batch_size=min(Distill.batch_size, len(data.inputs)))
         way = _least(self._untrained(plan))
-        beside = self.beside(plan, way)
 
         def make() -> tuple[dict[str, QTensor], Params]:
-            start, key = self.qtensors(plan, way), jax.random.key(run.config.seed)
+            start, key, beside = self.qtensors(plan, way), jax.random.key(run.config.seed), self.beside(plan, way)
             found = options(run.model, run.traced, start, data, key=key, state=state, beside=beside)
             return found.qtensors, found.beside
 
         def save(path: Path, made: tuple[dict[str, QTensor], Params]) -> None:
-            model = dataclasses.replace(run.model, params={**run.model.params, **made[1]})
-            orbax.save(path, **export_arguments(model, run.traced.weights, made[0], plan))
+            orbax.save(path, **export_arguments(self._model(made[1]), run.traced.weights, made[0], plan))
 
         def read(path: Path) -> tuple[dict[str, QTensor], Params]:
             exported = orbax.load(path)
-            dtypes = {name: value.dtype for name, value in run.model.params.items()}
-            return exported.qtensors, {p: jnp.asarray(exported.params[p]).astype(dtypes[p]) for p in beside}
+            dtypes = {name: run.model.params[name].dtype for name in (self._corrects if way.endswith(CORRECT) else ())}
+            return exported.qtensors, {p: jnp.asarray(exported.params[p]).astype(of) for p, of in dtypes.items()}
 
         found = run.stage("distilled", read, make, save)
         state.unlink(missing_ok=True)

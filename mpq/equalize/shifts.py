@@ -55,6 +55,11 @@ class Shift:
     gain: str | None
     width: int
 
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """All of them: the vectors, and the gain where there is one."""
+        return self.vectors if self.gain is None else (*self.vectors, self.gain)
+
     def moved(self, params: Params, shift: Any) -> dict[str, jax.Array]:
         """`params` for an output to which `shift: float32[n]` is to be added."""
         return {**params, self.vectors[0]: params[self.vectors[0]] + self.signs[0] * jnp.asarray(shift)}
