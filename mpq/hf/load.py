@@ -35,11 +35,7 @@ def load_codes(path: str | os.PathLike[str]) -> Exported:
       MpqError: the folder is no quantized checkpoint, or a part of it is missing or not read.
     """
     folder = Path(path)
-    config, quantization = split_config(read_config(folder))
-    tensors = find_tensors(folder)
-    if quantization is None or tensors is None:
-        raise MpqError(f"{folder} is no quantized checkpoint: it lacks a quantization_config or weights")
-    quantized = QuantizedTensors(tensors, quantization)
+    config, quantized = _opened(folder)
     model = load_checkpoint(folder, FAMILIES, folder.name)
     wanted = _stored(quantized, config, model)
     traced = model.trace()
@@ -73,14 +69,23 @@ def rounded_inputs(folder: Path, model: Model) -> tuple[RoundedActivation, ...]:
     Raises:
       MpqError: weights that read the same one have it rounded differently, or a range is missing or none of ours.
     """
-    config, quantization = split_config(read_config(folder))
-    tensors = find_tensors(folder)
-    assert quantization is not None
-    assert tensors is not None
-    quantized = QuantizedTensors(tensors, quantization)
+    config, quantized = _opened(folder)
     if not quantized.rounds_inputs:
         return ()
     return tuple(_rounded(folder, quantized, model.trace(), _stored(quantized, config, model)))
+
+
+def _opened(folder: Path) -> tuple[dict[str, Any], QuantizedTensors]:
+    """The model's config, and the tensors.
+
+    Raises:
+      MpqError: the folder is no quantized checkpoint, or of a kind that is not read.
+    """
+    config, quantization = split_config(read_config(folder))
+    tensors = find_tensors(folder)
+    if quantization is None or tensors is None:
+        raise MpqError(f"{folder} is no quantized checkpoint: it lacks a quantization_config or weights")
+    return config, QuantizedTensors(tensors, quantization)
 
 
 def _stored(quantized: QuantizedTensors, config: Mapping[str, Any], model: Model) -> Mapping[str, Stored]:

@@ -146,10 +146,9 @@ def _load_quantized(folder: Path, name: str) -> Model:
         path: str(exported.params[path].dtype) if path in exported.params else "float32" for path in exported.shapes
     }
     model = make_model(apply, exported.dequantized(), stored, exported.config, family, tokenizer, name)
-    if not (rows := exported.plan.get("activations")):
-        return model
     from mpq.activations.apply import RoundedActivation  # what rounds models imports this package
 
+    rows = exported.plan.get("activations") or {}
     return _rounding(model, [RoundedActivation.from_json(row, *exported.of_row(path)) for path, row in rows.items()])
 
 
