@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from mpq.types import Allocation, MpqError, Scheme, SensitivityTable, WeightSpec
 from mpq.units import bpw_to_bits, parse_size
 
 Value = TypeVar("Value")
+Posed = TypeVar("Posed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,17 +121,13 @@ class Request:
         target = TARGETS[self.runtime]
         if activations is None or not target.one_rounding:
             return joint_problem(problem, activations, cache, tokens, target.pairs)
-        found: list[tuple[float, Joint]] = []
-        for number in range(len(activations.schemes)):
-            with contextlib.suppress(MpqError):  # no plan with this scheme keeps to what is asked
-                posed = joint_problem(problem, activations.at(number), cache, tokens, target.pairs)
-                found.append((self._least(posed.problem, self.joint_limits(posed), table), posed))
-        if not found:
-            raise MpqError(
-                f"no plan with one scheme for all activations, which {self.runtime} needs, keeps to what is asked: "
-                "allow more, or score more schemes"
-            )
-        return min(found, key=lambda pair: pair[0])[1]
+
+        def pose(number: int) -> tuple[Joint, Allocation]:
+            posed = joint_problem(problem, activations.at(number), cache, tokens, target.pairs)
+            return posed, self.solve(posed.problem, self.joint_limits(posed), table)
+
+        columns = range(len(activations.schemes))
+        return self._best(pose, columns, "activations", "allow more, or score more schemes")
 
     def joint_limits(self, joint: Joint) -> list[Constraint]:
         """The limits beside the size, of a joint problem.
@@ -140,10 +137,31 @@ class Request:
         """
         return [] if self.max_bops is None else [joint.bops(self.max_bops)]
 
-    def _least(self, problem: Problem, limits: Sequence[Constraint], table: SensitivityTable) -> float:
-        """Loss of the solution, or its size where that is asked for."""
-        solved = self.solve(problem, limits, table)
-        return solved.size_bits if self.max_kl is not None else solved.loss
+    def _best(
+        self, pose: Callable[[Value], tuple[Posed, Allocation]], schemes: Iterable[Value], rounded: str, advice: str
+    ) -> Posed:
+        """What poses the best plan of one scheme for all.
+
+        Args:
+          pose: the problem under one scheme, and its solution; `MpqError` where it has none.
+          schemes: what `pose` takes.
+          rounded: what has one scheme, in words.
+          advice: what to try where none has a plan.
+
+        Raises:
+          MpqError: no scheme has a plan.
+        """
+        found: list[tuple[float, Posed]] = []
+        for scheme in schemes:
+            with contextlib.suppress(MpqError):  # it does not fit some weight, a rule, a limit or the budget
+                posed, solved = pose(scheme)
+                found.append((solved.size_bits if self.max_kl is not None else solved.loss, posed))
+        if not found:
+            raise MpqError(
+                f"no plan with one scheme for all {rounded}, which {self.runtime} needs, keeps to what is asked: "
+                f"{advice}"
+            )
+        return min(found, key=lambda pair: pair[0])[1]
 
     @property
     def name(self) -> str:
@@ -209,17 +227,13 @@ class Request:
         rules = lambda keep: {f"(?:{re.escape(p)})": [str(s) for s in of if keep(s)] for p, of in allowed.items()}
         if not target.uniform:
             return pose(self.sets | rules(lambda scheme: True))
-        found: list[tuple[float, Problem]] = []
-        for one in (scheme for scheme in table.schemes if scheme.has_scale):
-            with contextlib.suppress(MpqError):  # this scheme does not fit some weight, a rule or the budget
-                problem = pose(self.sets | rules(lambda scheme, one=one: scheme == one or not scheme.has_scale))
-                found.append((self._least(problem, self.limits(problem), table), problem))
-        if not found:
-            raise MpqError(
-                f"no plan with one scheme for all linear layers, which {self.runtime} needs, keeps to what is asked: "
-                "allow more, score more schemes, or use --for hf"
-            )
-        return min(found, key=lambda pair: pair[0])[1]
+
+        def alone(one: Scheme) -> tuple[Problem, Allocation]:
+            problem = pose(self.sets | rules(lambda scheme: scheme == one or not scheme.has_scale))
+            return problem, self.solve(problem, self.limits(problem), table)
+
+        scaled = [scheme for scheme in table.schemes if scheme.has_scale]
+        return self._best(alone, scaled, "linear layers", "allow more, score more schemes, or use --for hf")
 
     def limits(self, problem: Problem) -> list[Constraint]:
         """The limits beside the size.
