@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from analysis.bakeoff import title
 from analysis.pages import write_page
 from analysis.text import significant
 
@@ -35,7 +36,7 @@ def overview(results: Sequence[Result]) -> str:
             name, fitted = max(_all(band), key=lambda pair: pair[1]["surrogate"]["tau"])
             found, entry = fitted["surrogate"], band["metrics"][name]
             cells = [
-                _title(result),
+                title(result),
                 _bits(band),
                 f"{band['halves']:.3f}",
                 f"`{name}`",
@@ -75,7 +76,7 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
     yield "The best of every band. `halves` is tau between the losses of the same plans on two halves of the test set."
     yield overview(results)
     for result in results:
-        yield f"## {_title(result)}"
+        yield f"## {title(result)}"
         rows = result["rows"]
         yield (
             f"{result['plans']} plans a band of {result['groups']} groups, judged by {rows[1]} rows of "
@@ -110,10 +111,6 @@ def _agreement(found: Found) -> list[str]:
         f"{found[key]:.{digits}f}" if key in found else significant(None)
         for key, digits in (("tau", 3), ("r2", 3), ("ratio", 2))
     ]
-
-
-def _title(result: Result) -> str:
-    return f"{result['model']}, {result['method'].upper()}"
 
 
 def _bits(band: Mapping[str, Any]) -> str:
