@@ -61,6 +61,14 @@ class Buffer {
 int64_t Divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t RoundUp(int64_t a, int64_t b) { return Divide(a, b) * b; }
 
+inline void Pause() {
+#if defined(MPQ_X86)
+  __builtin_ia32_pause();
+#elif defined(MPQ_ARM)
+  asm volatile("yield");
+#endif
+}
+
 // One call, shared with threads that may come late, when it is over: those touch nothing but `next`.
 struct Work {
   Problem problem;
@@ -69,7 +77,7 @@ struct Work {
   std::atomic<int64_t> next{0};
   std::mutex mutex;
   std::condition_variable finished;
-  int64_t done = 0;
+  std::atomic<int64_t> done{0};
 
   void Run() {
     int64_t mine = 0;
@@ -85,7 +93,13 @@ struct Work {
     if (done == pieces) finished.notify_one();
   }
 
+  // The others are about as far as this thread. It looks for some 300 microseconds, since to be woken takes longer than
+  // they mostly do.
   void Wait() {
+    for (int i = 0; i < 20000; ++i) {
+      if (done == pieces) return;
+      Pause();
+    }
     std::unique_lock<std::mutex> lock(mutex);
     finished.wait(lock, [this] { return done == pieces; });
   }
@@ -123,9 +137,9 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes, 
   way.prepare(&p);
 
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  // A piece of a million products outweighs handing it out; four for a thread even out what else the machine does.
+  // A piece of a million products outweighs handing it out; eight for a thread even out what else the machine does.
   const int64_t smallest = 1 + (1 << 20) / std::max<int64_t>(1, p.m * k);
-  work->columns = RoundUp(std::max(smallest, Divide(p.n, 4 * threads)), 64);
+  work->columns = RoundUp(std::max(smallest, Divide(p.n, 8 * threads)), 64);
   work->column_pieces = Divide(p.n, work->columns);
   work->tokens = std::max<int64_t>(1, p.m);
   // Tokens are shared out, too, where columns are too few for all threads: so many that unpacking is not most of it.

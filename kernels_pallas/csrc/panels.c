@@ -16,9 +16,9 @@
 
 #define VECTORS 2  // of columns in a tile
 #define WIDE (VECTORS * LANES)
-#define PANELS 16  // of a block of columns
-#define ROWS 256   // of a panel of floats
-#define WORDS 272  // along k of a panel of integers, the two headers of each piece counted in
+#define PANELS 8   // of a block of columns
+#define ROWS 512   // of a panel of floats
+#define WORDS 528  // along k of a panel of integers, the two headers of each piece counted in
 #define PANEL (WORDS * VECTORS)     // vectors of a panel, of either kind
 #define STRIDE (4 * WORDS + BYTES)  // bytes of a token's activations in a tile, with room to write behind them
 
@@ -127,7 +127,11 @@ static int64_t gather(const Problem *p, const Slab s, int64_t token, int64_t tok
             b_store(to + t * STRIDE + b, b_flip(x, X_FLIP));
           }
         else
-          __builtin_memcpy(to + t * STRIDE, p->x + at, s.bytes * sizeof(float));
+          for (int64_t k = 0; k < s.bytes; k += LANES) {
+            const float *from = p->x + at + k;
+            VF x = s.bytes - k < LANES ? f_load_part(from, s.bytes - k) : f_load(from);
+            f_store((float *)(to + t * STRIDE) + k, x);
+          }
       }
       to += p->q ? 4 * words_of(s.bytes) : 4 * s.bytes;
       ++pieces;
