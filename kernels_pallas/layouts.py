@@ -6,7 +6,7 @@
              / 8, n, segment], a byte holding the same row and column of segments that lie evenly spaced. So the fields
              of an array of bytes are whole operands, and nothing is interleaved. Scales as given.
     tpu      int8, int4 or int2[k, n], sub-byte arrays native; k in whole groups and n to multiples of 128, filled with
-             zeros; scales float32[groups, 1, n].
+             zeros; groups of 16, 32, 64 or of a multiple of 128; scales float32[groups, 1, n].
     hopper   int32[k / 128, n / 64, 2 * bits, 128], the order in which threads feed the tensor cores (`fragments`);
              k and n to multiples of 128, groups of 32, of 64 or of a multiple of 128; scales float32[groups, n].
 
@@ -167,7 +167,7 @@ def _store_tpu(codes: np.ndarray, scales: np.ndarray, spec: Spec) -> HostArrays:
 
 
 def _load_tpu(codes: jax.Array, scales: jax.Array, spec: Spec) -> Arrays:
-    return codes.astype(np.int8)[..., : spec.k, : spec.n], scales[..., 0, : spec.n]
+    return codes.astype(np.int8)[..., : spec.k, : spec.n], scales[..., : spec.groups, 0, : spec.n]
 
 
 def _store_hopper(codes: np.ndarray, scales: np.ndarray, spec: Spec) -> HostArrays:
@@ -196,7 +196,7 @@ def _cpu(spec: Spec) -> Stored:
 
 
 def _tpu(spec: Spec) -> Stored:
-    return (NATIVE[spec.bits], (spec.tiled_k, spec.tiled_n)), (spec.groups, 1, spec.tiled_n)
+    return (NATIVE[spec.bits], (spec.tiled_k, spec.tiled_n)), (spec.tiled_groups, 1, spec.tiled_n)
 
 
 def _hopper(spec: Spec) -> Stored:
@@ -225,7 +225,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
         "plain": Layout(2, _widths(*range(1, 9), tables=True), _store_plain, _load_plain, _plain),
         "cpu": Layout(3, _widths(8, 4, 2, tables=True), _store_cpu, _load_cpu, _cpu),
-        "tpu": Layout(2, _widths(8, 4, 2, lanes=()), _store_tpu, _load_tpu, _tpu),
+        "tpu": Layout(2, _widths(8, 4, 2, lanes=(16, 32, 64)), _store_tpu, _load_tpu, _tpu),
         "hopper": Layout(4, _widths(8, 4, 2, tables=True, lanes=(32, 64)), _store_hopper, _load_hopper, _hopper),
     }
 )

@@ -3,11 +3,12 @@
 The grid is (tiles of tokens, tiles of columns, tiles of rows), the last one sequential with a float32 sum in scratch. A
 tile of rows holds whole groups, or is part of one. For each group in it the codes become the activations' dtype (every
 code of at most 8 bits is exact in bfloat16), one dot makes the partial sum, and the group's scale multiplies that: `m`
-products a column instead of `group_size`, and no rounding of dequantized weights. That is for few tokens. With more
-tokens than a group has rows, scaling partial sums costs more than scaling weights: then a tile is dequantized into
-scratch memory, rounded to bfloat16 as a dense weight would be, and multiplied at once; of bfloat16 activations alone,
-since others would be rounded more than they are. int4 is cast to int8 for int8 activations, since the matrix unit takes
-no mixed integers.
+products a column instead of `group_size`, and no rounding of dequantized weights. That is for few tokens. The matrix
+unit multiplies 128 rows at once: where groups are shorter, a token comes once for each group in them, zeros in place of
+the others' rows, so that one dot makes the partial sums of all. With more tokens than a group has rows, scaling partial
+sums costs more than scaling weights: then a tile is dequantized into scratch memory, rounded to bfloat16 as a dense
+weight would be, and multiplied at once; of bfloat16 activations alone, since others would be rounded more than they
+are. int4 is cast to int8 for int8 activations, since the matrix unit takes no mixed integers.
 """
 
 import functools
@@ -32,7 +33,10 @@ _VMEM = DEVICES["TPU v5 lite"].fast_memory // 2  # the other half is the compile
 
 
 def _kernel(x_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any, sum_ref: Any, *, segment: int) -> None:
-    """One tile: `x[bm, bk]`, `w[bk, bn]`, `s[groups, 1, bn]` added into `sum[bm, bn]`, at the end written to `y`."""
+    """One tile: `x[bm, bk]`, `w[bk, bn]`, `s[groups, 1, bn]` added into `sum[bm, bn]`, at the end written to `y`.
+
+    A segment is a group, part of one, or several: then `x[several * bm, bk]` is as `_spread_out` makes it.
+    """
     step = pl.program_id(2)
 
     @pl.when(step == 0)
@@ -40,9 +44,12 @@ def _kernel(x_ref: Any, w_ref: Any, s_ref: Any, y_ref: Any, sum_ref: Any, *, seg
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
     total = sum_ref[...]
-    for g in range(w_ref.shape[0] // segment):
-        rows = slice(g * segment, (g + 1) * segment)
-        total += _partial(x_ref[:, rows], w_ref[rows, :]) * s_ref[g]
+    bm, several = sum_ref.shape[0], x_ref.shape[0] // sum_ref.shape[0]
+    for i in range(w_ref.shape[0] // segment):
+        rows = slice(i * segment, (i + 1) * segment)
+        part = _partial(x_ref[:, rows], w_ref[rows, :])
+        for g in range(several):
+            total += part[g * bm : (g + 1) * bm] * s_ref[i * several + g]
     sum_ref[...] = total
 
     @pl.when(step == pl.num_programs(2) - 1)
@@ -60,9 +67,15 @@ def _dequantizing_kernel(
     def _start() -> None:
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    for g in range(w_ref.shape[0] // segment):
-        rows = slice(g * segment, (g + 1) * segment)
-        scaled_ref[rows, :] = (w_ref[rows, :].astype(jnp.float32) * s_ref[g]).astype(scaled_ref.dtype)
+    several = s_ref.shape[0] * segment // w_ref.shape[0]
+    for i in range(w_ref.shape[0] // segment):
+        rows = slice(i * segment, (i + 1) * segment)
+        w = w_ref[rows, :].astype(jnp.float32)
+        if several > 1:
+            w = (w.reshape(several, -1, w.shape[1]) * s_ref[i * several : (i + 1) * several]).reshape(w.shape)
+        else:
+            w *= s_ref[i]
+        scaled_ref[rows, :] = w.astype(scaled_ref.dtype)
     sum_ref[...] += jnp.dot(x_ref[...], scaled_ref[...], preferred_element_type=jnp.float32)
 
     @pl.when(step == pl.num_programs(2) - 1)
@@ -113,9 +126,21 @@ def legal(problem: Problem, config: Config) -> bool:
     if bk % group and group % bk:
         return False
     x_bits = 8 * jnp.dtype(dot_type(problem)).itemsize
-    moved = bm * bk * x_bits // 8 + bk * bn * problem.bits // 8 + 4 * max(1, bk // group) * bn + 4 * bm * bn
-    held = 4 * bm * bn + (bk if len(config) == 4 else min(group, bk)) * bn * x_bits // 8
+    rows = bm * _several(group, config)
+    moved = rows * bk * x_bits // 8 + bk * bn * problem.bits // 8 + 4 * max(1, bk // group) * bn + 4 * bm * bn
+    held = 4 * rows * bn + (bk if len(config) == 4 else min(max(group, LANES), bk)) * bn * x_bits // 8
     return 2 * moved + held <= _VMEM
+
+
+def _several(group: int, config: Config) -> int:
+    """How often a token comes: once for each group in 128 rows, unless weights are scaled."""
+    return 1 if len(config) == 4 else max(1, LANES // group)
+
+
+def _spread_out(x: jax.Array, bm: int, group: int, several: int) -> jax.Array:
+    """`x[m, k]` as `[m / bm, several, bm, k]` with its first axes joined: each time all but some groups' rows are 0."""
+    mine = jnp.arange(x.shape[1]) // group % several == jnp.arange(several)[:, None]
+    return jnp.where(mine[:, None], x.reshape(-1, 1, bm, x.shape[1]), 0).reshape(-1, x.shape[1])
 
 
 def _divisors(size: int, limit: int) -> list[int]:
@@ -140,17 +165,17 @@ def _run(x: jax.Array, packed: Packed, config: Config, interpret: bool) -> jax.A
     (bm, bn, bk), before = config[:3], len(config) == 4
     padded = jnp.pad(x, ((0, -m % bm), (0, spec.tiled_k - spec.k)))
     group = packed.group_size or spec.tiled_k
-    per_tile = max(1, bk // group)
+    per_tile, several = max(1, bk // group), _several(group, config)
     # `lax.div`, for floor division asks for a sign, which does not lower without a chip at hand.
     scale_row = (lambda i, j, k: (k, 0, j)) if bk >= group else (lambda i, j, k: (lax.div(k, group // bk), 0, j))
     grid = (padded.shape[0] // bm, spec.tiled_n // bn, spec.tiled_k // bk)
-    moved = padded.size * width(x.dtype) + packed.size_bits + 32 * padded.shape[0] * spec.tiled_n
+    moved = several * padded.size * width(x.dtype) + packed.size_bits + 32 * padded.shape[0] * spec.tiled_n
     call = pl.pallas_call(
-        functools.partial(_dequantizing_kernel if before else _kernel, segment=min(group, bk)),
+        functools.partial(_dequantizing_kernel if before else _kernel, segment=min(max(group, LANES), bk)),
         out_shape=jax.ShapeDtypeStruct((padded.shape[0], spec.tiled_n), jnp.float32),
         grid=grid,
         in_specs=[
-            pl.BlockSpec((bm, bk), lambda i, j, k: (i, k)),
+            pl.BlockSpec((several * bm, bk), lambda i, j, k: (i, k)),
             pl.BlockSpec((bk, bn), lambda i, j, k: (k, j)),
             pl.BlockSpec((per_tile, 1, bn), scale_row),
         ],
@@ -161,12 +186,13 @@ def _run(x: jax.Array, packed: Packed, config: Config, interpret: bool) -> jax.A
         ],
         compiler_params=compat.tpu_params(("parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
-            flops=2 * padded.size * spec.tiled_n, transcendentals=0, bytes_accessed=moved // 8
+            flops=2 * several * padded.size * spec.tiled_n, transcendentals=0, bytes_accessed=moved // 8
         ),
         name=f"mpq_w{packed.bits}a{width(x.dtype)}{'_scaled' if before else ''}",
         interpret=compat.tpu_interpreter() if interpret else False,
     )
-    return call(padded, packed.codes, packed.scales)[:m, : spec.n]
+    tokens = padded if several == 1 else _spread_out(padded, bm, group, several)
+    return call(tokens, packed.codes, packed.scales)[:m, : spec.n]
 
 
 def _refuses(problem: Problem) -> str | None:
@@ -177,7 +203,8 @@ def _seconds(problem: Problem, device: Device) -> float:
     """Roofline, and the partial sums or the weights that vector instructions scale."""
     config = tiles(problem)
     scaled = -(-problem.m // config[0]) * problem.k if len(config) == 4 else problem.groups * problem.m
-    return device.seconds(problem.num_bytes, problem.macs, dot_type(problem)) + (
+    macs = problem.macs * _several(problem.group_size or LANES, config)
+    return device.seconds(problem.num_bytes, macs, dot_type(problem)) + (
         problem.batch * scaled * problem.n / device.unpack
     )
 

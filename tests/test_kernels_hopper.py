@@ -272,16 +272,16 @@ def test_a_weight_made_on_the_device_is_one():
 
 
 INTERPRETED = """
-import json, sys
+import dataclasses, json, sys
 import jax, jax.numpy as jnp, numpy as np
 from kernels_pallas import BACKENDS, compat, hopper, hopper_kernel
 from kernels_pallas.cases import Case, draw
 
 hopper.PROCESSORS = 3
-config, broken = json.loads(sys.argv[1]), len(sys.argv) > 3
+config, broken = json.loads(sys.argv[1]), sys.argv[3:]
 fields = json.loads(sys.argv[2])
 case = Case(**{**fields, "batch": tuple(fields.get("batch", ()))})
-if broken:
+if broken == ["hasty"]:
     real = compat.mosaic_gpu()
     class Hasty:
         barrier_wait = staticmethod(lambda barrier: None)
@@ -289,7 +289,20 @@ if broken:
             return getattr(real, name)
     hopper_kernel.compat = type("compat", (), {**vars(compat), "mosaic_gpu": staticmethod(Hasty)})
 x, packed, _ = draw(case, "hopper", 0, exact=True)
-got = BACKENDS["hopper"](x, packed, case.activation_bits, config=tuple(config), interpret=True)
+run = lambda x, packed: BACKENDS["hopper"](x, packed, case.activation_bits, config=tuple(config), interpret=True)
+match broken:
+    case ["swapped nibbles"]:
+        codes = packed.codes.view(jnp.uint32)
+        swapped = (codes & 0x0F0F0F0F) << 4 | (codes >> 4) & 0x0F0F0F0F
+        packed = dataclasses.replace(packed, codes=swapped.view(jnp.int32))
+    case ["wrong scale row"]:
+        packed = dataclasses.replace(packed, scales=jnp.roll(packed.scales, 1, axis=-2))
+if broken == ["sixteen bits"]:
+    group = jnp.arange(case.k) // case.group_size
+    parts = [run(jnp.where(group == g, x, 0), packed) for g in range(case.k // case.group_size)]
+    got = sum(part.astype(jnp.bfloat16).astype(jnp.float32) for part in parts)
+else:
+    got = run(x, packed)
 x, plain, _ = draw(case, "plain", 0, exact=True)
 one = lambda x, packed: BACKENDS["reference"](x, packed, case.activation_bits)
 want = np.asarray((jax.vmap(one) if case.batch else one)(x, plain))
@@ -335,7 +348,13 @@ def test_the_kernel_equals_the_contract_when_interpreted(root, config, case, all
 
 
 def test_a_kernel_that_waits_for_nothing_races(root):
-    assert interpreted(root, [1, 1, 8, 2, 1], {**SMALL, "k": 256}, "broken")["races"]
+    assert interpreted(root, [1, 1, 8, 2, 1], {**SMALL, "k": 256}, "hasty")["races"]
+
+
+@pytest.mark.parametrize("mutant", ["swapped nibbles", "wrong scale row", "sixteen bits"])
+def test_broken_weights_and_sums_are_found(root, mutant):
+    """What `tests/conformance` asks of the other backends: the check that a sound kernel passes fails."""
+    assert interpreted(root, [2, 1, 8, 2, 1], SMALL, mutant)["error"] > 0
 
 
 def test_other_gpus_are_told_from_hopper(monkeypatch):

@@ -161,7 +161,10 @@ class TestRefusals:
             ),
             (of(bits=8), f"^{re.escape(whole)}$"),
             (of(layout="cpu"), r"codes of a .* in layout 'cpu' are uint8\[20, 6\]: allowed are uint8\[2, 6, 16\]"),
-            (of(layout="tpu"), "^layout 'tpu' does not hold this weight: its groups have 16 rows, allowed are mult"),
+            (
+                of(layout="hopper"),
+                "^layout 'hopper' does not hold this weight: its groups have 16 rows, allowed are 32, 64",
+            ),
             (
                 of(group_size=8),
                 r"^scales of .* are float32\[3, 6\]: allowed are floats\[5, 6\]; use what `pack` returns$",
@@ -262,9 +265,11 @@ class TestTpuTiles:
         assert legal(dataclasses.replace(PROBLEM, k=768, group_size=256), (16, 128, 128))
         assert not legal(dataclasses.replace(PROBLEM, k=768, group_size=256), (16, 128, 384))
 
-    @pytest.mark.parametrize(("group_size", "config"), [(256, (16, 128, 128)), (128, (16, 128, 256))])
+    @pytest.mark.parametrize(
+        ("group_size", "config"), [(256, (16, 128, 128)), (128, (16, 128, 256)), (32, (16, 128, 256))]
+    )
     def test_many_tiles_make_one_matmul(self, group_size, config):
-        """Groups longer and shorter than a tile of rows; two tiles of tokens, columns and rows."""
+        """Groups longer and shorter than a tile of rows, and than a dot takes; two tiles each of tokens, columns, rows."""
         case = Case(20, 500, 200, 4, group_size)
         x, packed, arrays = draw(case, "tpu", 0, exact=True)
         assert legal(describe(x, packed, None), config)
@@ -287,7 +292,8 @@ class TestManyTokensOnTpus:
         assert not legal(many, (16, 128, 128, 2))
 
     @pytest.mark.parametrize(
-        ("k", "group_size", "config"), [(500, 128, (16, 128, 256, 1)), (512, 256, (32, 256, 128, 1))]
+        ("k", "group_size", "config"),
+        [(500, 128, (16, 128, 256, 1)), (512, 256, (32, 256, 128, 1)), (500, 64, (16, 128, 256, 1))],
     )
     def test_equals_the_oracle_but_for_that_rounding(self, k, group_size, config):
         case = Case(20, k, 200, 4, group_size)
@@ -316,6 +322,9 @@ def test_nf4_lowers_for_tpus_through_the_reference():
         Case(5, 384, 256, 2, 128),
         Case(5, 384, 256, 4, 128, zeros=True),
         Case(1, 2048, 2048, 8),
+        Case(5, 384, 256, 4, 32),
+        Case(200, 512, 256, 4, 16),
+        Case(5, 384, 256, 2, 64, activation_bits=8),
         Case(40, 384, 256, 8, 128, activation_bits=8),
         Case(1, 384, 256, 4, activation_bits=8, batch=(2,)),
         Case(1, 384, 256, 4, 128, x_dtype="float32"),

@@ -61,6 +61,7 @@ CASES: Mapping[str, Case] = MappingProxyType(
         str(case): case
         for case in (
             Case(16, 4096, 4096, 4, 128),
+            Case(16, 4096, 4096, 4, 32),
             Case(16, 4096, 4096, 8),
             Case(16, 4096, 4096, 2, 128),
             Case(16, 4096, 4096, 8, activation_bits=8),

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import BACKENDS, LAYOUTS, compat, quantized_matmul
+from kernels_pallas import BACKENDS, LAYOUTS, compat, quantized_matmul, tpu
 from kernels_pallas.cases import CONFORMANCE, Case
 from kernels_pallas.compat import platform
 from kernels_pallas.dispatch import refusal
@@ -116,11 +116,16 @@ def sound(name):
 
 
 def swapped_nibbles(run, x, packed):
-    return run(x, dataclasses.replace(packed, codes=(packed.codes << 4) | (packed.codes >> 4)))
+    if packed.layout == "tpu":  # codes of one byte are neighbours, of two rows
+        codes = packed.codes.reshape(-1, 2, packed.codes.shape[-1])[:, ::-1].reshape(packed.codes.shape)
+    else:
+        codes = (packed.codes << 4) | (packed.codes >> 4)
+    return run(x, dataclasses.replace(packed, codes=codes))
 
 
 def wrong_scale_row(run, x, packed):
-    return run(x, dataclasses.replace(packed, scales=jnp.roll(packed.scales, 1, axis=-2)))
+    groups = -3 if packed.layout == "tpu" else -2
+    return run(x, dataclasses.replace(packed, scales=jnp.roll(packed.scales, 1, axis=groups)))
 
 
 def forgotten_zero_points(run, x, packed):
@@ -139,11 +144,11 @@ def sixteen_bit_partial_sums(run, x, packed):
 
 
 MUTANTS = [swapped_nibbles, wrong_scale_row, forgotten_zero_points, lost_last_row, sixteen_bit_partial_sums]
-COMPILED = ["reference", "cpu", *([] if isinstance(library(), str) else ["native"])]
+MUTABLE = ["reference", "cpu", "tpu", *([] if isinstance(library(), str) else ["native"])]
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["integers", "random"])
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", MUTABLE)
 class TestTheSuiteItself:
     def layout(self, name):
         return (BACKENDS[name].layouts or ("plain",))[0]
@@ -155,3 +160,12 @@ class TestTheSuiteItself:
     def test_a_broken_kernel_fails(self, mutant, name, exact):
         with pytest.raises(AssertionError):
             check(functools.partial(mutant, sound(name)), MUTATED, self.layout(name), exact)
+
+
+def test_a_tpu_kernel_that_rounds_its_partial_sums_fails(monkeypatch):
+    """The mutant in the kernel itself."""
+    partial = tpu._partial
+    monkeypatch.setattr(tpu, "_partial", lambda x, w: partial(x, w).astype(jnp.bfloat16).astype(jnp.float32))
+    for exact in (True, False):
+        with pytest.raises(AssertionError):
+            check(jax.jit(functools.partial(call, "tpu", MUTATED)), MUTATED, "tpu", exact)
