@@ -269,7 +269,7 @@ class TestTpuTiles:
         ("group_size", "config"), [(256, (16, 128, 128)), (128, (16, 128, 256)), (32, (16, 128, 256))]
     )
     def test_many_tiles_make_one_matmul(self, group_size, config):
-        """Groups longer and shorter than a tile of rows, and than a dot takes; two tiles each of tokens, columns, rows."""
+        """Groups longer and shorter than a tile of rows, and than a dot takes; two tiles along every axis."""
         case = Case(20, 500, 200, 4, group_size)
         x, packed, arrays = draw(case, "tpu", 0, exact=True)
         assert legal(describe(x, packed, None), config)
