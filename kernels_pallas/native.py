@@ -3,7 +3,7 @@
 XLA on CPUs has no fast product of one token with int8, and writes unpacked weights to memory before it multiplies them.
 There are two ways, in AVX-512 with VNNI, AVX2, NEON or what the compiler makes of plain vectors. `csrc/kernel.c`, for
 few tokens, unpacks into registers, for eight tokens at a time. `csrc/panels.c`, for many, unpacks a block of columns
-and rows once for all tokens, into memory that stays in a cache: 0.6 MB a thread, and nothing else besides the result.
+and rows once for all tokens, into memory that stays in a cache: 0.6 MB a thread, and a copy of the activations.
 `native_build` compiles both where there is a compiler; elsewhere this backend refuses and others do the work.
 """
 

@@ -2,9 +2,10 @@
 //
 // A slab is what one block of columns has of some rows of bytes, all their fields. It is unpacked into panels of WIDE
 // columns, each a run of pieces, one for each segment in the slab, and stays in the second cache while tile after tile
-// of tokens, whose activations are copied together into the first one, is multiplied with it. Sums of a tile of tokens
-// and columns are in registers, columns along lanes, and go to `y` between slabs. So unpacking costs as much as a few
-// tokens, and all the memory of a thread is one slab's panels.
+// of tokens is multiplied with it. What a tile and a slab share of the activations is copied together, once for all
+// columns, and is in the first cache while it is used. Sums of a tile of tokens and columns are in registers, columns
+// along lanes, and go to `y` between slabs. So unpacking costs as much as a few tokens, and the memory is one slab's
+// panels for each thread, and the activations once more.
 //
 // Floats: a piece is rows of WIDE values, code times scale. Rounded activations: the scales, what sums start with, and
 // words of 4 codes along k in a lane. `i_quad` may want activations with an offset: sums then start at the negative of
@@ -27,6 +28,9 @@ typedef struct {
   int64_t byte, bytes;  // of each segment in them
 } Slab;
 
+// Of a tile. Sums of integers are two vectors, those of a piece and of all, so theirs are half as large.
+INLINE int64_t tile_tokens(const Problem *p) { return p->q ? TOKENS / 2 : TOKENS; }
+
 INLINE int64_t words_of(int64_t bytes) { return (bytes + 3) / 4; }
 
 // Which group's scale a segment has; -1 if it only fills bytes.
@@ -43,6 +47,22 @@ static Slab largest_slab(const Problem *p) {
     int64_t rows = room / (fields * (p->q ? words_of(s.bytes) + 2 : s.bytes));
     s.rows = rows < 1 ? 1 : rows;
   }
+  return s;
+}
+
+INLINE int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static int64_t slabs_of(const Problem *p) {
+  const Slab most = largest_slab(p);
+  return up(p->stride, most.rows) * up(p->segment, most.bytes);
+}
+
+// Slab `number` in the order in which they are multiplied.
+static Slab slab_at(const Problem *p, int64_t number) {
+  const Slab most = largest_slab(p);
+  const int64_t in_row = up(p->segment, most.bytes);
+  const int64_t row = number / in_row * most.rows, byte = number % in_row * most.bytes;
+  Slab s = {row, min(most.rows, p->stride - row), byte, min(most.bytes, p->segment - byte)};
   return s;
 }
 
@@ -110,10 +130,17 @@ INLINE void unpack(const Problem *p, const Slab s, int64_t first, int64_t count,
   }
 }
 
-// Activations of some tokens that a slab meets, in the order of its pieces; returns how many those are.
-static int64_t gather(const Problem *p, const Slab s, int64_t token, int64_t tokens, char *to) {
-  const int64_t fields = 8 / p->bits, row = p->stride * fields * p->segment;
+// How many pieces a panel of the slab has.
+static int64_t pieces_of(const Problem *p, const Slab s) {
   int64_t pieces = 0;
+  for (int64_t i = s.row; i < s.row + s.rows; ++i)
+    for (int64_t f = 0; f < 8 / p->bits; ++f) pieces += group_of(p, f * p->stride + i) >= 0;
+  return pieces;
+}
+
+// Activations of some tokens that a slab meets, in the order of its pieces.
+static void gather(const Problem *p, const Slab s, int64_t token, int64_t tokens, char *to) {
+  const int64_t fields = 8 / p->bits, row = p->stride * fields * p->segment;
   for (int64_t i = s.row; i < s.row + s.rows; ++i)
     for (int64_t f = 0; f < fields; ++f) {
       const int64_t segment = f * p->stride + i;
@@ -134,9 +161,7 @@ static int64_t gather(const Problem *p, const Slab s, int64_t token, int64_t tok
           }
       }
       to += p->q ? 4 * words_of(s.bytes) : 4 * s.bytes;
-      ++pieces;
     }
-  return pieces;
 }
 
 // Code for each token of a tile, with variables of its own: compilers keep those in registers, arrays in memory.
@@ -237,7 +262,6 @@ UNPACK(unpack_integers2, 2, 1)
 UNPACK(unpack_integers4, 4, 1)
 UNPACK(unpack_integers8, 8, 1)
 
-// Sums of integers are two vectors, those of a piece and of all, so tiles are half as large.
 typedef void Add(const Tile *);
 #define TILE(NAME, CALL) \
   static void NAME(const Tile *a) { CALL; }
@@ -251,8 +275,9 @@ TILE(bytes_third, integers(a, TOKENS / 6, 8))
 TILE(bytes_two_thirds, integers(a, TOKENS / 3, 8))
 TILE(bytes_all, integers(a, TOKENS / 2, 8))
 
-// One slab, of columns `first` to `last`, for all tokens of a part.
-static void multiply_slab(const Problem *p, Part part, int64_t first, int64_t last, Slab s, VB *panels) {
+// One slab, of columns `first` to `last`, for all tokens of a part; `x`: of its first tile, others `x_stride` bytes on.
+static void multiply_slab(const Problem *p, Part part, int64_t first, int64_t last, Slab s, const char *x,
+                          int64_t x_stride, VB *panels) {
   static Unpack *const unpackers[2][3] = {{unpack_floats2, unpack_floats4, unpack_floats8},
                                           {unpack_integers2, unpack_integers4, unpack_integers8}};
   static Add *const adders[3][3] = {{floats_third, floats_two_thirds, floats_all},
@@ -260,14 +285,12 @@ static void multiply_slab(const Problem *p, Part part, int64_t first, int64_t la
                                     {bytes_third, bytes_two_thirds, bytes_all}};
   Unpack *const unpack_one = unpackers[p->q != 0][p->bits / 4];
   Add *const *const add = adders[p->q ? 1 + (p->bits == 8) : 0];
-  const int64_t most = p->q ? TOKENS / 2 : TOKENS;
-  char x[TOKENS * STRIDE] __attribute__((aligned(64)));
+  const int64_t most = tile_tokens(p), pieces = pieces_of(p, s);
   VB *panel = panels;
   for (int64_t n = first; n < last; n += WIDE, panel += PANEL) unpack_one(p, s, n, min(WIDE, last - n), panel);
   for (int64_t token = part.token, tokens; token < part.tokens_end; token += tokens) {
     tokens = min(most, part.tokens_end - token);
-    const int64_t pieces = gather(p, s, token, tokens, x);
-    Tile a = {p, panels, x, pieces, s.bytes, token, tokens, first, 0, s.row + s.byte == 0};
+    Tile a = {p, panels, x + token / most * x_stride, pieces, s.bytes, token, tokens, first, 0, s.row + s.byte == 0};
     for (; a.column < last; a.column += WIDE, a.panel += PANEL) {
       a.count = min(WIDE, last - a.column);
       add[(3 * tokens - 1) / most](&a);
@@ -276,21 +299,25 @@ static void multiply_slab(const Problem *p, Part part, int64_t first, int64_t la
 }
 
 static void multiply(const Problem *p, Part part, void *own) {
-  const Slab most = largest_slab(p);
+  const int64_t slabs = slabs_of(p), x_bytes = tile_tokens(p) * STRIDE;
   for (int64_t first = part.column; first < part.columns_end; first += PANELS * WIDE)
-    for (int64_t row = 0; row < p->stride; row += most.rows)
-      for (int64_t byte = 0; byte < p->segment; byte += most.bytes) {
-        Slab s = {row, min(most.rows, p->stride - row), byte, min(most.bytes, p->segment - byte)};
-        multiply_slab(p, part, first, min(first + PANELS * WIDE, part.columns_end), s, own);
-      }
+    for (int64_t i = 0; i < slabs; ++i) {
+      const int64_t last = min(first + PANELS * WIDE, part.columns_end);
+      multiply_slab(p, part, first, last, slab_at(p, i), (const char *)p->scratch + i * x_bytes, slabs * x_bytes, own);
+    }
 }
 
 static int64_t shared_bytes(const Problem *p) {
-  (void)p;
-  return 0;
+  return up(p->m, tile_tokens(p)) * slabs_of(p) * tile_tokens(p) * STRIDE;
 }
 
-static void prepare(const Problem *p) { (void)p; }
+static void prepare(const Problem *p) {
+  const int64_t slabs = slabs_of(p), most = tile_tokens(p);
+  char *to = (char *)p->scratch;
+  for (int64_t token = 0; token < p->m; token += most)
+    for (int64_t i = 0; i < slabs; ++i, to += most * STRIDE)
+      gather(p, slab_at(p, i), token, min(most, p->m - token), to);
+}
 
 extern const Way JOIN(mpq_many, ISA);
 const Way JOIN(mpq_many, ISA) = {shared_bytes, prepare, PANELS * PANEL * sizeof(VB), multiply};
