@@ -1,7 +1,13 @@
 // The kernels as a function of XLA: buffers in, columns shared out among the threads of XLA's own pool.
 //
 // Threads take the next piece of columns until there is none, the calling one too. It waits only for pieces that others
-// have begun, so it never waits for a thread that it might itself be keeping from running.
+// have begun, so it never waits for a thread that it might itself be keeping from running. Nor does a thread that comes
+// to help keep the calling one from running: Linux puts it where it or who woke it ran last, which is often the same
+// processor, and sees only some milliseconds later that another one is idle.
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
@@ -69,15 +75,42 @@ inline void Pause() {
 #endif
 }
 
+// The processor that this thread is on; -1: unknown.
+int Here() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// Moves this thread to another processor that it may use, if there is one.
+void MoveOn() {
+#if defined(__linux__)
+  cpu_set_t all, others;
+  if (sched_getaffinity(0, sizeof all, &all) != 0) return;
+  others = all;
+  CPU_CLR(sched_getcpu(), &others);
+  if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof others, &others) != 0) return;
+  sched_setaffinity(0, sizeof all, &all);
+#endif
+}
+
 // One call, shared with threads that may come late, when it is over: those touch nothing but `next`.
 struct Work {
   Problem problem;
   const Way *way;
   int64_t columns, column_pieces, tokens, pieces;
+  int caller = Here();
   std::atomic<int64_t> next{0};
   std::mutex mutex;
   std::condition_variable finished;
   std::atomic<int64_t> done{0};
+
+  void Help() {
+    if (caller >= 0 && Here() == caller && next < pieces) MoveOn();
+    Run();
+  }
 
   void Run() {
     int64_t mine = 0;
@@ -149,7 +182,7 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes, 
     work->tokens = RoundUp(std::max(least_tokens, Divide(p.m, shares)), 12);
   }
   work->pieces = work->column_pieces * Divide(p.m, work->tokens);
-  for (int64_t i = 1; i < std::min(threads, work->pieces); ++i) pool.Schedule([work] { work->Run(); });
+  for (int64_t i = 1; i < std::min(threads, work->pieces); ++i) pool.Schedule([work] { work->Help(); });
   work->Run();
   if (work->pieces > 0) work->Wait();
   return ffi::Error::Success();
