@@ -14,7 +14,10 @@ FEW, MIDDLE, MANY, MANY_ON_CPU = 16, 256, 2048, 512
 
 def kernels(sources: Sources) -> dict[str, str]:
     """How many times as fast as a dense dot."""
-    rows = [row for row in sources.file("kernels/cpu")["rows"] if row["backend"] == "native"]
+    rows, chained = (
+        [row for row in sources.file(f"kernels/{file}")["rows"] if row["backend"] == "native"]
+        for file in ("cpu", "cpu_chained")
+    )
     card = h200_speedups(sources)
     at = lambda name, tokens: f"{dict(card[name])[tokens]:.2f}"
     shapes = [row for row in sources.file("kernels/h200")["rows"] if row["backend"] != "dense_bfloat16"]
@@ -22,6 +25,7 @@ def kernels(sources: Sources) -> dict[str, str]:
     limits = sources.file("kernels/h200")["ceilings"]
     return {
         "CpuOne": _span(rows, (*WEIGHTS, *INTEGERS), 1),
+        "CpuChained": _span(chained, (*WEIGHTS, *INTEGERS), 1),
         "CpuManyWeights": _span(rows, WEIGHTS, MANY_ON_CPU),
         "CpuManyIntegers": _span(rows, INTEGERS, MANY_ON_CPU),
         "CpuMany": str(MANY_ON_CPU),
