@@ -36,7 +36,7 @@ def overview(results: Sequence[Result]) -> str:
             name, fitted = max(_all(band), key=lambda pair: pair[1]["surrogate"]["tau"])
             found, entry = fitted["surrogate"], band["metrics"][name]
             cells = [
-                title(result),
+                _title(result),
                 _bits(band),
                 f"{band['halves']:.3f}",
                 f"`{name}`",
@@ -76,16 +76,30 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
     yield "The best of every band. `halves` is tau between the losses of the same plans on two halves of the test set."
     yield overview(results)
     for result in results:
-        yield f"## {title(result)}"
+        yield f"## {_title(result)}"
         rows = result["rows"]
         yield (
             f"{result['plans']} plans a band of {result['groups']} groups, judged by {rows[1]} rows of "
             f"{result['data'][1]}; metrics see {rows[0]} rows of {result['data'][0]}, and further plans were measured "
-            f"on the {result['fit_set']} set. Cost: forward passes over the {rows[0]} rows."
+            f"on the {result['fit_set']} set. {_corrected(result)}Cost: forward passes over the {rows[0]} rows."
         )
         for band in result["bands"]:
             yield f"### {_bits(band)} bits: median KL {significant(band['median'])} nats"
             yield table(band)
+
+
+def _title(result: Result) -> str:
+    return title(result) + (", corrected" if result.get("corrected") else "")
+
+
+def _corrected(result: Result) -> str:
+    """Results from before the option have none."""
+    if not result.get("corrected"):
+        return ""
+    return (
+        f"Of every plan biases and norms are corrected on {result['statistics_rows']} further rows "
+        "(`mpq/quantize/one_pass.py`); `kl` and `fisher` do not see that, `alone` does. "
+    )
 
 
 def _all(band: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
