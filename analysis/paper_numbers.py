@@ -111,7 +111,11 @@ def sensitivity(sources: Sources) -> Numbers:
 
 def _surrogates(sources: Sources) -> Numbers:
     """Plans of few bits: sums, a corrected table and a surrogate, of Fisher scores and the most plans."""
-    few = [only(result["bands"], bits=[2, 4])["metrics"]["fisher"] for result in sources.folder("surrogate").values()]
+    results = sources.folder("surrogate")
+    corrected = [results.pop(name) for name in list(results) if results[name].get("corrected")]
+    few = [only(result["bands"], bits=[2, 4])["metrics"]["fisher"] for result in results.values()]
+    convolutional = only(only(corrected, model="resnet20_cifar10")["bands"], bits=[2, 4])
+    alone = convolutional["metrics"]["alone"]
     most = [of["fitted"][-1] for of in few]
     assert len({fitted["plans"] for fitted in most}) == 1, "the text names one number of plans"
     ranged = lambda name: _range(fitted[name]["tau"] for fitted in most)
@@ -121,6 +125,11 @@ def _surrogates(sources: Sources) -> Numbers:
         "SurrogateRefit": ranged("refit"),
         "SurrogateTau": ranged("surrogate"),
         "SurrogateWithin": f"{_range((100 * fitted['surrogate']['within'] for fitted in most), 0)} %",
+        "CorrectedSum": f"{alone['sum']['tau']:.2f}",
+        "CorrectedUnseen": f"{convolutional['metrics']['kl']['sum']['tau']:.2f}",
+        "CorrectedTau": f"{alone['fitted'][-1]['surrogate']['tau']:.2f}",
+        "CorrectedPlans": str(alone["fitted"][-1]["plans"]),
+        "CorrectedHalves": f"{convolutional['halves']:.2f}",
     }
 
 

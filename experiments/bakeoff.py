@@ -40,6 +40,7 @@ from mpq.artifacts import load_table, save_table
 from mpq.calibrate import calibrate
 from mpq.data import divide, require_disjoint, take
 from mpq.data.sources import read_set, read_sets
+from mpq.equalize import find_shifts
 from mpq.evaluate import Reference
 from mpq.files import digest_json, read_json, write_json
 from mpq.formats import parse_scheme
@@ -48,6 +49,7 @@ from mpq.measure import PlanLoss
 from mpq.models import Model, load
 from mpq.progress import shown, track
 from mpq.quantize import GPTQ, RTN, Candidates
+from mpq.quantize.one_pass import OnePass
 from mpq.sensitivity import METRICS
 from mpq.sensitivity.interactions import Interactions, InteractionTable
 from mpq.store import score_store
@@ -79,6 +81,8 @@ class Options:
       fit_plans: further ones, measured on the calibration and the test set.
       fit_set: what a correction goes by: their KL on the calibration set, or on as many rows of the selection set as
         are in the test set (only without `test`), which metrics do not see either.
+      corrected: measure plans with biases and norms corrected for what rounding does (`mpq.quantize.one_pass`), on the
+        rows that rounding sees.
       seed: of plans and keys.
     """
 
@@ -98,6 +102,7 @@ class Options:
     plans: int = 200
     fit_plans: int = 40
     fit_set: Literal["calibration", "selection"] = "calibration"
+    corrected: bool = False
     seed: int = 0
 
 
@@ -108,7 +113,7 @@ class Bakeoff:
         """Load, trace, calibrate.
 
         Raises:
-          MpqError: `metrics` lacks kl, or the model or the data is wrong.
+          MpqError: `metrics` lacks kl, the model has nothing to correct, or it or the data is wrong.
         """
         if "kl" not in options.metrics:
             raise MpqError("metrics lack kl, which two predictors are made of: add it")
@@ -121,6 +126,7 @@ class Bakeoff:
         stats = calibrate(self.traced, self.model.params, statistics, options.batch_size)
         self.candidates = Candidates(self.model.params, self.traced.weights, METHODS[options.method], stats)
         self.statistics_rows = len(statistics.inputs)
+        self.correct = self._correction(statistics) if options.corrected else None
         shown_options = dataclasses.asdict(options) | {"out": "", "work": "", "metrics": "", "plans": 0, "fit_plans": 0}
         del shown_options["fit_set"]
         inputs = [shown_options, self.model.digest, sets["calibration"].digest, sets["test"].digest]
@@ -144,6 +150,7 @@ class Bakeoff:
             "plans": options.plans,
             "fit_plans": options.fit_plans,
             "fit_set": options.fit_set,
+            "corrected": options.corrected,
             "jax": jax.__version__,
             "device": jax.devices()[0].device_kind,
             "metric_rows": rows,
@@ -175,7 +182,27 @@ class Bakeoff:
         pairs = Interactions()(*arguments, **keywords, store=self.store)
         return pairs, read_json(path, "cost of interactions")["cost"]
 
-    def marginal(self, band: tuple[int, int], problem: Problem) -> tuple[Problem, int]:
+    def _correction(self, statistics: Dataset) -> OnePass:
+        shifts = find_shifts(self.model, self.traced, statistics)
+        if not shifts:
+            raise MpqError(f"{self.model.name} has no bias and no norm behind a weight: leave out --corrected")
+        return OnePass(self.model, self.traced, shifts, statistics, norms=True)
+
+    def plan_cost(self, which: str) -> float:
+        """Of measuring one plan on one of the sets, in forward passes over the calibration set."""
+        beside = 0 if self.correct is None else self.statistics_rows
+        return (len(self.sets[which].inputs) + beside) / len(self.calibration.inputs)
+
+    def alone(self, band: tuple[int, int], problem: Problem) -> tuple[Problem, float]:
+        """Losses of one group's scheme of the band, all others exact, measured as plans are, and their cost."""
+        exact = dict.fromkeys((weight.path for weight in self.traced.weights), parse_scheme("fp32"))
+        changes = [(group, scheme) for group in range(len(problem.names)) for scheme in self.allowed(band)]
+        choices = [exact | {spec.path: self.schemes[s] for spec in problem.members[g]} for g, s in changes]
+        loss = np.zeros(problem.loss.shape)
+        loss[tuple(np.transpose(changes))] = self.measure("calibration", choices, "alone")[0]
+        return dataclasses.replace(problem, loss=loss), len(choices) * self.plan_cost("calibration")
+
+    def marginal(self, band: tuple[int, int], problem: Problem) -> tuple[Problem, float]:
         """Losses around the plan of the band's middle scheme, that plan's loss shared by all groups, and their cost."""
         allowed = self.allowed(band)
         middle = np.full(len(problem.names), allowed[len(allowed) // 2])
@@ -185,7 +212,7 @@ class Bakeoff:
         base, *others = self.measure("calibration", [problem.by_path(x) for x in plans], "marginal")[0]
         loss = np.full(problem.loss.shape, base / len(middle))
         loss[tuple(np.transpose(changes))] += np.array(others) - base
-        return dataclasses.replace(problem, loss=loss), len(plans)
+        return dataclasses.replace(problem, loss=loss), len(plans) * self.plan_cost("calibration")
 
     def _round_all(self) -> None:
         """Make all candidates, so that no metric is charged with it."""
@@ -214,7 +241,7 @@ class Bakeoff:
         """Measured KL on one of the sets, `float64[plans]`, and tau of it between halves of the set."""
         data = self.sets[which]
         reference = Reference(self.model, data, min(self.options.batch_size, len(data.inputs)))
-        loss = PlanLoss(self.model, self.traced, self.candidates, reference, self.store)
+        loss = PlanLoss(self.model, self.traced, self.candidates, reference, self.store, self.correct)
         sums = np.array([loss.documents(choice) for choice in track(choices, f"{what} on {which}", len(choices))])
         odd, even = (sums[:, start::2].sum(axis=1) for start in (0, 1))
         return sums.sum(axis=1) / loss.counts.sum(), _tau(odd, even)

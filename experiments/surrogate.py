@@ -7,7 +7,8 @@ Resume:  type the same command again; what is measured is kept in `--work`.
 
 Plans are drawn and measured as `experiments.bakeoff` does, whose options these are. In each band every metric, and
 `marginal`, is judged by the plans of the test set three ways: its sum; `refit`, the table corrected by the first N of
-the further plans; `surrogate`, the Gaussian process through them. Numbers are those of the bake-off, and
+the further plans; `surrogate`, the Gaussian process through them. With `--corrected`, which metrics do not see, `alone`
+is one more: groups one by one, all others exact, measured as plans are. Numbers are those of the bake-off, and
 
     cost       forward passes over the calibration set of the metric, `plan_cost` those of measuring one plan
     promised   median spread that the surrogate states
@@ -52,23 +53,24 @@ def main(options: Options) -> None:
     problems = {name: Problem.from_table(table) for name, (table, _) in scored.items()}
     cost = {name: cost for name, (_, cost) in scored.items()}
     count, fit_set = options.plans.plans, options.plans.fit_set
-    fit_rows, rows = len(run.sets[fit_set].inputs), len(run.calibration.inputs)
     bands = []
     for band in [BANDS[index] for index in options.bands]:
         what = f"{band[0]}-{band[1]} bits"
         plans = run.plans(band, len(problems["kl"].names))
         choices = [problems["kl"].by_path(x) for x in plans]
         fit, _ = run.measure(fit_set, choices[count:], what)
-        around, passes = run.marginal(band, problems["kl"])
+        made = {"marginal": run.marginal} | ({"alone": run.alone} if options.plans.corrected else {})
+        around = {name: measure(band, problems["kl"]) for name, measure in made.items()}
+        every = cost | {name: passes for name, (_, passes) in around.items()}
         measured, halves = run.measure("test", choices[:count], what)
         entries = {}
-        for name, problem in {**problems, "marginal": around}.items():
+        for name, problem in (problems | {name: one for name, (one, _) in around.items()}).items():
             entries[name] = {
                 "sum": agreement(problem.parts(plans[:count]).sum(axis=1), measured),
-                "cost": rounded(cost.get(name, passes)),
+                "cost": rounded(every[name]),
                 "fitted": list(compare(problem, plans, fit, measured, options.counts)),
             }
-        ceiling = {"halves": rounded(halves), "plan_cost": fit_rows / rows}
+        ceiling = {"halves": rounded(halves), "plan_cost": run.plan_cost(fit_set)}
         bands.append({"bits": list(band), "median": rounded(float(np.median(measured))), **ceiling, "metrics": entries})
     inputs = {"model": run.model.digest, **{name: data.digest for name, data in run.sets.items()}}
     named = {"data": run.description()["data"], "model": run.model.name, "out": "", "test": "", "work": ""}

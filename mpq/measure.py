@@ -2,11 +2,13 @@
 
     loss(plan) = 1/N sum KL(original || model with every weight at its scheme)    [nats per output, N that count]
 
-Cost: one forward pass over the data a plan; every plan is measured once.
+Cost: one forward pass over the data a plan, and what correcting it takes; every plan is measured once.
 """
 
 from collections.abc import Mapping
+from typing import Protocol
 
+import jax
 import numpy as np
 
 from mpq.estimate import sums_over_documents
@@ -16,7 +18,18 @@ from mpq.quantize import Candidates, apply_plan
 from mpq.sensitivity.base import check_inputs, measured_on, window_divergences
 from mpq.store import MemoryStore, Store, kept
 from mpq.trace import Trace
-from mpq.types import MpqError, Scheme
+from mpq.types import MpqError, Params, Scheme
+
+
+class Correct(Protocol):
+    """What is done to the parameters of a plan before it is measured: `mpq.quantize.one_pass.OnePass`."""
+
+    digest: str
+    """Equal digests, equal changes."""
+
+    def __call__(self, params: Params) -> dict[str, jax.Array]:
+        """The parameters that are measured."""
+        ...
 
 
 class PlanLoss:
@@ -33,6 +46,7 @@ class PlanLoss:
         candidates: Candidates,
         reference: Reference,
         store: Store | None = None,
+        correct: Correct | None = None,
     ) -> None:
         """Measure nothing yet.
 
@@ -42,6 +56,7 @@ class PlanLoss:
           candidates: quantized weights.
           reference: outputs of the original on the data that is measured on.
           store: measured plans; None: they are kept as long as this object.
+          correct: what plans are corrected by; None: only weights change.
 
         Raises:
           MpqError: no output counts, or a weight is not finite.
@@ -49,6 +64,9 @@ class PlanLoss:
         self.counts = check_inputs(model, traced.weights, reference.data)
         self._model, self._weights, self._candidates, self._reference = model, traced.weights, candidates, reference
         self._on = measured_on(model, traced, reference.data, reference.batch_size)
+        self._correct = correct
+        if correct is not None:
+            self._on["corrected"] = correct.digest
         self._store: Store = MemoryStore() if store is None else store
 
     def documents(self, choice: Mapping[str, Scheme]) -> np.ndarray:
@@ -72,6 +90,7 @@ class PlanLoss:
         """Sum of the KL over each window."""
         model, windows = self._model, len(self._reference.data.inputs)
         params = apply_plan(model.params, self._weights, self._candidates.choose(choice))
+        params = params if self._correct is None else self._correct(params)
         values = window_divergences(model, params, self._reference.batches())[:windows]
         if not np.isfinite(values).all():
             schemes = ", ".join(dict.fromkeys(str(scheme) for scheme in choice.values()))

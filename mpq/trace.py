@@ -30,6 +30,7 @@ __all__ = ["Default", "Replace", "Site", "Skipped", "Trace", "sole_input", "trac
 Default = Callable[[jax.Array, jax.Array], jax.Array]
 Replace = Callable[["Site", jax.Array, jax.Array, Default], jax.Array]
 Update = Callable[["Site", jax.Array, Any], Any]
+Visit = Callable[["Site", jax.Array, jax.Array, Default, Any], tuple[jax.Array, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +198,23 @@ class Trace:
             y, state = default(x, w) if replace is None else replace(site, x, w, default), update(site, x, state)
             return y, state if after is None else after(site, y, state)
 
+        return self.carry(params, inputs, state, visit)
+
+    def carry(self, params: Params, inputs: Any, state: Any, visit: Visit) -> tuple[Any, Any]:
+        """The function's output and `state`, where a replacement of a read may depend on the state and change it.
+
+        Args:
+          params: as traced.
+          inputs: as traced.
+          state: a pytree of arrays.
+          visit: `(site, x, w, default, state) -> (y, state)`, as `replace` of `evaluate` and `update` of `accumulate`.
+
+        Returns:
+          `(output, state)`.
+
+        Raises:
+          MpqError: if parameters, inputs or a replaced result differ from what was traced.
+        """
         return self._run(params, inputs, visit, state)
 
     def on(self, shape: Sequence[int]) -> "Trace":

@@ -86,6 +86,11 @@ def test_metrics_without_kl_are_refused(options):
         Bakeoff(dataclasses.replace(options, metrics=("fisher",)))
 
 
+def test_a_model_with_nothing_to_correct_is_refused(options):
+    with pytest.raises(MpqError, match="no bias and no norm behind a weight: leave out --corrected"):
+        Bakeoff(dataclasses.replace(options, corrected=True))
+
+
 def test_measured_plans_are_kept(options, result, monkeypatch):
     def fail(*_):
         raise AssertionError("measured again")

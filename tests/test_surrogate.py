@@ -1,5 +1,7 @@
 """`experiments.surrogate` on a tiny model, and the page that `analysis.surrogate` makes of it."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from experiments.surrogate import Options, compare, main
 from mpq.files import read_json
 from tests import tiny
 from tests.allocate_cases import make_problem
+from tests.test_families_vision import write as write_vision
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,43 @@ def test_every_metric_is_fitted_to_every_number_of_plans(result):
             assert fitted["surrogate"]["tau"] > 0.5
             assert 0.5 < fitted["surrogate"]["ratio"] < 2
             assert 0 <= fitted["surrogate"]["within"] <= 1
+
+
+def test_corrected_plans_are_measured_corrected(tmp_path):
+    write_vision(tmp_path / "model", "resnet_cifar")
+    rng = np.random.default_rng(0)
+    sizes = {"train": 48, "test": 24}
+    images = {f"{k}_x": rng.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8) for k, n in sizes.items()}
+    np.savez(tmp_path / "images.npz", **images, **{f"{k}_y": rng.integers(0, 3, n) for k, n in sizes.items()})
+    plans = bakeoff.Options(
+        model=str(tmp_path / "model"),
+        data=str(tmp_path / "images.npz"),
+        out=tmp_path / "small.json",
+        work=tmp_path / "work",
+        granularity="channel",
+        metrics=("kl",),
+        calibration_rows=16,
+        statistics_rows=16,
+        test_rows=12,
+        batch_size=4,
+        plans=6,
+        fit_plans=8,
+    )
+    bands = {}
+    for corrected in (False, True):
+        main(Options(dataclasses.replace(plans, corrected=corrected), counts=(8,), bands=(0,)))
+        result = read_json(plans.out, "result of surrogates")
+        assert result["corrected"] == corrected
+        assert ("16 further rows" in page([result])) == corrected
+        (bands[corrected],) = result["bands"]
+    assert bands[True]["median"] < 0.8 * bands[False]["median"]
+    assert bands[False]["plan_cost"] == 1
+    assert bands[True]["plan_cost"] == 2  # as many rows to correct on
+    assert sorted(bands[True]["metrics"]) == ["alone", "kl", "marginal"]
+    groups = result["groups"]
+    assert bands[True]["metrics"]["alone"]["cost"] == 2 * 3 * groups
+    assert bands[True]["metrics"]["marginal"]["cost"] == 2 * (1 + 2 * groups)
+    assert bands[True]["metrics"]["alone"]["sum"]["tau"] > 0.3
 
 
 def test_what_is_fitted_sees_the_further_plans_alone():

@@ -212,6 +212,16 @@ def test_accumulate_threads_its_state_through_scans_and_rematerialization():
     assert state == len(traced.sites) == 10  # a lookup, 2 blocks of 4, the head
 
 
+def test_a_replacement_may_depend_on_what_was_carried_to_it():
+    case, traced = case_of("linen_scan_remat_tied")
+    scaled = lambda site, x, w, default, n: (default(x, w) * (1 + n / 8), n + 1)
+    output, count = jax.jit(lambda p, x: traced.carry(p, x, jnp.float32(0), scaled))(case.params, case.x)
+    by_number = lambda site, x, w, default: default(x, w) * (1 + site.id / 8)
+    want = jax.jit(lambda p, x: traced.evaluate(p, x, by_number))(case.params, case.x)
+    assert count == len(traced.sites)
+    np.testing.assert_allclose(output, want, rtol=1e-5, atol=1e-5)  # compiled otherwise
+
+
 def test_counts_multiply_accumulates():
     def fn(p, x):  # x[2, 9, 8, 3]
         y = lax.conv_general_dilated(

@@ -88,20 +88,19 @@ def correct_biases(
     if activations:
         window = data.inputs.shape[1] if data.mask.ndim == 2 else None
         rounded = with_activations(model, traced, activations).trace(batch_size, window)
-    nothing = {shift.weight: np.zeros(shift.width) for shift in shifts}
-    means = {p: m.mean for p, m in moments(shaped, paths, model.params, data, nothing, batch_size).items()}
-    wanted = moments(shaped, paths, model.params, data, means, batch_size)
+    wanted = moments_of(shaped, shifts, model.params, data, batch_size)
+    means = {path: one.mean for path, one in wanted.items()}
     out = dict(params)
     for shift in track(shifts, "correct biases", len(shifts)):
         got = moments(rounded, paths, out, data, means, batch_size)[shift.weight]
-        out |= _corrected(shift, out, model.stored, wanted[shift.weight], got, norms)
+        out |= corrected(shift, out, model.stored, wanted[shift.weight], got, norms)
     return out
 
 
-def _corrected(
+def corrected(
     shift: Shift, params: Params, stored: Mapping[str, str], wanted: Moments, got: Moments, norms: bool
 ) -> dict[str, jax.Array]:
-    """The vectors of one layer.
+    """The vectors of one layer, as they will be stored.
 
     With t all that is added to y', and g the gain: (a (y' - E[y']) + E[y] + t) g = (y' + (E[y] + t) / a - E[y']) a g.
     """
@@ -117,6 +116,16 @@ def _corrected(
         changed[shift.gain] = params[shift.gain] * jnp.asarray(factor, jnp.float32)
     # What is corrected next has to see what will be stored.
     return {path: v.astype(stored.get(path, v.dtype)).astype(params[path].dtype) for path, v in changed.items()}
+
+
+def moments_of(
+    traced: Trace, shifts: Sequence[Shift], params: Params, data: Dataset, batch_size: int
+) -> dict[str, Moments]:
+    """`moments` of the layers in front of the shifts, when nothing near their means is known yet."""
+    paths = tuple(shift.weight for shift in shifts)
+    about = {shift.weight: np.zeros(shift.width) for shift in shifts}
+    means = {path: one.mean for path, one in moments(traced, paths, params, data, about, batch_size).items()}
+    return moments(traced, paths, params, data, means, batch_size)
 
 
 def moments(
