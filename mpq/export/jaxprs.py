@@ -11,6 +11,7 @@ import numpy as np
 from mpq.types import MpqError
 
 CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat")
+SHAPES = ("reshape", "broadcast_in_dim", "squeeze", "expand_dims")
 THROUGH = ("copy", "copy_p", "stop_gradient", "optimization_barrier")
 T = TypeVar("T")
 Emit = Callable[[Any, list[Any]], list[Any]]
@@ -23,6 +24,19 @@ class Param:
 
     path: str
     transposed: bool = False
+
+
+class Known(np.ndarray):
+    """The values of a parameter, which says where they are from as long as only their shape changes."""
+
+    path: str
+
+    @classmethod
+    def of(cls, values: np.ndarray, path: str) -> "Known":
+        """Values of the parameter at this path."""
+        made = np.ascontiguousarray(values).view(cls)
+        made.path = path
+        return made
 
 
 def dtype_of(var: Any) -> np.dtype:
@@ -149,5 +163,8 @@ def fold(eqn: Any, values: list[Any], most: int) -> list[Any] | None:
         return None
     if any(int(np.prod(shape)) > most for shape in sizes):
         return None
+    first = values[0] if values else None
+    if eqn.primitive.name in SHAPES and isinstance(first, Known) and np.prod(sizes[0], dtype=int) == first.size:
+        return [Known.of(first.reshape(sizes[0]), first.path)]
     made = eqn.primitive.bind(*map(jax.numpy.asarray, values), **eqn.params)
     return [np.asarray(m) for m in (made if eqn.primitive.multiple_results else [made])]
