@@ -8,10 +8,10 @@ Writes:  one JSON object: by quantizer of onnxruntime, bytes of the file, KL to 
          held-out data), how often its first choice is the original's, and seconds a batch in the runtime, of its file
          and of ours
 
-Both start from the same graph in float32, embeddings in float16. Theirs, after its own pre-processing, which folds
-norms into convolutions: `quantize_dynamic`, and `quantize_static` in QDQ form, with ranges of minimum and maximum from
-the same calibration data, weights by tensor or by channel; of all operations it has, or of matmuls and convolutions
-alone (`products`), which is closer to the original and larger. By channel, all operations of ResNet-20 fail there.
+Both start from the same graph in float32, norms folded into convolutions, embeddings in float16. Theirs, after its own
+pre-processing: `quantize_dynamic`, and `quantize_static` in QDQ form, with ranges of minimum and maximum from the same
+calibration data, weights by tensor or by channel; of all operations it has, or of matmuls and convolutions alone
+(`products`), which is closer to the original and larger. By channel, all operations of ResNet-20 fail there.
 Activations are unsigned: files with signed ones, its default, do not load for these graphs. Ours: all matmuls and
 convolutions at int8_channel by GPTQ; dynamic ranges by token, or by image; static ones by squared error with zero
 points, texts smoothed. Of the ways to store an embedding, in `EMBEDDINGS`, ours takes the first whose file is no larger
@@ -22,8 +22,7 @@ import dataclasses
 import functools
 import importlib
 import tempfile
-import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,8 @@ import tyro
 
 from experiments.distillation import windows_of
 from experiments.kept import keep, named_options, rows_in
+from experiments.litert import folded
+from experiments.runtimes import Run, medians, runner
 from mpq.activations.plans import calibrated, uniform_rows
 from mpq.activations.smooth import smooth_model
 from mpq.artifacts import make_plan
@@ -48,9 +49,6 @@ from mpq.onnx.export import save, size_bytes
 from mpq.quantize import GPTQ, Candidates
 from mpq.record import RunRecord
 from mpq.types import MpqError, Scheme
-
-Run = Callable[[np.ndarray], np.ndarray]
-"""A batch -> what the model says of it."""
 
 QUANTIZERS = (
     "dynamic",
@@ -95,7 +93,7 @@ class Comparison:
     """The model, its data, and files of both sides."""
 
     def __init__(self, options: Options, folder: Path) -> None:
-        self.options, self.folder, self.model = options, folder, load(options.model)
+        self.options, self.folder, self.model = options, folder, folded(load(options.model))
         self.is_text = isinstance(self.model.inputs, Tokens)
         self.traced = self.model.trace(options.batch_size, options.window if self.is_text else None)
         self.calibration = self._read(options.data, "calibration", options.windows)
@@ -187,15 +185,6 @@ class Comparison:
     def _fed(self, batch: np.ndarray) -> np.ndarray:
         return batch.astype(np.int64) if self.is_text else batch
 
-    def runner(self, path: Path) -> Run:
-        """The file in ONNX Runtime, on one thread."""
-        runtime = importlib.import_module("onnxruntime")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = 1, 3
-        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        name = session.get_inputs()[0].name
-        return lambda batch: session.run(None, {name: self._fed(batch)})[0]
-
     def quality(self, run: Run) -> tuple[float, float, float]:
         """KL to the original, its standard error over windows or images, and the share of equal first choices."""
         kl: list[np.ndarray] = []
@@ -211,31 +200,20 @@ class Comparison:
             float(np.concatenate(same).mean()),
         )
 
-    def seconds(self, runs: list[Run]) -> list[float]:
-        """Median of a batch, in turns."""
-        times: list[list[float]] = [[] for _ in runs]
-        for repeat in range(self.options.repeats + 2):
-            for run, found in zip(runs, times, strict=True):
-                start = time.perf_counter()
-                run(self.batches[0])
-                if repeat >= 2:  # the first ones allocate
-                    found.append(time.perf_counter() - start)
-        return [float(np.median(found)) for found in times]
-
     def rows(self, done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """One a quantizer, those in `done` left out."""
         known = {row["quantizer"] for row in done}
         for name in (name for name in self.options.quantizers if name not in known):
             theirs = self.theirs(name)
             ours, embedding = self.ours(name, theirs.stat().st_size)
-            runs = {"their": self.runner(theirs), "our": self.runner(ours)}
+            runs = {"their": runner(theirs), "our": runner(ours)}
             row: dict[str, Any] = {"quantizer": name, "our_embedding": embedding}
             for (side, run), path in zip(runs.items(), (theirs, ours), strict=True):
                 values = (path.stat().st_size, *self.quality(run))
                 row |= dict(
                     zip([f"{side}_{k}" for k in ("bytes", "kl", "kl_stderr", "agreement")], values, strict=True)
                 )
-            times = self.seconds([*runs.values(), self.runner(self.base)])
+            times = medians([*runs.values(), runner(self.base)], self.batches[0], self.options.repeats)
             yield row | dict(zip(("their_seconds", "our_seconds", "float_seconds"), times, strict=True))
 
 

@@ -151,7 +151,22 @@ def _equation(eqn: Any, values: list[Any], emit: Emit, folded: int) -> list[Any]
         return [dataclasses.replace(values[0], transposed=not values[0].transposed)]
     if (known := fold(eqn, values, folded)) is not None:
         return known
+    if (same := unchanged(eqn, values)) is not None:
+        return [same]
     return emit(eqn, values)
+
+
+def unchanged(eqn: Any, values: list[Any]) -> Any:
+    """What a sum with zeros or a product with ones leaves as it is; None where an equation is none of these."""
+    neutral = {"add": 0, "sub": 0, "mul": 1, "div": 1}.get(eqn.primitive.name)
+    if neutral is None:
+        return None
+    places = (0,) if eqn.primitive.name in ("sub", "div") else (0, 1)
+    for place in places:
+        by, same = values[1 - place], shape_of(eqn.invars[place]) == shape_of(eqn.outvars[0])
+        if same and isinstance(by, np.ndarray) and not isinstance(values[place], np.ndarray) and (by == neutral).all():
+            return values[place]
+    return None
 
 
 def fold(eqn: Any, values: list[Any], most: int) -> list[Any] | None:
