@@ -14,9 +14,9 @@ folded. Theirs, after its own pre-processing: `quantize_dynamic`, and `quantize_
 minimum and maximum from the same calibration data, weights by tensor or by channel; of all operations it has, or of
 matmuls and convolutions alone (`products`), which is closer to the original. By channel, all operations of ResNet-20
 fail there. Activations are unsigned: files with signed ones, its default, do not load for these graphs. Ours: all
-matmuls and convolutions at int8_channel by GPTQ; dynamic ranges by token, or by image; static ones by squared error with
-zero points, texts smoothed. Of the ways to store an embedding, in `EMBEDDINGS`, ours takes the first whose file is no
-larger than theirs, or the last. One thread; both files in turns, the median of `repeats`.
+matmuls and convolutions at int8_channel by GPTQ; dynamic ranges by token, or by image; static ones by squared error
+with zero points, texts smoothed. Of the ways to store an embedding, in `EMBEDDINGS`, ours takes the first whose file is
+no larger than theirs, or the last. One thread; both files in turns, the median of `repeats`.
 """
 
 import dataclasses
