@@ -18,7 +18,8 @@ def runtimes(sources: Sources) -> Table:
 def _rows(sources: Sources) -> Iterator[tuple[str, ...]]:
     for row in sources.file("runtimes/reference")["rows"]:
         if row["block"] == 32 and row["quantizer"] != "rtn_symmetric":
-            yield "ONNX, reference", f"{row['bits']} bits, {QUANTIZERS[row['quantizer']]}", *_pair(row), "–"
+            time = f"{row['our_seconds'] / row['their_seconds']:.2f}"
+            yield "ONNX, reference", f"{row['bits']} bits, {QUANTIZERS[row['quantizer']]}", *_pair(row), time
     for model in ("reference", "resnet20_cifar10"):
         for row in sources.file(f"runtimes/w8a8_{model}")["rows"]:
             if row["quantizer"] in ("dynamic", "static_products"):

@@ -25,9 +25,10 @@ import tyro
 from safetensors.numpy import load_file
 
 from experiments.pt2e_resnet import resnet
+from experiments.runtimes import Run, medians
 from experiments.runtimes_w8a8 import Comparison as Sides
 from experiments.runtimes_w8a8 import Options as Both
-from experiments.runtimes_w8a8 import Run, compare
+from experiments.runtimes_w8a8 import compare
 from mpq.formats import parse_scheme
 from mpq.pt2.export import save
 from mpq.pt2.graph import require_torch
@@ -114,7 +115,7 @@ class Comparison(Sides):
                 values = (stored_bytes(self.torch.export.load(path)), *self.quality(runs[side]))
                 keys = ("bytes", "kl", "kl_stderr", "agreement")
                 row |= {f"{side}_{key}": value for key, value in zip(keys, values, strict=True)}
-            times = self.seconds([*runs.values(), floats])
+            times = medians([*runs.values(), floats], self.batches[0], self.options.repeats)
             yield row | dict(zip(("their_seconds", "our_seconds", "float_seconds"), times, strict=True))
 
 

@@ -5,17 +5,19 @@ Run:     python -m experiments.runtimes --model reference --data TEXT --test TEX
 Expect:  KL to the original is lower in every row
 Resume:  type the same command again: rows that the file holds are not computed again
 Writes:  one JSON object: by quantizer, width and block of onnxruntime, bytes of the file and KL to the original, nats
-         per token on held-out text, of its file and of ours, which is at most as large
+         per token on held-out text, of its file and of ours, which is at most as large, and seconds a batch
 
 Both start from the same graph, in float32 with the embedding in float16. Theirs quantizes its matmuls, scales in
 float32, and sees no data; ours is the plan that `mpq allocate --for onnx` solves for the same number of bytes, rounded
-by GPTQ. Logits are those of ONNX Runtime on the CPU; `*_stderr` are over windows.
+by GPTQ. Logits are those of ONNX Runtime on the CPU, on one thread; `*_stderr` are over windows. Seconds are medians of
+`repeats` of one batch, all files in turns: theirs, ours and the graph in float32.
 """
 
 import dataclasses
 import importlib
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,9 @@ from mpq.onnx.graph import require_onnx
 from mpq.record import RunRecord
 from mpq.types import MpqError, Scheme
 
+Run = Callable[[np.ndarray], np.ndarray]
+"""A batch -> what the model says of it."""
+
 QUANTIZERS = ("rtn", "rtn_symmetric", "hqq")
 """Of onnxruntime: its default with and without zero points, and HQQ, which has 4 bits only."""
 
@@ -53,6 +58,7 @@ class Options:
       widths: bits and block of what they make, `4_32`.
       schemes: that our plans choose from.
       windows: of either text, `window` tokens each, `batch_size` a pass.
+      repeats: of a batch, for its time.
     """
 
     model: str
@@ -78,6 +84,30 @@ class Options:
     windows: int = 64
     window: int = 256
     batch_size: int = 8
+    repeats: int = 20
+
+
+def runner(path: Path) -> Run:
+    """A file in ONNX Runtime, on one thread; tokens in the integers that it reads."""
+    runtime = importlib.import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+    dtype = {"tensor(int64)": np.int64}.get(given.type)
+    return lambda batch: session.run(None, {given.name: batch if dtype is None else batch.astype(dtype)})[0]
+
+
+def medians(runs: Sequence[Run], batch: np.ndarray, repeats: int) -> list[float]:
+    """Seconds of a batch, in turns."""
+    times: list[list[float]] = [[] for _ in runs]
+    for repeat in range(repeats + 2):
+        for run, found in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run(batch)
+            if repeat >= 2:  # the first ones allocate
+                found.append(time.perf_counter() - start)
+    return [float(np.median(found)) for found in times]
 
 
 class Runtimes:
@@ -142,14 +172,11 @@ class Runtimes:
         save(path, exported, "ours")
         return path, choice
 
-    def kl(self, path: Path) -> tuple[float, float]:
+    def kl(self, run: Run) -> tuple[float, float]:
         """KL of a file to the original, and its standard error."""
-        runtime = importlib.import_module("onnxruntime")
-        session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         rows: list[np.ndarray] = []
         for batch, p in zip(self.batches, self.original, strict=True):
-            (logits,) = session.run(None, {"input_ids": batch.astype(np.int64)})
-            q = np.asarray(jax.nn.log_softmax(logits))
+            q = np.asarray(jax.nn.log_softmax(run(batch)))
             rows.append((np.exp(p) * (p - q)).sum(-1, dtype=np.float64).mean(-1))
         values = np.concatenate(rows)
         return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
@@ -166,9 +193,12 @@ class Runtimes:
                 ours, choice = self.ours(theirs.stat().st_size)
                 schemes = [str(scheme) for scheme in choice.values()]
                 row: dict[str, Any] = {"quantizer": name, "bits": bits, "block": block}
+                runs = {"their": runner(theirs), "our": runner(ours), "float": runner(self.base())}
                 for side, path in (("their", theirs), ("our", ours)):
-                    kl, stderr = self.kl(path)
+                    kl, stderr = self.kl(runs[side])
                     row |= {f"{side}_bytes": path.stat().st_size, f"{side}_kl": kl, f"{side}_kl_stderr": stderr}
+                times = medians(list(runs.values()), self.batches[0], self.options.repeats)
+                row |= {f"{side}_seconds": seconds for side, seconds in zip(runs, times, strict=True)}
                 yield row | {"schemes": {scheme: schemes.count(scheme) for scheme in sorted(set(schemes))}}
 
 

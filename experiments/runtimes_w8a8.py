@@ -8,22 +8,21 @@ Writes:  one JSON object: by quantizer of onnxruntime, bytes of the file, KL to 
          held-out data), how often its first choice is the original's, and seconds a batch in the runtime, of its file
          and of ours
 
-Both start from the same graph in float32, embeddings in float16. Theirs, after its own pre-processing, which folds
-norms into convolutions: `quantize_dynamic`, and `quantize_static` in QDQ form, with ranges of minimum and maximum from
-the same calibration data, weights by tensor or by channel; of all operations it has, or of matmuls and convolutions
-alone (`products`), which is closer to the original and larger. By channel, all operations of ResNet-20 fail there.
-Activations are unsigned: files with signed ones, its default, do not load for these graphs. Ours: all matmuls and
-convolutions at int8_channel by GPTQ; dynamic ranges by token, or by image; static ones by squared error with zero
-points, texts smoothed. Of the ways to store an embedding, in `EMBEDDINGS`, ours takes the first whose file is no larger
-than theirs, or the last. One thread; both files in turns, the median of `repeats`.
+Both start from the model in float32, embeddings in float16. Norms are folded into convolutions, but for theirs with
+dynamic ranges, which is closer to the original with norms apart; with static ones it is faster and closer when they are
+folded. Theirs, after its own pre-processing: `quantize_dynamic`, and `quantize_static` in QDQ form, with ranges of
+minimum and maximum from the same calibration data, weights by tensor or by channel; of all operations it has, or of
+matmuls and convolutions alone (`products`), which is closer to the original. By channel, all operations of ResNet-20
+fail there. Activations are unsigned: files with signed ones, its default, do not load for these graphs. Ours: all
+matmuls and convolutions at int8_channel by GPTQ; dynamic ranges by token, or by image; static ones by squared error
+with zero points, texts smoothed. Of the ways to store an embedding, in `EMBEDDINGS`, ours takes the first whose file is
+no larger than theirs, or the last. One thread; both files in turns, the median of `repeats`.
 """
 
 import dataclasses
-import functools
 import importlib
 import tempfile
-import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,8 @@ import tyro
 
 from experiments.distillation import windows_of
 from experiments.kept import keep, named_options, rows_in
+from experiments.litert import folded
+from experiments.runtimes import Run, medians, runner
 from mpq.activations.plans import calibrated, uniform_rows
 from mpq.activations.smooth import smooth_model
 from mpq.artifacts import make_plan
@@ -43,14 +44,11 @@ from mpq.export.arguments import export_arguments
 from mpq.export.orbax import Exported
 from mpq.formats import parse_scheme
 from mpq.inputs import Dataset, Tokens
-from mpq.models import load
+from mpq.models import Model, load
 from mpq.onnx.export import save, size_bytes
 from mpq.quantize import GPTQ, Candidates
 from mpq.record import RunRecord
 from mpq.types import MpqError, Scheme
-
-Run = Callable[[np.ndarray], np.ndarray]
-"""A batch -> what the model says of it."""
 
 QUANTIZERS = (
     "dynamic",
@@ -95,7 +93,8 @@ class Comparison:
     """The model, its data, and files of both sides."""
 
     def __init__(self, options: Options, folder: Path) -> None:
-        self.options, self.folder, self.model = options, folder, load(options.model)
+        self.options, self.folder, self.given = options, folder, load(options.model)
+        self.model = folded(self.given)
         self.is_text = isinstance(self.model.inputs, Tokens)
         self.traced = self.model.trace(options.batch_size, options.window if self.is_text else None)
         self.calibration = self._read(options.data, "calibration", options.windows)
@@ -105,17 +104,13 @@ class Comparison:
         apply = jax.jit(self.model.apply)
         self.original = [np.asarray(jax.nn.log_softmax(apply(self.model.params, batch))) for batch in self.batches]
 
-    @functools.cached_property
-    def floats(self) -> Exported:
-        """The model in float32, its embeddings in float16."""
-        choice = {w.path: parse_scheme("fp16" if "embedding" in w.kind else "fp32") for w in self.traced.weights}
-        return self.exported(choice, None)
-
-    @functools.cached_property
-    def base(self) -> Path:
-        """The graph that both sides start from."""
-        save(self.folder / "base.onnx", self.floats, "base")
-        return self.folder / "base.onnx"
+    def base(self, apart: bool) -> Path:
+        """The graph in float32 that a side starts from, embeddings in float16; norms apart or folded."""
+        path = self.folder / f"base_{'apart' if apart else 'folded'}.onnx"
+        if not path.exists():
+            choice = {w.path: parse_scheme("fp16" if "embedding" in w.kind else "fp32") for w in self.traced.weights}
+            save(path, self.exported(choice, None, self.given if apart else self.model), "base")
+        return path
 
     def _read(self, path: Path, which: str, count: int) -> Dataset:
         if self.is_text:
@@ -125,9 +120,9 @@ class Comparison:
     def _batches(self, data: Dataset) -> list[np.ndarray]:
         return np.split(data.inputs, range(self.options.batch_size, len(data.inputs), self.options.batch_size))
 
-    def exported(self, choice: dict[str, Scheme], activations: str | None) -> Exported:
-        """The model with its weights under these schemes and all activations under one, read back from the disk."""
-        model, traced, weights, stats = self.model, self.traced, self.traced.weights, self.stats
+    def exported(self, choice: dict[str, Scheme], activations: str | None, model: Model | None = None) -> Exported:
+        """A model with its weights under these schemes and all activations under one, read back from the disk."""
+        model, traced, weights, stats = model or self.model, self.traced, self.traced.weights, self.stats
         size = self.options.batch_size
         rows = uniform_rows(traced, activations, None)
         chosen, _ = calibrated(rows, model, traced, self.calibration, None, size)
@@ -144,10 +139,11 @@ class Comparison:
         """The file that onnxruntime's quantizer makes."""
         ort = importlib.import_module("onnxruntime.quantization")
         path, by_channel = self.folder / f"{quantizer}.onnx", quantizer.endswith("by_channel")
-        base = self.folder / "prepared.onnx"
-        if not base.exists():  # as onnxruntime asks for: what depends on weights alone is computed, norms are folded in
+        given = self.base(apart=quantizer.startswith("dynamic"))
+        base = given.with_name(f"prepared_{given.name}")
+        if not base.exists():  # as onnxruntime asks for: what depends on weights alone is computed
             prepare = importlib.import_module("onnxruntime.quantization.shape_inference").quant_pre_process
-            prepare(self.base, base, skip_symbolic_shape=True)
+            prepare(given, base, skip_symbolic_shape=True)
         if quantizer.startswith("dynamic"):
             # ConvInteger has kernels for unsigned weights only.
             kind = ort.QuantType.QInt8 if self.is_text else ort.QuantType.QUInt8
@@ -187,15 +183,6 @@ class Comparison:
     def _fed(self, batch: np.ndarray) -> np.ndarray:
         return batch.astype(np.int64) if self.is_text else batch
 
-    def runner(self, path: Path) -> Run:
-        """The file in ONNX Runtime, on one thread."""
-        runtime = importlib.import_module("onnxruntime")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = 1, 3
-        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        name = session.get_inputs()[0].name
-        return lambda batch: session.run(None, {name: self._fed(batch)})[0]
-
     def quality(self, run: Run) -> tuple[float, float, float]:
         """KL to the original, its standard error over windows or images, and the share of equal first choices."""
         kl: list[np.ndarray] = []
@@ -211,31 +198,20 @@ class Comparison:
             float(np.concatenate(same).mean()),
         )
 
-    def seconds(self, runs: list[Run]) -> list[float]:
-        """Median of a batch, in turns."""
-        times: list[list[float]] = [[] for _ in runs]
-        for repeat in range(self.options.repeats + 2):
-            for run, found in zip(runs, times, strict=True):
-                start = time.perf_counter()
-                run(self.batches[0])
-                if repeat >= 2:  # the first ones allocate
-                    found.append(time.perf_counter() - start)
-        return [float(np.median(found)) for found in times]
-
     def rows(self, done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """One a quantizer, those in `done` left out."""
         known = {row["quantizer"] for row in done}
         for name in (name for name in self.options.quantizers if name not in known):
             theirs = self.theirs(name)
             ours, embedding = self.ours(name, theirs.stat().st_size)
-            runs = {"their": self.runner(theirs), "our": self.runner(ours)}
+            runs = {"their": runner(theirs), "our": runner(ours)}
             row: dict[str, Any] = {"quantizer": name, "our_embedding": embedding}
             for (side, run), path in zip(runs.items(), (theirs, ours), strict=True):
                 values = (path.stat().st_size, *self.quality(run))
                 row |= dict(
                     zip([f"{side}_{k}" for k in ("bytes", "kl", "kl_stderr", "agreement")], values, strict=True)
                 )
-            times = self.seconds([*runs.values(), self.runner(self.base)])
+            times = medians([*runs.values(), runner(self.base(apart=False))], self.batches[0], self.options.repeats)
             yield row | dict(zip(("their_seconds", "our_seconds", "float_seconds"), times, strict=True))
 
 
@@ -255,7 +231,7 @@ def compare(options: Options, comparison: type[Comparison], quantizers: Collecti
     done = rows_in(options.out)
     with tempfile.TemporaryDirectory() as folder:
         found = comparison(options, Path(folder))
-        inputs = {"data": found.calibration.digest, "model": found.model.digest, "test": found.test.digest}
+        inputs = {"data": found.calibration.digest, "model": found.given.digest, "test": found.test.digest}
         config = named_options(options, ("data", "test", "out"))
         record = RunRecord.collect(config | {"model": found.model.name}, seeds={}, inputs=inputs)
         keep(found.rows(done), options.out, {"record": record.to_json()}, done)

@@ -1,6 +1,6 @@
 r"""Folders of `mpq export --to hf` in vLLM on a processor: logits of every token, and greedy text, against JAX.
 
-Run:     python -m experiments.vllm_cpu --python ENV/bin/python --test TEXT --out FILE
+Run:     python -m experiments.vllm_cpu --python ENV/bin/python --data TEXT --test TEXT --out FILE
          (ENV is an environment of its own with vLLM for CPUs (vllm-cpu); its kernels for 4 bits need AVX-512)
 Expect:  the KL to the model in JAX about that of the original, which is what 16 bits leave; for W8A8, where inputs next
          to a half are rounded the other way, below that of the plan to the original, and the same loss
@@ -8,9 +8,9 @@ Writes:  one JSON object: by plan, the schemes and kernels that vLLM took for ev
          of equal first choices, and how many tokens of greedy text are the same before the first that differs
 
 The reference model with its linear layers rounded to nearest, embedding and head in float16: int4 in groups, without
-and with zero points, packed (W4A16); int8 by channel with inputs rounded by token (W8A8); and both in one folder. vLLM
-computes in 16 bits, all that its kernels of 4 bits have; the original is run by it alike, for what that costs. JAX has
-float32 throughout, and rounds the same inputs.
+and with zero points, packed (W4A16); int8 by channel with inputs rounded by token (W8A8), or by static ranges of least
+squared error on another text; and W4A16 and W8A8 in one folder. vLLM computes in 16 bits, all that its kernels of 4
+bits have; the original is run by it alike, for what that costs. JAX has float32 throughout, and rounds the same inputs.
 """
 
 import dataclasses
@@ -26,15 +26,19 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from experiments.distillation import windows_of
 from experiments.kept import keep, named_options
 from mpq.activations import activation_rows, parse_activation_scheme
-from mpq.activations.apply import RoundedActivation, with_activations
+from mpq.activations.apply import choose_activations, with_activations
+from mpq.activations.ranges import calibrate_activations
 from mpq.artifacts import make_plan
+from mpq.config import known
 from mpq.data.text import plain_tokenizer
 from mpq.export import orbax
 from mpq.export.arguments import export_arguments
 from mpq.export.targets import TARGETS
 from mpq.formats import parse_scheme
+from mpq.inputs import Dataset
 from mpq.models import Model, load
 from mpq.models.hub import resolve
 from mpq.quantize import RTN, Candidates
@@ -46,9 +50,14 @@ PLANS = {
     "W4A16": ("int4_g32",),
     "W4A16 with zero points": ("int4_g32_zp",),
     "W8A8": ("int8_channel",),
+    "W8A8, static": ("int8_channel",),
+    "W8A8, static with zero points": ("int8_channel",),
     "W4A16 and W8A8": ("int4_g32", "int8_channel"),
 }
 """Name -> schemes of the weights, taken in turn by groups that read the same input; empty: the original."""
+
+INPUTS = {"W8A8, static": "int8_tensor_static", "W8A8, static with zero points": "int8_tensor_static_asym"}
+"""Name of a plan -> how inputs of int8 weights are rounded; `int8_token` where it has none."""
 
 PROGRAM = """
 import collections, json, os, sys
@@ -89,24 +98,29 @@ class Options:
 
     Attributes:
       python: of an environment with vLLM for CPUs.
-      test: text.
+      data, test: text to calibrate on, and to compare on.
       out: JSON file.
-      windows: of the text, `window` tokens each.
+      windows: of the text, `window` tokens each; `calibration` of the other.
+      plans: of `PLANS`.
       greedy: tokens of greedy text after the first 16 of each window.
       dtype: what vLLM computes in, float16 or bfloat16.
     """
 
     python: Path
+    data: Path
     test: Path
     out: Path
+    plans: tuple[str, ...] = tuple(PLANS)
+    calibration: int = 32
     windows: int = 4
     window: int = 256
     greedy: int = 32
     dtype: str = "float16"
 
 
-def plan_of(model: Model, schemes: tuple[str, ...], folder: Path) -> tuple[Path, Params, Model]:
+def plan_of(model: Model, name: str, data: Dataset, folder: Path) -> tuple[Path, Params, Model]:
     """Folder of a plan, the parameters that it stands for, and the model with its inputs rounded."""
+    schemes, inputs = PLANS[name], parse_activation_scheme(INPUTS.get(name, "int8_token"))
     if not schemes:
         return Path(resolve("reference")), model.params, model
     traced = model.trace(1, 16)
@@ -114,11 +128,13 @@ def plan_of(model: Model, schemes: tuple[str, ...], folder: Path) -> tuple[Path,
     scheme_of = {group: schemes[i % len(schemes)] for i, group in enumerate(groups)}
     choice = {w.path: parse_scheme(scheme_of.get(w.group, "fp16")) for w in traced.weights}
     rows = [r for r in activation_rows(traced) if all(str(choice[path]) == "int8_channel" for path in r.weights)]
-    chosen = [RoundedActivation(row, parse_activation_scheme("int8_token")) for row in rows]
+    static = rows if inputs.static is not None else []
+    ranges = calibrate_activations(model, traced, static, data, batch_size=8)
+    chosen = choose_activations(dict.fromkeys(rows, inputs), ranges)
     entries = {one.spec.path: one.to_json() for one in chosen}
     plan = make_plan("plan", choice, None, traced.weights, 0, model.digest, entries)
     qtensors = Candidates(model.params, traced.weights, RTN()).choose(choice)
-    orbax.save(folder / "plan", **export_arguments(model, traced.weights, qtensors, plan))
+    orbax.save(folder / "plan", **export_arguments(model, traced.weights, qtensors, plan, chosen))
     exported = orbax.load(folder / "plan")
     TARGETS["hf"].save(folder / "model", exported, "plan")
     return folder / "model", exported.dequantized(), with_activations(model, traced, chosen) if chosen else model
@@ -147,11 +163,12 @@ def rows(options: Options) -> Iterator[dict[str, Any]]:
     ids = plain_tokenizer(model.tokenizer).encode(options.test.read_text()[: 20 * count]).ids[:count]
     tokens = np.asarray(ids, np.int32).reshape(options.windows, options.window)
     original = np.asarray(jax.jit(model.apply)(model.params, tokens))
-    for name, schemes in PLANS.items():
+    data = windows_of(model, options.data, options.calibration, options.window)
+    for name in options.plans:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             np.save(folder / "tokens.npy", tokens)
-            made, params, ours = plan_of(model, schemes, folder)
+            made, params, ours = plan_of(model, name, data, folder)
             command = [
                 str(options.python),
                 "-c",
@@ -170,7 +187,8 @@ def rows(options: Options) -> Iterator[dict[str, Any]]:
             texts = greedy(ours, params, tokens, options.greedy)
             yield {
                 "plan": name,
-                "schemes": list(schemes),
+                "schemes": list(PLANS[name]),
+                "inputs": INPUTS.get(name),
                 "layers": said[2],
                 "kl": divergence(want, got),
                 "kl_of_plan": divergence(original[:, :-1], want),
@@ -191,8 +209,14 @@ def divergence(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def main(options: Options) -> None:
-    """Compare, print, write."""
-    config = named_options(options, ("python", "test", "out"))
+    """Compare, print, write.
+
+    Raises:
+      MpqError: a plan is not among those there are.
+    """
+    for name in options.plans:
+        known("plan", name, PLANS)
+    config = named_options(options, ("python", "data", "test", "out"))
     record = RunRecord.collect(config, seeds={}, inputs={"model": load("reference").digest})
     keep(rows(options), options.out, {"record": record.to_json()}, [])
 

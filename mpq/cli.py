@@ -285,7 +285,7 @@ def export(
         PyTorch; hf, a folder in the format of compressed-tensors for transformers and vLLM; gptq, gptq_v2, awq, folders
         in those; bnb or llm_int8, folders of bitsandbytes: NF4, or LLM.int8 with the plan's threshold of outliers.
       window: litert: tokens that the file reads at once; default the whole context, but at most 512.
-      integer: litert: of static ranges of activations, round sums of residual blocks as well: most is of integers then.
+      integer: litert: of static ranges, round residual sums and multiply codes of 4 bits: most is of integers then.
       kv_cache: onnx: language models read the keys and values of the tokens before, and give those of all.
       json: print one JSON object.
     """

@@ -11,6 +11,7 @@ import numpy as np
 from mpq.types import MpqError
 
 CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat")
+SHAPES = ("reshape", "broadcast_in_dim", "squeeze", "expand_dims")
 THROUGH = ("copy", "copy_p", "stop_gradient", "optimization_barrier")
 T = TypeVar("T")
 Emit = Callable[[Any, list[Any]], list[Any]]
@@ -23,6 +24,19 @@ class Param:
 
     path: str
     transposed: bool = False
+
+
+class Known(np.ndarray):
+    """The values of a parameter, which says where they are from as long as only their shape changes."""
+
+    path: str
+
+    @classmethod
+    def of(cls, values: np.ndarray, path: str) -> "Known":
+        """Values of the parameter at this path."""
+        made = np.ascontiguousarray(values).view(cls)
+        made.path = path
+        return made
 
 
 def dtype_of(var: Any) -> np.dtype:
@@ -137,7 +151,22 @@ def _equation(eqn: Any, values: list[Any], emit: Emit, folded: int) -> list[Any]
         return [dataclasses.replace(values[0], transposed=not values[0].transposed)]
     if (known := fold(eqn, values, folded)) is not None:
         return known
+    if (same := unchanged(eqn, values)) is not None:
+        return [same]
     return emit(eqn, values)
+
+
+def unchanged(eqn: Any, values: list[Any]) -> Any:
+    """What a sum with zeros or a product with ones leaves as it is; None where an equation is none of these."""
+    neutral = {"add": 0, "sub": 0, "mul": 1, "div": 1}.get(eqn.primitive.name)
+    if neutral is None:
+        return None
+    places = (0,) if eqn.primitive.name in ("sub", "div") else (0, 1)
+    for place in places:
+        by, same = values[1 - place], shape_of(eqn.invars[place]) == shape_of(eqn.outvars[0])
+        if same and isinstance(by, np.ndarray) and not isinstance(values[place], np.ndarray) and (by == neutral).all():
+            return values[place]
+    return None
 
 
 def fold(eqn: Any, values: list[Any], most: int) -> list[Any] | None:
@@ -149,5 +178,8 @@ def fold(eqn: Any, values: list[Any], most: int) -> list[Any] | None:
         return None
     if any(int(np.prod(shape)) > most for shape in sizes):
         return None
+    first = values[0] if values else None
+    if eqn.primitive.name in SHAPES and isinstance(first, Known) and np.prod(sizes[0], dtype=int) == first.size:
+        return [Known.of(first.reshape(sizes[0]), first.path)]
     made = eqn.primitive.bind(*map(jax.numpy.asarray, values), **eqn.params)
     return [np.asarray(m) for m in (made if eqn.primitive.multiple_results else [made])]

@@ -4,11 +4,13 @@
 at a time (`int8_token_asym`), convolutions an image at a time (`int8_tensor_asym`). They multiply integers, by the
 codes of the weight as they are. Ranges and rounding are the runtime's own, close to the plan's and not the same.
 
-A *static* range (`int8_tensor_static`, also `_asym`) is that of an int8 tensor. A convolution by codes of 8 or 4 bits
-with a scale for a channel is one of integers where what it gives has a range, too: where another convolution reads it,
-perhaps after a rectifier. Elsewhere the input is rounded, and multiplied in float32 by the dequantized weight: the
-plan's own arithmetic. If asked (`Rounded.sums`), summands of residual blocks are rounded as well, which the plan does
-not, and most convolutions are of integers (`Codes.beside`). Integer operators want positive scales: absmax ones are; a
+A *static* range (`int8_tensor_static`, also `_asym`) is that of an int8 tensor. A convolution by codes of 8 bits with a
+scale for a channel is one of integers where what it gives has a range, too: where another convolution reads it, perhaps
+after a rectifier. Elsewhere the input is rounded, and multiplied in float32 by the dequantized weight: the plan's own
+arithmetic. What an integer convolution adds is of whole steps of its sums, and so is what the plan adds once those
+steps are its own (`mpq.litert.export.with_whole_biases`). If asked (`Rounded.sums`), summands of residual blocks are
+rounded as well, which the plan does not, codes of 4 bits are multiplied as they are, by sums that LiteRT rounds twice,
+and most convolutions are of integers (`Codes.beside`). Integer operators want positive scales: absmax ones are; a
 channel with another has its codes turned where that is possible, and is one of the dequantized where not.
 """
 
@@ -81,7 +83,7 @@ class Rounded:
     Attributes:
       hybrid: path of a weight whose input is rounded as it comes -> the scheme.
       static: path of a weight -> how its input is rounded.
-      sums: whether sums of a convolution and a rounded value are rounded, too.
+      sums: whether sums of a convolution and a rounded value are rounded, too, and products by codes of 4 bits twice.
     """
 
     hybrid: dict[str, str] = dataclasses.field(default_factory=dict)

@@ -10,10 +10,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from mpq.export.jaxprs import shape_of
+from mpq.export.jaxprs import Known, shape_of
 from mpq.litert.activations import Codes
 
-Make = Callable[[np.ndarray, np.ndarray, int, Codes | None], int]
+Make = Callable[["Affine", Codes | None], int]
 
 NONE, RELU, RELU6 = 0, 1, 3
 """Of `ActivationFunctionType`."""
@@ -24,10 +24,11 @@ class Affine:
     """`act(product * scale + shift)`, channels last.
 
     Attributes:
-      make: scale, shift, activation, and how it is rounded, or None -> number of the tensor.
+      make: this, and how it is rounded, or None -> number of the tensor.
       integer: whether it can be an int8 tensor without being a float32 one first.
       scale, shift: `float64[channels]`.
       act: `NONE`, `RELU` or `RELU6`.
+      bias: the parameter that was added last, and what the shift gains where that grows by 1, `float64[channels]`.
     """
 
     make: Make
@@ -35,6 +36,7 @@ class Affine:
     shift: np.ndarray
     act: int = NONE
     integer: bool = False
+    bias: tuple[str, np.ndarray] | None = None
 
     @classmethod
     def of(cls, channels: int, make: Make, integer: bool = False) -> Self:
@@ -43,7 +45,7 @@ class Affine:
 
     def emit(self, codes: Codes | None = None) -> int:
         """Write it, rounded to `codes` if there are some; the same one twice is one."""
-        return self.make(self.scale, self.shift, self.act, codes)
+        return self.make(self, codes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,16 +84,22 @@ def affine(eqn: Any, values: list[Any]) -> Affine | None:
         return None
     if other.size == channels and other.shape[-1] != channels:
         return None
-    by = np.broadcast_to(other.reshape(-1), channels).astype(np.float64)
-    if name == "add":
-        return dataclasses.replace(before, shift=before.shift + by)
-    if name == "sub" and place == 0:
-        return dataclasses.replace(before, shift=before.shift - by)
+    by = np.broadcast_to(np.asarray(other).reshape(-1), channels).astype(np.float64)
+    if name == "add" or (name == "sub" and place == 0):
+        sign = 1.0 if name == "add" else -1.0
+        path = other.path if isinstance(other, Known) and other.size == channels else None
+        bias = before.bias if path is None else (path, np.full(channels, sign))
+        return dataclasses.replace(before, shift=before.shift + sign * by, bias=bias)
     if name == "mul":
-        return dataclasses.replace(before, scale=before.scale * by, shift=before.shift * by)
+        return _scaled(before, by)
     if name == "div" and place == 0 and by.all():
-        return dataclasses.replace(before, scale=before.scale / by, shift=before.shift / by)
+        return _scaled(before, 1 / by)
     return None
+
+
+def _scaled(before: Affine, by: np.ndarray) -> Affine:
+    bias = before.bias and (before.bias[0], before.bias[1] * by)
+    return dataclasses.replace(before, scale=before.scale * by, shift=before.shift * by, bias=bias)
 
 
 def _rectified(before: Affine, name: str, limit: np.ndarray) -> Affine | None:

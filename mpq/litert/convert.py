@@ -13,7 +13,7 @@ import numpy as np
 from jax import export
 
 from mpq.export.graphs import is_rows_product
-from mpq.export.jaxprs import Param, dtype_of, shape_of, trace_open, walk
+from mpq.export.jaxprs import Known, Param, dtype_of, shape_of, trace_open, walk
 from mpq.inputs import Tokens
 from mpq.litert.activations import TENSOR, TOKEN, Codes, Rounded
 from mpq.litert.affine import NONE, RELU, Affine, Sum, affine
@@ -93,6 +93,8 @@ class Converter:
         self._apart, self._numbers = apart, dict[int, tuple[Any, int]]()
         self.read: set[int] = set()
         """Numbers of values that are rounded for some readers and read by others, for whom the plan does not round."""
+        self.biases: dict[str, np.ndarray] = {}
+        """Path of a parameter -> what an integer convolution that adds it has it grow by, `float64[channels]`."""
 
     def run(self, closed: Any, paths: list[str], shape: tuple[Any, ...], dtype: str, name: str) -> tuple[int, int]:
         """Emit the whole function; numbers of its input and output.
@@ -113,7 +115,7 @@ class Converter:
         value = self._params.get(path)
         if path in self._specs or value is None or value.size > _KNOWN:
             return Param(path)
-        return value.astype(np.float32)
+        return Known.of(value.astype(np.float32), path)
 
     def _emit(self, eqn: Any, values: list[Any]) -> list[Any]:
         name = eqn.primitive.name
@@ -142,7 +144,7 @@ class Converter:
         codes = self._rounded.static.get(spec.path)
         x = self._full(x, eqn.invars[0]) if codes is None else self._float(self._round(x, eqn.invars[0], codes), shape)
         rows = call.reshaped(x, [merged(shape[:-1]), spec.k], "float32")
-        return Affine.of(spec.n, lambda scale, shift, act, out: self._rows_product(call, rows, spec, scale, shift, act))
+        return Affine.of(spec.n, lambda a, out: self._rows_product(call, rows, spec, a.scale, a.shift, a.act))
 
     def _rows_product(self, call: Call, x: int, spec: WeightSpec, scale: Any, shift: Any, act: int) -> int:
         scheme, out = self._weights.scheme(spec), [merged(call.shape[:-1]), spec.n]
@@ -192,12 +194,12 @@ class Converter:
         path = self._specs[w.path].path if isinstance(w, Param) and w.path in self._specs else ""
         if (codes := self._rounded.static.get(path)) is None:
             x = self._full(values[0], eqn.invars[0])
-            return Affine.of(outputs, lambda scale, shift, act, out: self._convolved(eqn, x, w, scale, shift, act))
+            return Affine.of(outputs, lambda a, out: self._convolved(eqn, x, w, a.scale, a.shift, a.act))
         rounded = self._round(values[0], eqn.invars[0], codes)
-        make = lambda scale, shift, act, out: self._convolved_codes(eqn, rounded, w, scale, shift, act, out)
-        return Affine.of(
-            outputs, make, integer=has_integer(self._specs[w.path], self._weights.scheme(self._specs[w.path]))
-        )
+        make = lambda a, out: self._convolved_codes(eqn, rounded, w, a, out)
+        spec = self._specs[path]
+        integer = has_integer(spec, self._weights.scheme(spec), self._rounded.sums)
+        return Affine.of(outputs, make, integer)
 
     def _convolved(self, eqn: Any, x: int, w: Any, scale: Any, shift: Any, act: int) -> int:
         call, (layout, ohwi, deep) = Call(self._graph, eqn, []), _kernel(eqn)
@@ -219,21 +221,24 @@ class Converter:
         made = call.one("DEPTHWISE_CONV_2D" if deep else "CONV_2D", x, kernel, bias, **options)
         return self._finish(call, made, call.shape, scale, shift, act) if rest else made
 
-    def _convolved_codes(self, eqn: Any, x: Int8, w: Param, scale: Any, shift: Any, act: int, out: Codes | None) -> int:
+    def _convolved_codes(self, eqn: Any, x: Int8, w: Param, a: Affine, out: Codes | None) -> int:
         """The convolution of a rounded input: in integers where its output is rounded too, and codes allow it."""
         spec, (_, ohwi, deep) = self._specs[w.path], _kernel(eqn)
         shape, axis = ([1, *ohwi[1:3], ohwi[0]], 3) if deep else (ohwi, 0)
-        kernel = None if out is None else self._weights.integer(spec, shape, axis, scale)
+        kernel = None if out is None else self._weights.integer(spec, shape, axis, a.scale)
         if out is None or kernel is None:
-            made = self._convolved(eqn, self._float(x, shape_of(eqn.invars[0])), w, scale, shift, act)
+            made = self._convolved(eqn, self._float(x, shape_of(eqn.invars[0])), w, a.scale, a.shift, a.act)
             return made if out is None else self._quantize(made, shape_of(eqn.outvars[0]), out).tensor
         steps = np.asarray(self._graph.tensors[kernel].quantization.scale, np.float64) * x.codes.scale
-        bias = np.clip(np.round(shift / steps), -(2**31), 2**31 - 1).astype(np.int32)
+        bias = np.clip(np.round(a.shift / steps), -(2**31), 2**31 - 1).astype(np.int32)
+        if a.bias is not None:
+            path, gain = a.bias
+            self.biases.setdefault(path, np.divide(bias * steps - a.shift, gain, np.zeros_like(gain), where=gain != 0))
         content = Content(bias.nbytes, bias.tobytes)
         number = self._graph.tensor(f"{spec.path}.bias", bias.shape, "int32", content, Quantization(steps))
         inner = Call(self._graph, eqn, [], x.codes.quantization)
         given, options = _window(inner, x.tensor, eqn)
-        options["fusedActivationFunction"] = act
+        options["fusedActivationFunction"] = a.act
         call = dataclasses.replace(inner, codes=out.quantization)
         return call.one("DEPTHWISE_CONV_2D" if deep else "CONV_2D", given, kernel, number, **options)
 

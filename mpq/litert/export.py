@@ -4,9 +4,11 @@ Text models read `input_ids`, `int32[batch, window]`, others `inputs`; the batch
 window fixed. Schemes and shapes of the weights are in the metadata of the file, so that `load` gives the codes back.
 
 Weights are dequantized as they are needed and inputs of products stay float32, so that the file computes what the plan
-was scored by. Where the plan rounds inputs (`mpq.litert.activations`), LiteRT multiplies integers.
+was scored by. Where the plan rounds inputs (`mpq.litert.activations`), LiteRT multiplies integers; `with_whole_biases`
+is the model with the biases that it then adds.
 """
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -39,7 +41,8 @@ def save(
       exported: a quantized model, as `mpq.export.orbax.load` reads it.
       name: of the model, for a person.
       window: tokens of text; None: the whole context, but at most `convert.WINDOW`.
-      integer: of static ranges, round what residual sums add as well, which the plan does not.
+      integer: of static ranges, round what residual sums add as well, which the plan does not, and let LiteRT multiply
+        codes of 4 bits as they are, which it rounds twice.
 
     Returns:
       Its size in bytes, which is `size_bytes`.
@@ -48,14 +51,28 @@ def save(
       MpqError: a weight and its scheme, or an operation of the model, have no form in LiteRT, `ai-edge-litert` is not
         installed, or the disk is full or refuses.
     """
-    data = _build(exported, name, window, integer).file()
+    data = _build(exported, name, window, integer)[0].file()
     write_bytes(path, data)
     return len(data)
 
 
 def size_bytes(exported: Exported, name: str, *, window: int | None = None, integer: bool = False) -> int:
     """Bytes of the file that `save` writes. Raises as it does."""
-    return _build(exported, name, window, integer).size_bytes()
+    return _build(exported, name, window, integer)[0].size_bytes()
+
+
+def with_whole_biases(exported: Exported, name: str, *, window: int | None = None, integer: bool = False) -> Exported:
+    """The model that the file computes: what integer convolutions add is of whole steps of their sums.
+
+    The bias of such a convolution is an int32 of the scale of its input times that of its weight. Where a norm or the
+    layer itself adds a parameter, that is changed here by less than such a step, so that the plan in JAX adds what the
+    file does; both files are the same, to the byte, unless several convolutions add one parameter, which suits the
+    first of them here. Arguments and errors are those of `save`.
+    """
+    params = dict(exported.params)
+    for path, change in _build(exported, name, window, integer)[1].items():
+        params[path] = (params[path].astype(np.float64) + change.reshape(params[path].shape)).astype(np.float32)
+    return dataclasses.replace(exported, params=params)
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, QTensor]:
@@ -109,7 +126,7 @@ class _Reader:
         return raw.view(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
 
-def _build(exported: Exported, name: str, window: int | None, integer: bool) -> Graph:
+def _build(exported: Exported, name: str, window: int | None, integer: bool) -> tuple[Graph, dict[str, np.ndarray]]:
     require_litert()
     require_forms(exported, "litert", refusal)
     model = model_of(exported, name)
@@ -126,4 +143,4 @@ def _build(exported: Exported, name: str, window: int | None, integer: bool) -> 
     converter = Converter(graph, specs, exported.qtensors, params, rounded, apart)
     graph.inputs[given], graph.outputs["outputs"] = converter.run(closed, paths, shape, dtype, given)
     graph.metadata |= {"mpq.model": name.encode(), _METADATA: described(exported).encode()}
-    return graph
+    return graph, converter.biases

@@ -74,11 +74,18 @@ def has_hybrid(scheme: Scheme) -> bool:
     return scheme.group_size is None or (has_blocks(scheme) and scheme.format.bits == 4 and scheme.group_size % 32 == 0)
 
 
-def has_integer(spec: WeightSpec, scheme: Scheme) -> bool:
-    """Whether a convolution multiplies int8 by the codes as they are."""
+def has_integer(spec: WeightSpec, scheme: Scheme, rounded_twice: bool) -> bool:
+    """Whether a convolution multiplies int8 by the codes as they are.
+
+    Args:
+      spec: the weight.
+      scheme: its scheme.
+      rounded_twice: whether sums may be: those by codes of 4 bits are, by LiteRT's own kernel, which scales them in
+        fixed point. XNNPACK scales those by 8 bits in float32, and rounds them once.
+    """
     plain = (spec.batch == 1 and not spec.factors) or spec.n == 1  # or each channel has its own kernel
     whole = scheme.has_scale and scheme.group_size is None and not scheme.zero_point
-    return plain and whole and scheme.format.bits > 2
+    return plain and whole and scheme.format.bits in ((4, 8) if rounded_twice else (8,))
 
 
 def folds(scheme: Scheme) -> bool:

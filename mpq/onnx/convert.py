@@ -22,6 +22,7 @@ from mpq.onnx.ops import OPS, convolution
 from mpq.types import MpqError, QTensor, WeightSpec
 
 _FOLDED = 2**16  # elements of a constant that is computed here
+_KNOWN = 2**12  # elements of a parameter that is taken as a constant: norms and biases
 
 
 def traced(model: Model) -> tuple[Any, list[Tensor], list[Tensor]]:
@@ -74,11 +75,18 @@ class Converter:
         for x, var in zip(inputs, closed.jaxpr.invars[len(paths) :], strict=True):
             same = dtype_of(var).name == x.dtype
             values.append(x.name if same else graph.one("Cast", x.name, to=TYPES[dtype_of(var).name]))
-        results = walk(closed.jaxpr, closed.consts, [*map(Param, paths), *values], self._emit, folded=_FOLDED)
+        results = walk(closed.jaxpr, closed.consts, [*map(self._parameter, paths), *values], self._emit, folded=_FOLDED)
         for result, var, out in zip(results, closed.jaxpr.outvars, outputs, strict=True):
             graph.result(self._name(result, var), out.name)
         if self._rows:
             self._reads.require_all()
+
+    def _parameter(self, path: str) -> Any:
+        """A small one in float32 by its values, so that what a norm makes of it is computed here."""
+        value = self._params.get(path)
+        if path in self._specs or value is None or value.dtype != np.float32 or value.size > _KNOWN:
+            return Param(path)
+        return np.asarray(value)
 
     def _emit(self, eqn: Any, values: list[Any]) -> list[Any]:
         name = eqn.primitive.name
