@@ -42,9 +42,11 @@ def test_the_hopper_kernel_is_what_its_design_says(case):
     assert found["spill_bytes"] == 0
     assert not found["warnings"]
     assert found["instructions"]["IGMMA" if "a8" in case else "HGMMA"] >= 4
-    # Sums of integers become floating point; codes never do, by the conversion unit.
-    converted = [name for name in found["instructions"] if name.startswith(("I2F", "F2I", "I2FP"))]
-    assert not converted or "a8" in case
+    # Sums of integers become floating point; codes never do, by the conversion unit. A strip's number may, once, where
+    # it is divided by batches that are no power of two: a reciprocal, with five conversions around it.
+    converted = sum(count for name, count in found["instructions"].items() if name.startswith(("I2F", "F2I")))
+    divisions = found["instructions"].get("MUFU", 0)
+    assert "a8" in case or (divisions <= 1 and converted <= 5 * divisions)
     assert 8 <= found["registers"] <= 168
     assert 0 < found["shared_bytes"] <= 227 * 1024
     budget = H200["kernels"][case]
