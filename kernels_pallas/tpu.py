@@ -71,11 +71,8 @@ def _dequantizing_kernel(
     for i in range(w_ref.shape[0] // segment):
         rows = slice(i * segment, (i + 1) * segment)
         w = w_ref[rows, :].astype(jnp.float32)
-        if several > 1:
-            w = (w.reshape(several, -1, w.shape[1]) * s_ref[i * several : (i + 1) * several]).reshape(w.shape)
-        else:
-            w *= s_ref[i]
-        scaled_ref[rows, :] = w.astype(scaled_ref.dtype)
+        scaled = w.reshape(several, -1, w.shape[1]) * s_ref[i * several : (i + 1) * several]
+        scaled_ref[rows, :] = scaled.reshape(w.shape).astype(scaled_ref.dtype)
     sum_ref[...] += jnp.dot(x_ref[...], scaled_ref[...], preferred_element_type=jnp.float32)
 
     @pl.when(step == pl.num_programs(2) - 1)

@@ -96,7 +96,7 @@ void MoveOn() {
 #endif
 }
 
-// One call, shared with threads that may come late, when it is over: those touch nothing but `next`.
+// One call, shared with threads that may come late, when it is over: those find no piece left and touch no buffer.
 struct Work {
   Problem problem;
   const Way *way;

@@ -23,7 +23,7 @@ typedef struct {
 INLINE int64_t tile_of(int64_t tokens) { return tokens >= 8 ? 8 : tokens >= 4 ? 4 : tokens >= 2 ? 2 : 1; }
 
 INLINE Shape shape_of(const Problem *p) {
-  int64_t width = p->q ? BYTES : LANES, vectors = (p->segment + width - 1) / width;
+  int64_t vectors = up(p->segment, p->q ? BYTES : LANES);
   Shape s = {vectors, p->stride * (8 / p->bits), (vectors + (p->q ? 1 : 0)) * (int64_t)sizeof(VF)};
   return s;
 }

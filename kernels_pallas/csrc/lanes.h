@@ -14,6 +14,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }  // a / b, rounded up
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
 #if defined(__clang__)

@@ -31,7 +31,7 @@ typedef struct {
 // Of a tile. Sums of integers are two vectors, those of a piece and of all, so theirs are half as large.
 INLINE int64_t tile_tokens(const Problem *p) { return p->q ? TOKENS / 2 : TOKENS; }
 
-INLINE int64_t words_of(int64_t bytes) { return (bytes + 3) / 4; }
+INLINE int64_t words_of(int64_t bytes) { return up(bytes, 4); }
 
 // Which group's scale a segment has; -1 if it only fills bytes.
 INLINE int64_t group_of(const Problem *p, int64_t segment) {
@@ -49,8 +49,6 @@ static Slab largest_slab(const Problem *p) {
   }
   return s;
 }
-
-INLINE int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 static int64_t slabs_of(const Problem *p) {
   const Slab most = largest_slab(p);
