@@ -27,6 +27,13 @@ def images(task="classification", height=2, width=3, channels=3, preprocessor=No
     return model(Images(height, width, channels), task, preprocessor=preprocessor)
 
 
+def write_images(path, train, test):
+    """So many random images of 16 x 16 pixels in three classes, as the file of CIFAR-10 has them."""
+    rng, sizes = np.random.default_rng(0), {"train": train, "test": test}
+    pixels = {f"{name}_x": rng.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8) for name, n in sizes.items()}
+    np.savez(path, **pixels, **{f"{name}_y": rng.integers(0, 3, n) for name, n in sizes.items()})
+
+
 def word_tokenizer(words=WORDS):
     """One token a word."""
     result = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))

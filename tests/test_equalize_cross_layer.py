@@ -16,6 +16,7 @@ from mpq.models import load
 from mpq.quantize import RTN, Candidates, apply_plan
 from tests import decoder_cases
 from tests.command import exit_code
+from tests.data_cases import write_images
 from tests.test_equalize import random_data
 from tests.test_families_vision import images
 from tests.test_families_vision import write as write_vision
@@ -113,9 +114,7 @@ def test_one_scale_for_a_kernel_is_enough_then(cifar):
 def test_the_command_equalizes_and_refuses_what_it_cannot_do(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_vision(tmp_path / "model", "resnet_cifar")
-    rng = np.random.default_rng(0)
-    parts = {f"{name}_x": rng.integers(0, 256, (24, 16, 16, 3), dtype=np.uint8) for name in ("train", "test")}
-    np.savez("images.npz", **parts, **{f"{name}_y": rng.integers(0, 3, 24) for name in ("train", "test")})
+    write_images("images.npz", 24, 24)
     data = ["--data", "images.npz", "--max-windows", "16", "--method", "rtn"]
     plan = "int8_tensor+int8_tensor_static"
     assert exit_code("quantize", "model", plan, *data, "--equalize", "--correct-bias", "-o", "out", "--json") == 0

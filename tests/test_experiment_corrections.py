@@ -13,6 +13,7 @@ from mpq.activations.plans import split_plan
 from mpq.files import read_json
 from mpq.formats import parse_scheme
 from mpq.types import MpqError
+from tests.data_cases import write_images
 from tests.test_families_vision import write as write_vision
 
 
@@ -20,9 +21,7 @@ from tests.test_families_vision import write as write_vision
 def options(tmp_path_factory):
     root = tmp_path_factory.mktemp("corrections")
     write_vision(root / "model", "resnet_cifar")
-    rng = np.random.default_rng(0)
-    parts = {f"{name}_x": rng.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8) for name in ("train", "test")}
-    np.savez(root / "images.npz", **parts, **{f"{name}_y": rng.integers(0, 3, 40) for name in ("train", "test")})
+    write_images(root / "images.npz", 40, 40)
     sizes = {"calibration": 16, "test": 24, "batch_size": 8}
     return Options(str(root / "model"), root / "images.npz", root / "out.json", plans=("W3",), **sizes)
 

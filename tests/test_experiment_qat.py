@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 
 from analysis.qat import page, recovered
@@ -13,6 +12,7 @@ from mpq.files import read_json
 from mpq.formats import parse_scheme
 from mpq.types import MpqError
 from tests import tiny
+from tests.data_cases import write_images
 from tests.test_families_vision import write as write_vision
 
 FEW = {"metric": "weight_mse", "steps": 4, "train_batch": 4, "table_rows": 8, "beside": 0.003}
@@ -22,10 +22,8 @@ FEW = {"metric": "weight_mse", "steps": 4, "train_batch": 4, "table_rows": 8, "b
 def images(tmp_path_factory):
     root = tmp_path_factory.mktemp("qat")
     write_vision(root / "model", "resnet_cifar")
-    rng = np.random.default_rng(0)
-    parts = {f"{name}_x": rng.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8) for name in ("train", "test")}
     data = root / "images.npz"
-    np.savez(data, **parts, **{f"{name}_y": rng.integers(0, 3, 40) for name in ("train", "test")})
+    write_images(data, 40, 40)
     sizes = {"calibration": 16, "test": 24, "batch_size": 8, "train_rows": 16}
     schemes = ("int2_channel", "int4_channel")
     return Options(str(root / "model"), str(data), str(data), root / "out.json", ("W3A3",), schemes, **FEW | sizes)

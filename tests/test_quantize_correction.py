@@ -22,6 +22,7 @@ from mpq.quantize.correction import LARGEST, correct_biases, moments
 from mpq.tasks import Regression
 from tests import tiny
 from tests.command import exit_code
+from tests.data_cases import write_images
 from tests.test_families_vision import write as write_vision
 
 SHAPES = {"a": (5, 6), "bias": (6,), "b": (6, 4), "mean": (4,), "scale": (4,), "shift": (4,), "c": (4, 3), "last": (3,)}
@@ -131,10 +132,7 @@ def place(tmp_path_factory):
     write_vision(root / "model", "resnet_cifar")
     tiny.write_folder(root / "llama")
     (root / "text.txt").write_text(tiny.text())
-    rng = np.random.default_rng(0)
-    parts = {f"{name}_x": rng.integers(0, 256, (48, 16, 16, 3), dtype=np.uint8) for name in ("train", "test")}
-    labels = {f"{name}_y": rng.integers(0, 3, 48) for name in ("train", "test")}
-    np.savez(root / "images.npz", **parts, **labels)
+    write_images(root / "images.npz", 48, 48)
     return root
 
 

@@ -11,6 +11,7 @@ from experiments.surrogate import Options, compare, main
 from mpq.files import read_json
 from tests import tiny
 from tests.allocate_cases import make_problem
+from tests.data_cases import write_images
 from tests.test_families_vision import write as write_vision
 
 
@@ -55,10 +56,7 @@ def test_every_metric_is_fitted_to_every_number_of_plans(result):
 
 def test_corrected_plans_are_measured_corrected(tmp_path):
     write_vision(tmp_path / "model", "resnet_cifar")
-    rng = np.random.default_rng(0)
-    sizes = {"train": 48, "test": 24}
-    images = {f"{k}_x": rng.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8) for k, n in sizes.items()}
-    np.savez(tmp_path / "images.npz", **images, **{f"{k}_y": rng.integers(0, 3, n) for k, n in sizes.items()})
+    write_images(tmp_path / "images.npz", 48, 24)
     plans = bakeoff.Options(
         model=str(tmp_path / "model"),
         data=str(tmp_path / "images.npz"),
