@@ -163,7 +163,7 @@ _FORMATS: Mapping[str, tuple[str, str, str]] = MappingProxyType(
 def kernels(sources: Sources) -> Figure:
     """How many times as fast as a dense dot, over tokens: kernels in C on a CPU, and those for Hopper on an H200."""
     figure = Figure(figsize=(WIDTH, 2.6))
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2, sharey=True)
     cpu = [row for row in sources.file("kernels/cpu")["rows"] if row["backend"] == "native"]
     cpu_points = {
         name: sorted((row["m"], row["speedup"]) for row in cpu if (row["format"], row["shape"]) == (name, "4096x4096"))
@@ -172,6 +172,7 @@ def kernels(sources: Sources) -> Figure:
     _speedups(left, cpu_points, "CPU, two cores, 4096 × 4096")
     _speedups(right, h200_speedups(sources), "H200, 8192 × 57344")
     left.set_ylabel("times as fast as the dense dot")
+    left.set_ylim(bottom=0)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 
@@ -200,7 +201,7 @@ def _speedups(ax: Axes, points: Mapping[str, list[tuple[int, float]]], title: st
     ax.xaxis.set_major_locator(FixedLocator(sorted({m for values in points.values() for m, _ in values})))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    ax.set(xlabel="tokens", title=title, ylim=(0, 4.6))
+    ax.set(xlabel="tokens", title=title)
 
 
 FIGURES: Mapping[str, Callable[[Sources], Figure]] = MappingProxyType(

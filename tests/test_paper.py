@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from analysis import paper, paper_tex
+from analysis.paper_figures import FIGURES
 from analysis.paper_reproduce import BY_HAND, ROWS
 from analysis.paper_sources import Sources, only
 from mpq.types import MpqError
@@ -49,6 +50,13 @@ def test_numbers_and_tables_are_those_of_the_committed_results(written):
     for name in sorted(files_in(written)):
         if name.endswith(".tex"):
             assert (written / name).read_text() == (FOLDER / name).read_text(), f"{name}: python -m analysis.paper"
+
+
+def test_no_kernel_is_out_of_the_picture():
+    axes = FIGURES["kernels"](Sources(ROOT)).axes
+    points = [(ax, point) for ax in axes for line in ax.lines for point in line.get_xydata()]
+    assert len(points) > 30
+    assert all(ax.get_ylim()[0] <= y <= ax.get_ylim()[1] for ax, (_, y) in points)
 
 
 def test_figures_are_those_of_the_committed_results(written):
