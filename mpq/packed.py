@@ -3,8 +3,9 @@
     packed = pack_weights(traced.weights, qtensors)
     logits = jax.jit(partial(evaluate_packed, traced))(rest, packed, tokens)    # rest: parameters that are not packed
 
-Every read of a packed weight becomes `kernels_pallas.quantized_matmul` on the weight's canonical view; a convolution
-multiplies the windows that it sees, an embedding looks its rows up in the dequantized weight.
+Every read of a packed weight becomes `kernels_pallas.quantized_matmul` on the weight's canonical view. An embedding
+looks its rows up in the dequantized weight. A convolution of integers multiplies the windows that it sees; one of
+floats is XLA's own with the dequantized weight, which all positions share.
 
 With activations rounded as a plan says, the operands are the codes of both, int8, and sums are int32, where that is a
 product of integers: weights of integers and a symmetric scheme of integers, of a whole tensor, or of tokens or groups
@@ -119,10 +120,10 @@ def evaluate_packed(
         elif row is not None:
             view = site.value_view(x.shape)
             x = view.invert(row(view(x), windows))
-        if weight is None:
+        bits = activation_bits if weight is not None and weight.levels is None and row is None else None
+        if weight is None or (site.use.kind == "conv" and bits is None and codes is None):
             y = default(x, w)
         else:
-            bits = activation_bits if weight.levels is None and row is None else None
             one = (lambda array: array) if weight.batch_shape else (lambda array: array[0])
             rows = one(site.inputs_matrix(x) if codes is None else codes)
             beside = None if codes is None or row is None else _outliers(site, x, row, windows)
@@ -167,8 +168,7 @@ def _codes(site: Site, x: jax.Array, row: RoundedActivation, windows: int) -> tu
     """Codes `int8[batch, tokens, k]` of the operation's input, and their scales `[batch, tokens or 1, 1]`."""
     view = site.value_view(x.shape)
     codes, scale = row.quantize(view(x), windows)
-    # Codes are exact in float32, and windows of a convolution are cut out of floats; what pads them is code 0.
-    rows = site.inputs_matrix(view.invert(codes.reshape(view.shape))).astype(jnp.int8)
+    rows = site.inputs_matrix(view.invert(codes.reshape(view.shape).astype(jnp.int8)))  # what pads windows is code 0
     scale = scale.reshape(*scale.shape[:2], 1)
     repeats = rows.shape[1] // scale.shape[1]
     return rows, scale if scale.shape[1] == 1 else jnp.repeat(scale, repeats, axis=1)

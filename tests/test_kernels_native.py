@@ -44,6 +44,7 @@ PANELS = (
     Case(14, 700, 50, 2, x_dtype="float32"),
     Case(16, 330, 600, 8, 66, x_dtype="float32"),
     Case(8, 90, 1100, 4, 30, activation_bits=8, x_dtype="float32"),
+    Case(13, 2500, 270, 8, activation_bits=8),
     Case(6, 420, 40, 4, 70, nf4=True, x_dtype="float32"),
     Case(24, 50, 64, 8, 1, activation_bits=8, x_dtype="float32"),
 )

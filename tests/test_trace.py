@@ -119,6 +119,19 @@ def test_matrices_of_every_site_multiply(law_case):
     assert {site.spec.path for site in seen} == {w.path for w in traced.weights}
 
 
+def test_windows_of_a_convolution_are_copies():
+    """Of codes as of floats, and what is no number stays in the windows that see it."""
+    conv = lambda p, x: lax.conv_general_dilated(x, p["w"], (2,), [(1, 0)], dimension_numbers=("NWC", "WIO", "NWC"))
+    (site,) = trace(conv, {"w": jnp.ones((3, 2, 4))}, jnp.ones((1, 6, 2))).sites
+    codes = jnp.arange(12, dtype=jnp.int8).reshape(1, 6, 2)
+    windows = site.inputs_matrix(codes)
+    assert windows.dtype == jnp.int8
+    expected = [[0, 0, 0, 1, 2, 3], [2, 3, 4, 5, 6, 7], [6, 7, 8, 9, 10, 11]]
+    np.testing.assert_array_equal(windows[0], expected)
+    broken = codes.astype(jnp.float32).at[0, 5, 0].set(jnp.nan)
+    np.testing.assert_array_equal(np.isnan(site.inputs_matrix(broken)[0]).any(axis=-1), [False, False, True])
+
+
 def test_replaced_reads_equal_a_replaced_parameter(law_case):
     case, traced = law_case
 

@@ -5,7 +5,8 @@
 // of tokens is multiplied with it. What a tile and a slab share of the activations is copied together, once for all
 // columns, and is in the first cache while it is used. Sums of a tile of tokens and columns are in registers, columns
 // along lanes, and go to `y` between slabs. So unpacking costs as much as a few tokens, and the memory is one slab's
-// panels for each thread, and the activations once more.
+// panels for each thread, and the activations once more; but where one block has all columns, nothing is read twice, and
+// a thread copies a tile when it comes to it.
 //
 // Floats: a piece is rows of WIDE values, code times scale. Rounded activations: the scales, what sums start with, and
 // words of 4 codes along k in a lane. `i_quad` may want activations with an offset: sums then start at the negative of
@@ -32,6 +33,9 @@ typedef struct {
 INLINE int64_t tile_tokens(const Problem *p) { return p->q ? TOKENS / 2 : TOKENS; }
 
 INLINE int64_t words_of(int64_t bytes) { return up(bytes, 4); }
+
+// Whether more than one block of columns reads the activations.
+INLINE int shared(const Problem *p) { return p->n > PANELS * WIDE; }
 
 // Which group's scale a segment has; -1 if it only fills bytes.
 INLINE int64_t group_of(const Problem *p, int64_t segment) {
@@ -273,7 +277,8 @@ TILE(bytes_third, integers(a, TOKENS / 6, 8))
 TILE(bytes_two_thirds, integers(a, TOKENS / 3, 8))
 TILE(bytes_all, integers(a, TOKENS / 2, 8))
 
-// One slab, of columns `first` to `last`, for all tokens of a part; `x`: of its first tile, others `x_stride` bytes on.
+// One slab, of columns `first` to `last`, for all tokens of a part; `x`: of its first tile, others `x_stride` bytes on,
+// where activations are shared, and room for a tile behind the panels where they are not.
 static void multiply_slab(const Problem *p, Part part, int64_t first, int64_t last, Slab s, const char *x,
                           int64_t x_stride, VB *panels) {
   static Unpack *const unpackers[2][3] = {{unpack_floats2, unpack_floats4, unpack_floats8},
@@ -288,7 +293,9 @@ static void multiply_slab(const Problem *p, Part part, int64_t first, int64_t la
   for (int64_t n = first; n < last; n += WIDE, panel += PANEL) unpack_one(p, s, n, min(WIDE, last - n), panel);
   for (int64_t token = part.token, tokens; token < part.tokens_end; token += tokens) {
     tokens = min(most, part.tokens_end - token);
-    Tile a = {p, panels, x + token / most * x_stride, pieces, s.bytes, token, tokens, first, 0, s.row + s.byte == 0};
+    char *own = (char *)(panels + PANELS * PANEL);
+    if (!x) gather(p, s, token, tokens, own);
+    Tile a = {p, panels, x ? x + token / most * x_stride : own, pieces, s.bytes, token, tokens, first, 0, s.row + s.byte == 0};
     for (; a.column < last; a.column += WIDE, a.panel += PANEL) {
       a.count = min(WIDE, last - a.column);
       add[(3 * tokens - 1) / most](&a);
@@ -301,21 +308,23 @@ static void multiply(const Problem *p, Part part, void *own) {
   for (int64_t first = part.column; first < part.columns_end; first += PANELS * WIDE)
     for (int64_t i = 0; i < slabs; ++i) {
       const int64_t last = min(first + PANELS * WIDE, part.columns_end);
-      multiply_slab(p, part, first, last, slab_at(p, i), (const char *)p->scratch + i * x_bytes, slabs * x_bytes, own);
+      const char *x = shared(p) ? (const char *)p->scratch + i * x_bytes : 0;
+      multiply_slab(p, part, first, last, slab_at(p, i), x, slabs * x_bytes, own);
     }
 }
 
 static int64_t shared_bytes(const Problem *p) {
-  return up(p->m, tile_tokens(p)) * slabs_of(p) * tile_tokens(p) * STRIDE;
+  return shared(p) ? up(p->m, tile_tokens(p)) * slabs_of(p) * tile_tokens(p) * STRIDE : 0;
 }
 
 static void prepare(const Problem *p) {
   const int64_t slabs = slabs_of(p), most = tile_tokens(p);
   char *to = (char *)p->scratch;
+  if (!shared(p)) return;
   for (int64_t token = 0; token < p->m; token += most)
     for (int64_t i = 0; i < slabs; ++i, to += most * STRIDE)
       gather(p, slab_at(p, i), token, min(most, p->m - token), to);
 }
 
 extern const Way JOIN(mpq_many, ISA);
-const Way JOIN(mpq_many, ISA) = {shared_bytes, prepare, PANELS * PANEL * sizeof(VB), multiply};
+const Way JOIN(mpq_many, ISA) = {shared_bytes, prepare, PANELS * PANEL * sizeof(VB) + TOKENS * STRIDE, multiply};

@@ -12,6 +12,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from mpq.tracing import layout
@@ -87,19 +88,22 @@ class Patches:
     view: MatrixView
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """The input of the convolution to `[batch, tokens, k]`."""
-        # A sum of one value and zeros: exact at HIGHEST, while the default would round to TF32 or bf16 on accelerators.
-        patches = lax.conv_general_dilated_patches(
-            x,
-            self.window,
-            self.strides,
-            self.padding,
-            lhs_dilation=self.input_dilation,
-            rhs_dilation=self.kernel_dilation,
-            dimension_numbers=self.dimensions,
-            precision=lax.Precision.HIGHEST,
-        )
-        return self.view(patches)
+        """The input of the convolution to `[batch, tokens, k]`, of any dtype: values are copied, none is computed."""
+        x_batch, x_features, *x_spatial = self.dimensions.lhs_spec
+        y_batch, features, *spatial = self.dimensions.out_spec
+        source = dict(zip((y_batch, features, *spatial), (x_batch, x_features, *x_spatial), strict=True))
+        padding = [(0, 0, 0)] * x.ndim
+        for dim, (low, high), dilation in zip(x_spatial, self.padding, self.input_dilation, strict=True):
+            padding[dim] = (low, high, dilation - 1)
+        x = lax.pad(x, jnp.zeros((), x.dtype), padding).transpose([source[dim] for dim in range(x.ndim)])
+        # One dimension after the other: of a window of 16 x 16, 32 slices instead of 256. The last one first, so that
+        # its offset is the fastest, as it is in most weights.
+        dims = zip(spatial, self.window, self.strides, self.kernel_dilation, strict=True)
+        for dim, size, stride, step in reversed(list(dims)):
+            last = x.shape[dim] - (size - 1) * step
+            shifted = [lax.slice_in_dim(x, i * step, last + i * step, stride, dim) for i in range(size)]
+            x = lax.concatenate(shifted, features)
+        return self.view(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,16 +197,17 @@ def conv_read(params: dict[str, Any], weight: Source, x: Source, avals: list[Sha
         return None
     group_dim, free_dim = w_axes[0], w_axes[0] + 1
     moved = lambda d: d + 1 if d > w_axes[0] else d
-    contracted_dims = [moved(d) for d in w_axes[1:]]  # input channels, then the window
+    channel_dim, *window_dims = contracted_dims = [moved(d) for d in w_axes[1:]]
     weight = Source(weight.root, split)
 
     grouped = layout.parts(BATCH, split[group_dim])
     columns = layout.parts(COLUMN, split[free_dim])
-    contracted = [p for d in contracted_dims for p in layout.parts(COLUMN, split[d])]
+    window = [p for d in window_dims for p in layout.parts(COLUMN, split[d])]
+    channels = layout.parts(COLUMN, split[channel_dim])
     tokens = {d: [Part(ROW, (d,), out.shape[d])] for d in range(len(out.shape)) if d != y_axes[1]}
     token_shape = tuple(out.shape[d] for d in sorted(tokens))
     y_parts = tokens | {y_axes[1]: grouped + columns}
-    patch_parts = tokens | {y_axes[1]: grouped + contracted}  # a patch is laid out as channel, then window
+    patch_parts = tokens | {y_axes[1]: window + grouped + channels}  # as `Patches` lays them out
     k = _factors(weight, contracted_dims)
     patch_shape = list(out.shape)
     patch_shape[y_axes[1]] = groups * math.prod(f.size for f in k)
