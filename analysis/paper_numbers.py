@@ -111,10 +111,10 @@ def sensitivity(sources: Sources) -> Numbers:
 
 def _surrogates(sources: Sources) -> Numbers:
     """Plans of few bits: sums, a corrected table and a surrogate, of Fisher scores and the most plans."""
-    results = sources.folder("surrogate")
-    corrected = [results.pop(name) for name in list(results) if results[name].get("corrected")]
-    few = [only(result["bands"], bits=[2, 4])["metrics"]["fisher"] for result in results.values()]
-    convolutional = only(only(corrected, model="resnet20_cifar10")["bands"], bits=[2, 4])
+    bands = {name: only(result["bands"], bits=[2, 4]) for name, result in sources.folder("surrogate").items()}
+    convolutional, encoder = bands.pop("resnet20-rtn_mse-corrected"), bands.pop("minilm-rtn")
+    few = [band["metrics"]["fisher"] for band in bands.values()]
+    of_encoder = encoder["metrics"]["kl"]
     alone = convolutional["metrics"]["alone"]
     most = [of["fitted"][-1] for of in few]
     assert len({fitted["plans"] for fitted in most}) == 1, "the text names one number of plans"
@@ -125,6 +125,9 @@ def _surrogates(sources: Sources) -> Numbers:
         "SurrogateRefit": ranged("refit"),
         "SurrogateTau": ranged("surrogate"),
         "SurrogateWithin": f"{_range((100 * fitted['surrogate']['within'] for fitted in most), 0)} %",
+        "EncoderPlans": str(of_encoder["fitted"][-1]["plans"]),
+        "EncoderSum": f"{of_encoder['sum']['tau']:.2f}",
+        "EncoderTau": f"{of_encoder['fitted'][-1]['surrogate']['tau']:.2f}",
         "CorrectedSum": f"{alone['sum']['tau']:.2f}",
         "CorrectedUnseen": f"{convolutional['metrics']['kl']['sum']['tau']:.2f}",
         "CorrectedTau": f"{alone['fitted'][-1]['surrogate']['tau']:.2f}",
