@@ -49,12 +49,13 @@ def costs(results: Sequence[Result]) -> str:
 
 
 def peers(result: Result) -> str:
-    """A row a setting of a peer and one of ours beside it."""
+    """A row a setting of a peer and one of ours beside it, in bold the one that the calibration text chose."""
     lines = ["| theirs | perplexity | KL, nats per token | ours | perplexity | KL |", "|---|---:|---:|---|---:|---:|"]
     for row in result["rows"]:
         told = lambda of: [f"{of['perplexity']:.4g}", with_error(of["kl"], of["kl_stderr"])]
         for ours, of in row["ours"].items():
-            lines.append("| " + " | ".join([row["peer"], *told(row["theirs"]), ours, *told(of)]) + " |")
+            name = f"**{ours}**" if ours == row.get("chosen") else ours
+            lines.append("| " + " | ".join([row["peer"], *told(row["theirs"]), name, *told(of)]) + " |")
     return "\n".join(lines)
 
 
@@ -75,7 +76,10 @@ Found = tuple[str, list[tuple[str, float]], float, str]
 
 
 def judged(texts: Sequence[Result], pictures: Sequence[Result]) -> Iterator[Found]:
-    """Of every model W8A8 with dynamic scales, and the static setting with the least KL."""
+    """Of every model the settings of W8A8 with dynamic and with static scales that have the least KL.
+
+    Of texts that on the held-out text, of images that on those to choose by, where they were judged on such.
+    """
     yield from _texts(texts)
     yield from _images(pictures)
 
@@ -91,7 +95,7 @@ def _images(results: Sequence[Result]) -> Iterator[Found]:
     for result in results:
         rows = [row for row in result["rows"] if row["calibrated_on"] != "shifted"]
         of = lambda row, result=result: (row["setting"], points(result, row, "own"))
-        kl = lambda row: row["own"]["kl"]
+        kl = lambda row: row.get("selection", row["own"])["kl"]
         yield result["record"]["config"]["model"], _best(rows, of, kl), IMAGE_LIMIT, "points"
 
 
