@@ -113,10 +113,16 @@ class Comparison:
             OWN: read(options.data, "test", options.test),
             SHIFTED: read(options.shifted_test, "test", options.shifted),
         }
-        both = read(options.data, "calibration", options.calibration + options.selection)
-        self.test[SELECTION] = unseen(both, frozenset(row_digests(self.calibration[OWN])), "statistics and ranges")
         self.traced = self.model.trace(options.batch_size)
-        self.references = {n: Reference(self.model, data, options.batch_size) for n, data in self.test.items()}
+
+    @functools.cached_property
+    def judged(self) -> dict[str, Reference]:
+        """Both test sets, and the images to choose by."""
+        options, seen = self.options, frozenset(row_digests(self.calibration[OWN]))
+        limit = options.calibration + options.selection
+        both = read_set(self.model, str(options.data), "calibration", window=None, limit=limit)
+        sets = self.test | {SELECTION: unseen(both, seen, "statistics and ranges")}
+        return {name: Reference(self.model, data, options.batch_size) for name, data in sets.items()}
 
     @functools.cached_property
     def stats(self) -> dict[str, LayerStats]:
@@ -151,8 +157,8 @@ class Comparison:
             params = apply_plan(rounded.model.params, rounded.traced.weights, rounded.qtensors)
             params = dict(self.corrected(rounded, params)) if correct else params
         out: dict[str, dict[str, float | None]] = {}
-        for name, data in self.test.items():
-            result = score(model, params, data, reference=self.references[name], batch_size=0).summary()
+        for name, reference in self.judged.items():
+            result = score(model, params, reference.data, reference=reference, batch_size=0).summary()
             out[name] = {"top1": result.quality, "kl": result.kl, "kl_stderr": result.kl_stderr}
         return out
 
@@ -178,7 +184,7 @@ def main(options: Options) -> None:
     comparison = Comparison(options)
     files = ("data", "shifted_data", "shifted_test", "out")
     config = named_options(options, files)
-    sets = {"calibration": comparison.calibration, "test": comparison.test}
+    sets = {"calibration": comparison.calibration, "test": {n: of.data for n, of in comparison.judged.items()}}
     inputs = {f"{which}_{name}": data.digest for which, of in sets.items() for name, data in of.items()}
     inputs |= {"model": comparison.model.digest}
     record = RunRecord.collect(config | {"model": comparison.model.name}, seeds={}, inputs=inputs)

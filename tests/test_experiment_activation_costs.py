@@ -61,9 +61,9 @@ def test_images_are_judged_by_ranges_of_both_sets(pictures):
         assert 0 < row[SELECTION]["kl"] < 0.1
     assert rows["W8, corrected", None][OWN]["kl"] < rows["W8", None][OWN]["kl"]
     sets = image_activations.Comparison(options)
-    seen = {row.tobytes() for row in sets.calibration[OWN].inputs}
-    assert len(sets.test[SELECTION].inputs) == 20
-    assert not seen & {row.tobytes() for row in sets.test[SELECTION].inputs}
+    seen, choose = {row.tobytes() for row in sets.calibration[OWN].inputs}, sets.judged[SELECTION].data
+    assert len(choose.inputs) == 20
+    assert not seen & {row.tobytes() for row in choose.inputs}
     assert rows["W8", None][OWN]["kl"] < rows[plans[1], OWN][OWN]["kl"]
     assert rows[plans[1], OWN] | {"calibrated_on": SHIFTED} != rows[plans[1], SHIFTED]
     assert result["original"][OWN]["kl"] == 0
@@ -186,5 +186,6 @@ def test_the_page_has_what_lies_beside():
     read = lambda part: [read_json(path, "results") for path in sorted(part.glob("*.json"))]
     written = page(read(folder), {name: read(folder / name) for name in BESIDE})
     assert (folder / "README.md").read_text(encoding="utf-8") == written
-    for heading in ("Images", "Time at run time", "Beside other libraries", "What is asked of W8A8"):
+    headings = ("Images", "Time at run time", "Beside other libraries", "Beside ONNX Runtime", "What is asked of W8A8")
+    for heading in headings:
         assert f"\n## {heading}\n" in written
