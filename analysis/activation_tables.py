@@ -49,12 +49,28 @@ def costs(results: Sequence[Result]) -> str:
 
 
 def peers(result: Result) -> str:
-    """A row a setting of a peer and one of ours beside it."""
+    """A row a setting of a peer and one of ours beside it, in bold the one that the calibration text chose."""
     lines = ["| theirs | perplexity | KL, nats per token | ours | perplexity | KL |", "|---|---:|---:|---|---:|---:|"]
     for row in result["rows"]:
         told = lambda of: [f"{of['perplexity']:.4g}", with_error(of["kl"], of["kl_stderr"])]
         for ours, of in row["ours"].items():
-            lines.append("| " + " | ".join([row["peer"], *told(row["theirs"]), ours, *told(of)]) + " |")
+            name = f"**{ours}**" if ours == row.get("chosen") else ours
+            lines.append("| " + " | ".join([row["peer"], *told(row["theirs"]), name, *told(of)]) + " |")
+    return "\n".join(lines)
+
+
+def files(result: Result) -> str:
+    """A row a quantizer of ONNX Runtime: its file and ours."""
+    lines = [
+        "| onnxruntime's quantizer | bytes | KL, nats per token | same first choice | our bytes | KL | same |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        cells = [row["quantizer"].replace("_", " ")]
+        for side in ("their", "our"):
+            cells += [f"{row[f'{side}_bytes']:,}", with_error(row[f"{side}_kl"], row[f"{side}_kl_stderr"])]
+            cells.append(f"{100 * row[f'{side}_agreement']:.1f} %")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -75,7 +91,10 @@ Found = tuple[str, list[tuple[str, float]], float, str]
 
 
 def judged(texts: Sequence[Result], pictures: Sequence[Result]) -> Iterator[Found]:
-    """Of every model W8A8 with dynamic scales, and the static setting with the least KL."""
+    """Of every model the settings of W8A8 with dynamic and with static scales that have the least KL.
+
+    Of texts that on the held-out text, of images that on those to choose by, where all were judged on such.
+    """
     yield from _texts(texts)
     yield from _images(pictures)
 
@@ -91,7 +110,8 @@ def _images(results: Sequence[Result]) -> Iterator[Found]:
     for result in results:
         rows = [row for row in result["rows"] if row["calibrated_on"] != "shifted"]
         of = lambda row, result=result: (row["setting"], points(result, row, "own"))
-        kl = lambda row: row["own"]["kl"]
+        by = "selection" if all("selection" in row for row in rows if row["setting"].startswith("W8A8")) else "own"
+        kl = lambda row, by=by: row[by]["kl"]
         yield result["record"]["config"]["model"], _best(rows, of, kl), IMAGE_LIMIT, "points"
 
 

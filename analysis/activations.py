@@ -11,7 +11,7 @@ from analysis.pages import results_in, write_page
 from analysis.text import with_error
 
 FOLDER = Path("experiments/results/activations")
-BESIDE = ("images", "cost", "peers")
+BESIDE = ("images", "cost", "peers", "onnx")
 """Folders beside the results, of the experiments that the page is drawn from too."""
 
 Result = Mapping[str, Any]
@@ -69,17 +69,18 @@ def rotations(results: Sequence[Result]) -> str:
 
 
 def page(results: Sequence[Result], beside: Mapping[str, Sequence[Result]] = MappingProxyType({})) -> str:
-    """Every model; and of `images`, `cost` and `peers`, what there is."""
+    """Every model; and of `BESIDE`, what there is."""
     return "\n\n".join((*_parts(results), *_beside(results, beside))) + "\n"
 
 
 def _beside(results: Sequence[Result], beside: Mapping[str, Sequence[Result]]) -> Iterator[str]:
-    pictures, times, peers = (beside.get(name, ()) for name in BESIDE)
+    pictures, times, peers, files = (beside.get(name, ()) for name in BESIDE)
     if pictures:
         yield "## Images"
         yield (
             "Ranges of the classifier's own images and of shifted ones (JPEG), judged on both. Weights of 8 bits by "
-            "rounding to nearest, of 4 by GPTQ; all weights and inputs. Made by `experiments/image_activations.py`; "
+            "rounding to nearest, of 4 by GPTQ; all weights and inputs. Corrected: 8 bits by GPTQ, biases and norms "
+            "for what all rounding does on average, as `mpq run` has it. Made by `experiments/image_activations.py`; "
             "standard errors over images."
         )
         for result in pictures:
@@ -103,18 +104,30 @@ def _beside(results: Sequence[Result], beside: Mapping[str, Sequence[Result]]) -
         yield "## Beside other libraries"
         yield (
             "The same model, windows, calibration text, bits and granularity of scales; the blocks of the decoder "
-            "alone. Made by `experiments/activation_peers.py`, which says what each is."
+            "alone; in bold, which of ours has the least KL on the calibration text. Made by "
+            "`experiments/activation_peers.py`, which says what each is."
         )
         for result in peers:
             versions = ", ".join(f"{name} {version}" for name, version in result["peers"].items())
             model = result["record"]["config"]["model"]
             yield f"{model}: perplexity {result['perplexity']:.4f} in float32. {versions}."
             yield tables.peers(result)
+    if files:
+        yield "## Beside ONNX Runtime"
+        yield (
+            "Files that onnxruntime's own quantizer makes of the same model and calibration text beside ours, about as "
+            "large, both run in that runtime on the same windows as above; all matmuls, the head too. Made by "
+            "`experiments/runtimes_w8a8.py`, which says what each is."
+        )
+        for result in files:
+            yield f"{result['record']['config']['model']}:"
+            yield tables.files(result)
     if pictures or times or peers:
         yield "## What is asked of W8A8"
         yield (
             f"At most {tables.TEXT_LIMIT} % of perplexity more, and {tables.IMAGE_LIMIT} points of top-1 less, on the "
-            "held-out set; of each kind the setting with the least KL."
+            "held-out set; of each kind the setting with the least KL: on that set, or, where "
+            "images to choose by are at hand, on those, which nothing else saw."
         )
         yield tables.asked(results, pictures)
 

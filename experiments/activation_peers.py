@@ -5,7 +5,8 @@ Run:     python -m experiments.activation_peers --model DIR --data TEXT --test T
 Expect:  a lower KL to the original in every row
 Resume:  type the same command again: rows that the file holds are not computed again
 Writes:  one JSON object: by setting of a peer, perplexity and KL to the original in nats per token, with standard
-         errors over windows, theirs and ours; `python -m analysis.activations` draws up the table
+         errors over windows, theirs and ours; which of ours has the least KL on the calibration text, `chosen`;
+         `python -m analysis.activations` draws up the table
 
 All quantize what the decoder's blocks multiply, in the same number of bits and with scales of the same granularity, and
 calibrate on the same text. Theirs: `torchao.quantization.quantize_` with dynamic activations, a scale a token;
@@ -29,11 +30,15 @@ from experiments import activations
 from experiments.activations import SETTINGS, Comparison
 from experiments.kept import keep, named_options, rows_in
 from mpq.config import known
+from mpq.evaluate import Reference
 from mpq.models import Model
 from mpq.record import RunRecord
 
 Logits = Callable[[np.ndarray], np.ndarray]
 """`int[windows, time]` -> `float32[windows, time, vocabulary]`."""
+
+CALIBRATION = "calibration"
+"""The text that a setting of ours is chosen on."""
 
 _FOUR_BITS: Mapping[str, Any] = {"num_bits": 4, "block_sizes": {-1: 32}}
 _FOUR_BITS_TENSOR: Mapping[str, Any] = {"num_bits": 4, "axis": None}
@@ -69,7 +74,9 @@ PEERS: Mapping[str, Peer] = {
         ("W8A8 static, MSE", "W8A8 static, MSE, online", "W8A8 static, MSE, smoothed, online"),
     ),
     "ModelOpt W8A8 static, SmoothQuant": Peer(
-        "modelopt", "INT8_SMOOTHQUANT_CFG", ("W8A8 static, MSE, smoothed", "W8A8 static, MSE, smoothed, online")
+        "modelopt",
+        "INT8_SMOOTHQUANT_CFG",
+        ("W8A8 static, MSE, smoothed", "W8A8 static, absmax, smoothed", "W8A8 static, MSE, smoothed, online"),
     ),
     "ModelOpt W4g32A8 static, SmoothQuant": Peer(
         "modelopt",
@@ -176,8 +183,12 @@ def rows(comparison: Comparison, options: Options, done: list[dict[str, Any]]) -
         if name not in known:
             theirs = as_model(model, logits_of(options.model, peer, comparison.calibration.inputs))
             row: dict[str, Any] = {"peer": name, "theirs": comparison.quality("test", theirs, model.params)}
-            ours = () if peer is None else peer.ours
-            row["ours"] = {ours: comparison.quality("test", *comparison.made(SETTINGS[ours])) for ours in ours}
+            found, seen = {}, {}
+            for ours in () if peer is None else peer.ours:
+                made = comparison.made(SETTINGS[ours])
+                found[ours] = comparison.quality("test", *made)
+                seen[ours] = comparison.scores(CALIBRATION, *made).summary().kl
+            row |= {"ours": found, "calibration_kl": seen, "chosen": min(seen, key=seen.__getitem__, default=None)}
             yield row | {"config": None if peer is None else peer.config}
 
 
@@ -192,6 +203,7 @@ def main(options: Options) -> None:
     done = rows_in(options.out)
     shared = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name != "peers"}
     comparison = Comparison(activations.Options(**shared, shifted=options.test))
+    comparison.references[CALIBRATION] = Reference(comparison.model, comparison.calibration, options.batch_size)
     config = named_options(options, ("data", "test", "out"))
     inputs = {"data": comparison.calibration.digest, "model": comparison.model.digest}
     inputs |= {"test": comparison.references["test"].data.digest}

@@ -16,7 +16,7 @@ from mpq.calibrate import calibrate
 from mpq.commands import Data, collect, make_candidates, read_plan, read_ranges
 from mpq.commands_rotate import plan_after, told_of, warnings_of
 from mpq.config import known
-from mpq.distill import Distill, Distilled, distill_harmless
+from mpq.distill import Distill, Distilled, checkpoint, distill_harmless
 from mpq.equalize import awq, equalize, find_folds, find_shifts, rotate
 from mpq.export import orbax
 from mpq.export.arguments import export_arguments
@@ -179,7 +179,7 @@ def quantize(
             warnings = [*warnings, "training made the model worse on data that it did not see: the rounding stays"]
     written = orbax.save(out, **export_arguments(model, traced.weights, qtensors, plan, chosen))
     if distill:
-        state.unlink()
+        checkpoint.remove(state)
     return {
         "out": str(out),
         "plan": plan.name,

@@ -40,7 +40,9 @@ class RunConfig:
       windows_per_document: at most so many of one document, so that standard errors see many documents; None: all.
       refine_rounds: most rounds of the search on measured plans that follows the exact solution, for `method` alone;
         0: the exact solution as it is.
-      refine_windows: of the calibration set, that plans are measured on.
+      gradient_steps: of a search by gradient (`mpq.distill.mixture`) for every budget, for `method` alone; the better
+        of its plan and the exact solution, measured, is reported, and refined if asked for. 0: none.
+      refine_windows: of the calibration set, that these two searches take and plans are measured on.
       guided: rounding goes by grams in which tokens count by how much the end loss depends on them (`mpq.guide`).
       propagate: the winner of every budget is rounded once more with each weight making up for those before it
         (`mpq.quantize.propagate`); it is handed out so if that is better on the selection set.
@@ -73,6 +75,7 @@ class RunConfig:
     test_windows: int = 64
     windows_per_document: int | None = 4
     refine_rounds: int = 0
+    gradient_steps: int = 0
     refine_windows: int = 16
     guided: bool = False
     propagate: bool = True
@@ -89,7 +92,12 @@ class RunConfig:
     def scored_windows(self) -> int:
         """Windows of the calibration set on which losses are measured; statistics are made of the others."""
         metrics = {*self.metrics, *([self.compare_by] if self.compare_methods else [])}
-        return max(*map(self.windows_of, metrics), self.refine_windows if self.refine_rounds else 0)
+        return max(*map(self.windows_of, metrics), self.refine_windows if self.searches else 0)
+
+    @property
+    def searches(self) -> bool:
+        """Whether solutions are searched on, on measured plans."""
+        return self.refine_rounds > 0 or self.gradient_steps > 0
 
     def check(self) -> None:
         """Refuse unknown names before anything is computed.
@@ -116,6 +124,8 @@ class RunConfig:
             raise MpqError(f"hand_out {self.hand_out!r} is not among the budgets {', '.join(self.budgets)}: add it")
         if self.refine_rounds < 0:
             raise MpqError(f"refine_rounds is {self.refine_rounds}: it must be at least 0, which is no search")
+        if self.gradient_steps < 0:
+            raise MpqError(f"gradient_steps is {self.gradient_steps}: it must be at least 0, which is no search")
         if self.distill_steps < 0:
             raise MpqError(f"distill_steps is {self.distill_steps}: it must be at least 0, which is no distillation")
         for field in (

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mpq.artifacts import Plan
-from mpq.distill import Distill
+from mpq.distill import Distill, checkpoint
 from mpq.equalize import find_shifts
 from mpq.equalize.shifts import Shift
 from mpq.evaluate import DocumentScores
@@ -209,7 +209,7 @@ class HandOut:
             return exported.qtensors, {p: jnp.asarray(exported.params[p]).astype(of) for p, of in dtypes.items()}
 
         found = run.stage("distilled", read, make, save)
-        state.unlink(missing_ok=True)
+        checkpoint.remove(state)
         return found
 
 

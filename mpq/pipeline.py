@@ -42,6 +42,7 @@ from mpq.calibrate import calibrate
 from mpq.config import RunConfig
 from mpq.data import divide, take
 from mpq.data.sources import read_sets
+from mpq.distill import Mixture, checkpoint
 from mpq.estimate import mean_over_documents
 from mpq.evaluate import DocumentScores, Reference, score
 from mpq.formats import parse_scheme
@@ -56,7 +57,7 @@ from mpq.sensitivity import METRICS
 from mpq.sensitivity.base import require_finite_entries
 from mpq.store import Store, score_store, source_digest
 from mpq.trace import Trace
-from mpq.types import LayerStats, Params, QTensor, SensitivityTable
+from mpq.types import Allocation, LayerStats, Params, QTensor, SensitivityTable, Status
 
 T = TypeVar("T")
 SETS = ("calibration", "selection", "test")
@@ -195,10 +196,10 @@ class Run:
     def mixed(self) -> dict[str, dict[str, Plan]]:
         """The plans that are reported: solutions of the knapsack, those of the main method searched on if asked for."""
         main = self.config.method
-        if not self.config.refine_rounds:
+        if not self.config.searches:
             return self.separable
         budgets = track(self.config.budgets, "refine", len(self.config.budgets))
-        return self.separable | {main: {budget: self._refine(budget) for budget in budgets}}
+        return self.separable | {main: {budget: self._searched(budget) for budget in budgets}}
 
     def bits(self, budget: str) -> int:
         """Bits that the quantized weights may take, see `budget_bits`."""
@@ -254,19 +255,38 @@ class Run:
         load_it = lambda path: load_plan(path, self.model, self.traced.weights)
         return self.stage(f"plans/{method}-mixed@{budget}.json", load_it, make, save_plan)
 
-    def _refine(self, budget: str) -> Plan:
-        method = self.config.method
+    def _searched(self, budget: str) -> Plan:
+        """What the searches on measured plans that are asked for make of the exact solution."""
+        method, config = self.config.method, self.config
         table, problem = self.allocation_tables[method], self.frontiers[method].problem
 
         def make() -> Plan:
-            start = self.frontiers[method].at(bits=self.bits(budget))
-            found = Refine(self.config.refine_rounds)(problem, start, self._plan_loss).allocation
+            found = self.frontiers[method].at(bits=self.bits(budget))
+            if config.gradient_steps:
+                found = self._by_gradient(problem, found)
+            if config.refine_rounds:
+                found = Refine(config.refine_rounds)(problem, found, self._plan_loss).allocation
             mean, stderr = mean_over_documents(self._plan_loss.documents(found.choice), self._plan_loss.counts)
             measured = dataclasses.replace(found, loss=float(mean), stderr=float(stderr))
             return plan_of_allocation(f"mixed@{budget}", measured, table, other_bits(self.model, self.traced.weights))
 
         load_it = lambda path: load_plan(path, self.model, self.traced.weights)
         return self.stage(f"plans/{method}-mixed@{budget}-refined.json", load_it, make, save_plan)
+
+    def _by_gradient(self, problem: Problem, start: Allocation) -> Allocation:
+        """The plan of the search by gradient, or `start` where that measures no worse. `loss` is the measured one."""
+        config, loss = self.config, self._plan_loss
+        data, state = take(self.divided[0], config.refine_windows), self.folder / "search.state"
+        search = Mixture(steps=config.gradient_steps, batch_size=min(config.batch_size, len(data.inputs)))
+        key, candidates = jax.random.key(config.seed), self.candidates[config.method]
+        bits = start.budget_bits
+        searched = search(self.model, problem, candidates, data, bits, key=key, measure=loss, state=state)
+        plans = [problem.by_group(start.choice), searched.choice]
+        best = min(plans, key=lambda x: loss(problem.by_path(x)))
+        found = problem.allocation(best, budget_bits=bits, lower_bound=0, solver=search.name)
+        checkpoint.remove(state)
+        measured = loss(found.choice)  # and the bound is the table's
+        return dataclasses.replace(found, loss=measured, lower_bound=start.lower_bound, status=Status.FEASIBLE)
 
     @functools.cached_property
     def _plan_loss(self) -> PlanLoss:

@@ -11,6 +11,7 @@ from mpq.allocate import Frontier, Refine
 from mpq.allocate.correction import Correction
 from mpq.allocate.power_law import MIN_PLANS
 from mpq.artifacts import Plan
+from mpq.distill import Mixture
 from mpq.types import SensitivityTable
 
 
@@ -39,7 +40,7 @@ class Predictor:
         `corrected_kl` is the sum corrected by the other plans, with `corrected_stderr`; None for a plan that was
         searched on, and where fewer than four others were measured.
         """
-        if plan.prediction is not None and plan.prediction["solver"] == Refine().name:
+        if plan.prediction is not None and plan.prediction["solver"] in _SEARCHES:
             found = plan.prediction["predicted_kl"], plan.prediction["predicted_stderr"]
             return dict(zip(_KEYS, (found[0], number(found[1]), None, None), strict=True))
         loss, stderr = self.summed(plan)
@@ -65,6 +66,7 @@ class Predictor:
         return Correction.fit(*np.asarray(pairs).T)
 
 
+_SEARCHES = (Refine().name, Mixture().name)
 _KEYS = ("predicted_kl", "predicted_stderr", "corrected_kl", "corrected_stderr")
 
 

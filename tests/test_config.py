@@ -71,6 +71,7 @@ def test_a_missing_config_file_is_refused():
         ({"schemes": ("int9_g64",)}, "unknown scheme 'int9_g64'"),
         ({"schemes": ()}, "schemes is empty"),
         ({"refine_rounds": -1}, "refine_rounds is -1: it must be at least 0"),
+        ({"gradient_steps": -1}, "gradient_steps is -1: it must be at least 0"),
         ({"refine_windows": 0}, "refine_windows is 0: it must be at least 1"),
         ({"metrics": ("kl", "magic")}, "unknown metric 'magic': the valid ones are kl, fisher, hessian_trace"),
         (

@@ -121,7 +121,8 @@ def test_interrupted_it_continues_to_the_same_bytes(setup, distilled, tmp_path, 
     same_bytes(finished.qtensors, distilled.qtensors)
     with pytest.raises(MpqError, match="of another model, plan, text or options"):
         dataclasses.replace(OPTIONS, rounding=0.01)(*setup, key=KEY, state=state)
-    state.write_bytes(state.read_bytes()[:-9])
+    for file in state.glob("24/state/d/*"):
+        file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(MpqError, match="truncated"):
         OPTIONS(*setup, key=KEY, state=state)
 

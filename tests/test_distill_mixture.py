@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mpq.allocate import Problem
+from mpq.distill import mixture
 from mpq.distill.mixture import Mixture, mixed
 from mpq.evaluate import Reference, score
 from mpq.formats import parse_scheme
@@ -106,9 +107,43 @@ def test_what_cannot_be_searched(setup):
         SEARCH(model, problem, candidates, data, problem.min_bits - 1, key=jax.random.key(0))
     with pytest.raises(MpqError) as refused:
         Mixture(steps=0)
-    assert str(refused.value) == "steps, batch_size and plans of a search by gradient must be at least 1"
+    assert str(refused.value) == "steps, batch_size, plans and save_every of a search by gradient must be at least 1"
     with pytest.raises(MpqError) as refused:
         Mixture(cold=0.0)
     assert str(refused.value) == (
         "rate, penalty and temperatures (0.1, 10.0, 2.0, 0.0) of a search by gradient must be above 0 and finite"
     )
+
+
+def test_an_interrupted_search_goes_on_and_that_of_another_budget_is_refused(setup, tmp_path, monkeypatch):
+    model, data, problem, candidates = setup
+    quick, state, budget = dataclasses.replace(SEARCH, steps=7, save_every=3), tmp_path / "state", problem.max_bits - 1
+    search = lambda budget, **more: quick(model, problem, candidates, data, budget, key=jax.random.key(0), **more)
+    want = search(budget)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            mixture, "track", lambda items, what, *_: itertools.islice(items, 4 if what == "search" else None)
+        )
+        search(budget, state=state)
+    seen = []
+    monkeypatch.setattr(mixture, "track", lambda items, what, *_: (seen.append((what, i)) or i for i in items))
+    found = search(budget, state=state)
+    assert [i for what, i in seen if what == "search"] == [3, 4, 5, 6]
+    np.testing.assert_array_equal(found.shares, want.shares)
+    np.testing.assert_array_equal(found.losses, want.losses)
+    assert found.measured == want.measured
+    with pytest.raises(MpqError, match="belongs to a training of another model, plan, text or options"):
+        search(budget - 8, state=state)
+
+
+def test_plans_are_judged_by_the_loss_that_is_given(setup):
+    model, data, problem, candidates = setup
+    quick, asked = dataclasses.replace(SEARCH, steps=2), []
+
+    def measure(plan):
+        asked.append(plan)
+        return -float(sum(str(scheme) == "int2_channel" for scheme in plan.values()))
+
+    found = quick(model, problem, candidates, data, problem.max_bits, key=jax.random.key(0), measure=measure)
+    assert min(found.measured.values()) == found.measured[tuple(found.choice.tolist())] == min(map(measure, asked[:]))
+    assert len(asked) == 2 * len(found.measured)  # once in the search, once here

@@ -11,7 +11,7 @@ from analysis.activation_tables import asked, costs, images, peers
 from analysis.activations import BESIDE, page
 from experiments import activation_cost, activation_peers, image_activations
 from experiments.activations import SETTINGS
-from experiments.image_activations import OWN, PLANS, SHIFTED
+from experiments.image_activations import OWN, PLANS, SELECTION, SHIFTED
 from mpq.activations import parse_activation_scheme
 from mpq.activations.plans import split_plan
 from mpq.files import read_json
@@ -46,18 +46,24 @@ def test_images_are_judged_by_ranges_of_both_sets(pictures):
         "shifted_data": pictures / "shifted.npz",
         "shifted_test": pictures / "shifted.npz",
     }
-    sizes = {"calibration": 16, "test": 24, "shifted": 24, "batch_size": 8}
-    plans = ("W8", "W8A8 static, absmax")
+    sizes = {"calibration": 16, "selection": 20, "test": 24, "shifted": 24, "batch_size": 8}
+    plans = ("W8", "W8A8 static, absmax", "W8, corrected")
     options = image_activations.Options(
         str(pictures / "model"), **sets, out=pictures / "out.json", plans=plans, **sizes
     )
     image_activations.main(options)
     result = read_json(options.out, "results")
     rows = {(row["setting"], row["calibrated_on"]): row for row in result["rows"]}
-    assert list(rows) == [("W8", None), (plans[1], OWN), (plans[1], SHIFTED)]
+    assert list(rows) == [("W8", None), (plans[1], OWN), (plans[1], SHIFTED), (plans[2], None)]
     for row in rows.values():
         assert 0 < row[OWN]["kl"] < 0.1
         assert 0 <= row[SHIFTED]["top1"] <= 1
+        assert 0 < row[SELECTION]["kl"] < 0.1
+    assert rows["W8, corrected", None][OWN]["kl"] < rows["W8", None][OWN]["kl"]
+    sets = image_activations.Comparison(options)
+    seen, choose = {row.tobytes() for row in sets.calibration[OWN].inputs}, sets.judged[SELECTION].data
+    assert len(choose.inputs) == 20
+    assert not seen & {row.tobytes() for row in choose.inputs}
     assert rows["W8", None][OWN]["kl"] < rows[plans[1], OWN][OWN]["kl"]
     assert rows[plans[1], OWN] | {"calibrated_on": SHIFTED} != rows[plans[1], SHIFTED]
     assert result["original"][OWN]["kl"] == 0
@@ -133,8 +139,13 @@ def test_a_peer_is_judged_by_its_own_logits(texts, tmp_path, monkeypatch):
     assert row["theirs"]["perplexity"] != pytest.approx(first["theirs"]["perplexity"], rel=1e-4)
     assert row["ours"].keys() == set(activation_peers.PEERS[name].ours)
     assert all(of["kl"] < row["theirs"]["kl"] for of in row["ours"].values())
-    (line,) = [line for line in peers(read_json(options.out, "results")).splitlines() if "| W8A8 dynamic |" in line]
+    assert row["calibration_kl"].keys() == row["ours"].keys()
+    assert row["chosen"] == min(row["calibration_kl"], key=row["calibration_kl"].get)
+    assert (first["ours"], first["chosen"]) == ({}, None)
+    lines = peers(read_json(options.out, "results")).splitlines()
+    (line,) = [line for line in lines if "| W8A8 dynamic |" in line or "| **W8A8 dynamic** |" in line]
     assert line.startswith(f"| {name} | {row['theirs']['perplexity']:.4g} | ")
+    assert [line for line in lines if "**" in line] == [line for line in lines if f"| **{row['chosen']}** |" in line]
     assert seen == [(texts["model"], None, (8, 16)), (texts["model"], activation_peers.PEERS[name], (8, 16))]
     with pytest.raises(MpqError, match=r"^unknown peer 'none': the valid ones are torchao W8A8 dynamic, "):
         activation_peers.main(dataclasses.replace(options, peers=("none",)))
@@ -149,17 +160,24 @@ def test_what_is_asked_is_held_against_the_best_of_each_kind():
     rows = [("W8A8 dynamic", -0.7, 0.2), ("W8A8 static, MSE", 9.0, 0.3), ("W8A8 static, online", 0.5, 0.1)]
     text = {"record": {"config": {"model": "a"}}, "rows": [text_row(*row) for row in rows]}
     worse = {"record": {"config": {"model": "b"}}, "rows": [text_row("W8A8 dynamic", 0.6, 0.2), *text["rows"][1:]]}
-    of = lambda top1, kl: {"own": {"top1": top1, "kl": kl}}
+    of = lambda top1, kl, seen=None: {"own": {"top1": top1, "kl": kl}} | ({"selection": {"kl": seen}} if seen else {})
     image = {"record": {"config": {"model": "c"}}, "original": {"own": {"top1": 0.9}}}
     image["rows"] = [
         {"setting": "W8A8 dynamic", "calibrated_on": None, **of(0.896, 0.1)},
         {"setting": "W8A8 static, MSE", "calibrated_on": "own", **of(0.9, 0.2)},
         {"setting": "W8A8 static, MSE", "calibrated_on": "shifted", **of(0.8, 0.1)},
     ]
-    assert asked([text, worse], [image]).splitlines()[2:] == [
+    chosen = {"record": {"config": {"model": "d"}}, "original": {"own": {"top1": 0.9}}}
+    chosen["rows"] = [
+        {"setting": "W8A8 dynamic", "calibrated_on": None, **of(0.9, 0.1, 0.1)},
+        {"setting": "W8A8 static, MSE", "calibrated_on": "own", **of(0.899, 0.2, 0.1)},
+        {"setting": "W8A8 static, absmax", "calibrated_on": "own", **of(0.8, 0.1, 0.2)},
+    ]
+    assert asked([text, worse], [image, chosen]).splitlines()[2:] == [
         "| a | W8A8 dynamic | -0.70 % | W8A8 static, online | +0.50 % | 0.5 % | yes |",
         "| b | W8A8 dynamic | +0.60 % | W8A8 static, online | +0.50 % | 0.5 % | no |",
         "| c | W8A8 dynamic | -0.40 points | W8A8 static, MSE | +0.00 points | 0.3 points | no |",
+        "| d | W8A8 dynamic | +0.00 points | W8A8 static, MSE | -0.10 points | 0.3 points | yes |",
     ]
 
 
@@ -168,5 +186,6 @@ def test_the_page_has_what_lies_beside():
     read = lambda part: [read_json(path, "results") for path in sorted(part.glob("*.json"))]
     written = page(read(folder), {name: read(folder / name) for name in BESIDE})
     assert (folder / "README.md").read_text(encoding="utf-8") == written
-    for heading in ("Images", "Time at run time", "Beside other libraries", "What is asked of W8A8"):
+    headings = ("Images", "Time at run time", "Beside other libraries", "Beside ONNX Runtime", "What is asked of W8A8")
+    for heading in headings:
         assert f"\n## {heading}\n" in written

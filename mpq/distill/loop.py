@@ -82,7 +82,7 @@ class Distill:
       splice: let a window of text go on as another window does.
       mirror: mirror half of the images.
       shift: share of their height and width by which images are moved at most.
-      save_every: steps between two states written to disk, where a file is given.
+      save_every: steps between two states written to disk, where a folder is given.
       devices: what trains, `mpq.distill.shard`.
     """
 
@@ -139,7 +139,8 @@ class Distill:
             with a minimum or integers of groups.
           data: windows; labels are not read.
           key: of the order of the windows.
-          state: file that an interrupted training continues from, to the same bytes; the caller removes it.
+          state: Orbax checkpoint that an interrupted training continues from, to the same bytes on as many devices; the
+            caller removes it (`checkpoint.remove`).
           activations: rows that are rounded in the model that is trained: quantization-aware training of both. Static
             ones have their ranges, and none is smoothed.
           beside: parameters other than the weights where they start from others than the original's, such as norms
@@ -197,7 +198,7 @@ class Distill:
         whole = self.devices.place((learned, adam.init(numbers)))
         told = {"of": self._digest(student, fixed, data, key)}
         begin, losses = 0, []
-        if state is not None and state.exists():
+        if state is not None and checkpoint.exists(state):
             whole, losses = checkpoint.load(state, whole, told)
             begin = len(losses)
         writes = self.written > 0 and can_write(student.model)
@@ -262,7 +263,10 @@ class Distill:
         schemes = {path: str(qtensor.scheme) for path, qtensor in fixed.qtensors.items()}
         seed = np.asarray(jax.random.key_data(key)).tolist()
         rows = [[one.to_json(), one.low, one.high] for one in student.rows]
-        return digest_json([repr(self), student.model.digest, data.digest, seed, schemes, digest_arrays(arrays), rows])
+        options = dataclasses.replace(self, devices=ONE, save_every=1)  # on others the training is the same
+        return digest_json(
+            [repr(options), student.model.digest, data.digest, seed, schemes, digest_arrays(arrays), rows]
+        )
 
 
 def _finite(losses: list[Any], state: Path | None) -> list[float]:
@@ -274,7 +278,7 @@ def _finite(losses: list[Any], state: Path | None) -> list[float]:
     losses = [float(x) for x in jax.device_get(losses)]
     if not np.isfinite(losses).all():
         first = int(np.argmin(np.isfinite(losses)))
-        kept = "" if state is None or not state.exists() else f"; {state} holds the steps before it"
+        kept = "" if state is None or not checkpoint.exists(state) else f"; {state} holds the steps before it"
         raise MpqError(
             f"the distillation's loss is {losses[first]} at step {first + 1}: give smaller learning rates{kept}"
         )

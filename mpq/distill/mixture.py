@@ -23,6 +23,7 @@ so that mixtures at a high temperature are better than any plan.
 import dataclasses
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -31,12 +32,15 @@ import numpy as np
 import optax
 
 from mpq.allocate import Problem, solve_frontier
+from mpq.allocate.refine import Measure
+from mpq.distill import checkpoint
 from mpq.evaluate import Reference, score
+from mpq.files import digest_arrays, digest_json
 from mpq.inputs import Dataset
 from mpq.models.model import Model
 from mpq.progress import Watch, track
 from mpq.quantize.candidates import Candidates, apply_plan
-from mpq.types import MpqError, Params, QTensor
+from mpq.types import MpqError, Params, QTensor, Scheme
 
 _Members = dict[str, dict[int, QTensor]]
 """Path of a weight -> column of a scheme -> the weight under it."""
@@ -69,6 +73,7 @@ class Mixture:
       penalty: nats for a size of twice the budget.
       hot, cold: temperature at first and at last; it falls geometrically.
       plans: that are drawn and measured at last.
+      save_every: steps between two states written to disk, where a folder is given.
     """
 
     steps: int = 300
@@ -78,10 +83,12 @@ class Mixture:
     hot: float = 2.0
     cold: float = 0.2
     plans: int = 16
+    save_every: int = 50
+    name: str = dataclasses.field(default="gradient", init=False)
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch_size, self.plans) < 1:
-            raise MpqError("steps, batch_size and plans of a search by gradient must be at least 1")
+        if min(self.steps, self.batch_size, self.plans, self.save_every) < 1:
+            raise MpqError("steps, batch_size, plans and save_every of a search by gradient must be at least 1")
         numbers = (self.rate, self.penalty, self.hot, self.cold)
         if not all(0 < number < float("inf") for number in numbers):
             raise MpqError(
@@ -97,6 +104,8 @@ class Mixture:
         budget_bits: int,
         *,
         key: jax.Array,
+        measure: Measure | None = None,
+        state: Path | None = None,
     ) -> Mixed:
         """Search.
 
@@ -107,9 +116,12 @@ class Mixture:
           data: rows to search on; labels are not read.
           budget_bits: of the quantized weights.
           key: of noise and of the order of the rows.
+          measure: the loss of plans that are drawn, such as `mpq.measure.PlanLoss`; None: their KL on `data`.
+          state: Orbax checkpoint that an interrupted search continues from, to the same plan; the caller removes it.
 
         Raises:
-          MpqError: the budget is out of reach, or there are fewer rows than a batch.
+          MpqError: the budget is out of reach, there are fewer rows than a batch, or `state` is damaged or of another
+            search.
         """
         budget = problem.check_budget(budget_bits)
         if len(data.inputs) < self.batch_size:
@@ -121,19 +133,26 @@ class Mixture:
             for group, allowed in zip(problem.members, problem.allowed, strict=True)
             for spec in group
         }
-        logits, losses = self._search(model, problem, members, data, budget, key)
+        kept = None
+        if state is not None:
+            codes = {path: digest_arrays(_numbered(options)) for path, options in members.items()}
+            sizes = digest_arrays({"bits": problem.size_bits, "allowed": problem.allowed})
+            seed = np.asarray(jax.random.key_data(key)).tolist()
+            kept = state, digest_json([repr(self), model.digest, data.digest, budget, seed, codes, sizes])
+        logits, losses = self._search(model, problem, members, data, budget, key, kept)
         shares = np.asarray(_shares(jnp.asarray(logits), problem.allowed, 1.0), np.float64)
         drawn = self._drawn(problem, shares, budget, jax.random.fold_in(key, self.steps))
         weights = [spec for group in problem.members for spec in group]
-        reference = Reference(model, data, self.batch_size)
 
-        def kl(choice: tuple[int, ...]) -> float:
-            params = apply_plan(model.params, weights, candidates.choose(problem.by_path(choice)))
+        def kl(plan: Mapping[str, Scheme]) -> float:
+            params = apply_plan(model.params, weights, candidates.choose(plan))
             value = score(model, params, data, reference=reference, batch_size=0).summary().kl
             assert value is not None  # there is a reference
             return value
 
-        measured = {choice: kl(choice) for choice in track(drawn, "measure", len(drawn))}
+        if measure is None:
+            reference, measure = Reference(model, data, self.batch_size), kl
+        measured = {choice: measure(problem.by_path(choice)) for choice in track(drawn, "measure", len(drawn))}
         return Mixed(np.array(min(measured, key=measured.__getitem__)), shares, losses, measured)
 
     def _drawn(self, problem: Problem, shares: np.ndarray, budget: int, key: jax.Array) -> list[tuple[int, ...]]:
@@ -148,7 +167,14 @@ class Mixture:
         return list(dict.fromkeys(found))
 
     def _search(
-        self, model: Model, problem: Problem, members: _Members, data: Dataset, budget: int, key: jax.Array
+        self,
+        model: Model,
+        problem: Problem,
+        members: _Members,
+        data: Dataset,
+        budget: int,
+        key: jax.Array,
+        kept: tuple[Path, str] | None,
     ) -> tuple[np.ndarray, np.ndarray]:
         adam = optax.adam(optax.cosine_decay_schedule(self.rate, self.steps))
         logits = jnp.zeros(problem.loss.shape, jnp.float32)
@@ -165,9 +191,12 @@ class Mixture:
             return (optax.apply_updates(logits, updates), moments), divergence
 
         whole, losses = (logits, adam.init(logits)), []
+        if kept is not None and checkpoint.exists(kept[0]):
+            whole, losses = checkpoint.load(kept[0], whole, {"of": kept[1]})
+        begin = len(losses)
         counted = np.asarray(model.task.counted(data.mask))
         watch = Watch("search", int(counted[: self.batch_size].sum()))
-        for number in track(range(self.steps), "search", self.steps):
+        for number in track(range(begin, self.steps), "search", self.steps - begin):
             order, drawn = jax.random.split(jax.random.fold_in(key, number))
             rows = np.asarray(jax.random.choice(order, len(data.inputs), (self.batch_size,), replace=False))
             temperature = np.float32(self.hot * (self.cold / self.hot) ** (number / max(self.steps - 1, 1)))
@@ -175,7 +204,16 @@ class Mixture:
             whole, value = step(whole, (model.params, members, relative), batch, temperature, drawn)
             losses.append(value)
             watch.tell(value)
+            if kept is not None and ((number + 1) % self.save_every == 0 or number + 1 == self.steps):
+                losses = [float(x) for x in jax.device_get(losses)]
+                checkpoint.save(kept[0], whole, losses, {"of": kept[1]})
         return np.asarray(whole[0]), np.asarray(jax.device_get(losses), np.float32)
+
+
+def _numbered(options: Mapping[int, QTensor]) -> dict[str, np.ndarray]:
+    """All arrays of a weight under its schemes."""
+    arrays = {f"{s} {i}": leaf for s, qtensor in options.items() for i, leaf in enumerate(jax.tree.leaves(qtensor))}
+    return {name: np.asarray(leaf) for name, leaf in arrays.items()}
 
 
 def mixed(problem: Problem, members: _Members, shares: jax.Array, params: Params) -> dict[str, jax.Array]:

@@ -241,6 +241,21 @@ def quiet() -> Iterator[None]:
         logger.disabled = before
 
 
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """A full disk is an `OSError`, also where TensorStore, which does Orbax's writing, makes a `ValueError` of it.
+
+    Raises:
+      OSError: the disk is full.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "No space left" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+
+
 def _write_arrays(folder: Path, tree: Mapping[str, Any]) -> None:
     whole = jax.tree.map(np.atleast_1d, tree)  # Orbax makes Python numbers of scalars; the manifest keeps their shape
     write_checkpoint(folder, {name: part for name, part in whole.items() if part})
@@ -258,13 +273,8 @@ def write_checkpoint(folder: Path, tree: Mapping[str, Any]) -> None:
     """
     from orbax.checkpoint import PyTreeCheckpointer  # two seconds to import, and only exporting needs it
 
-    try:
-        with quiet(), PyTreeCheckpointer(use_ocdbt=False, use_compression=False) as checkpointer:
-            checkpointer.save(folder.absolute(), tree)
-    except ValueError as error:  # what TensorStore, which does the writing, makes of an error of the disk
-        if "RESOURCE_EXHAUSTED" not in str(error) and "No space left" not in str(error):
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+    with quiet(), disk_errors(), PyTreeCheckpointer(use_ocdbt=False, use_compression=False) as checkpointer:
+        checkpointer.save(folder.absolute(), tree)
     marker, metadata = folder / "commit_success.txt", folder / "_CHECKPOINT_METADATA"
     marker.unlink(missing_ok=True)  # says where the folder lay while it was written; nothing reads it on a file system
     body = json.loads(metadata.read_text())
