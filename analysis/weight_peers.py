@@ -111,10 +111,11 @@ METHODS = {
 
 
 def folders(result: Result) -> str:
-    """A row a case and method: bytes, KL, and the share of it that the runtime's own quantizer leaves."""
+    """A row a case and method: bytes, KL and the runtime's time, beside those of what its own quantizer leaves."""
     lines = [
-        "| runtime and format | made by | bytes | KL | over its own | excess | same first choice | KL, other |",
-        "|---|---|" + "---:|" * 6,
+        "| runtime and format | made by | bytes | KL | over its own | less its own | excess | same first choice "
+        "| KL, other | less its own | time over its own |",
+        "|---|---|" + "---:|" * 9,
     ]
     rows = {(row["case"], row["method"]): row for row in result["rows"] if "refused" not in row}
     for case in dict.fromkeys(case for case, _ in rows):
@@ -123,10 +124,16 @@ def folders(result: Result) -> str:
                 test, other, theirs = row["test"], row["other"], rows.get((case, "theirs"))
                 ratio = "" if theirs is None else f"{test['kl'] / theirs['test']['kl']:.2f}"
                 cells = [f"{case} (`{row['scheme']}`)", what.format(row["steps"]), f"{row['bytes']:,}"]
-                cells += [with_error(test["kl"], test["kl_stderr"]), ratio]
+                cells += [with_error(test["kl"], test["kl_stderr"]), ratio, _change(test)]
                 cells += [with_error(test["excess"], test["excess_stderr"]), f"{100 * test['agreement']:.1f} %"]
-                lines.append("| " + " | ".join([*cells, with_error(other["kl"], other["kl_stderr"])]) + " |")
+                cells += [with_error(other["kl"], other["kl_stderr"]), _change(other)]
+                cells.append(f"{row['time_ratio']:.2f}" if "time_ratio" in row else "")
+                lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _change(of: Mapping[str, Any]) -> str:
+    return with_error(of["kl_change"], of["kl_change_stderr"]) if "kl_change" in of else ""
 
 
 def times(result: Result) -> str:
@@ -186,7 +193,9 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
         yield (
             f"{_texts(result)} Written by `experiments/peer_folders.py`: one format for all weights of the blocks, the "
             f"rest in float32, so that what differs is which codes and scales are chosen within it. bitsandbytes sees "
-            f"no data. {_versions(result)}"
+            f"no data. Differences of KL are paired by window. Times are those of the runtime for a batch of ours over "
+            f"its own folder, both in one run in turns on one thread: it runs the same code on both, so what differs "
+            f"from 1 is noise. Rows of runs that did not measure these have empty cells. {_versions(result)}"
         )
         yield folders(result)
     for result in (result for result in results if "settings" in result["record"]["config"]):

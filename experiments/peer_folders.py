@@ -5,7 +5,8 @@ Run:     python -m experiments.peer_folders --model reference --python ENV/bin/p
 Expect:  a lower KL to the original by QEP in every case; where no data is seen, the same codes
 Resume:  type the same command again: rows that the file holds are not computed again
 Writes:  one JSON object: by case and method, bytes of the weights' file and quality on two texts, from the logits of
-         the runtime, which reads both sides' folders alike
+         the runtime, which reads both sides' folders alike; of ours also what it changes (KL less that of theirs,
+         paired by window) and the runtime's time for a batch over that for theirs, both in one run in turns
 
 All have one scheme for the linear weights of the blocks, and the rest in float32. What differs is which codes and
 scales are chosen within the format. Standard errors are over windows.
@@ -28,6 +29,7 @@ from experiments.weight_peers import PEERS, Judged, Peer, Texts, compared
 from mpq.artifacts import make_plan
 from mpq.config import known
 from mpq.distill import Distill
+from mpq.evaluate import DocumentScores
 from mpq.export import orbax
 from mpq.export.arguments import export_arguments
 from mpq.formats import parse_scheme
@@ -120,31 +122,40 @@ def weights_bytes(folder: Path) -> int:
 def rows(
     options: Options, comparison: Comparison, judged: Judged, done: list[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """One a case for theirs, then one a method for ours; those in `done` left out."""
+    """One a case for theirs, made again where ours is yet to be put beside it, then one a method for ours."""
     has = {(row["case"], row["method"]) for row in done}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        work = judged.work(options.python, folder)
+        work, own, place = judged.work(options.python, folder), folder / "theirs", folder / "made"
         for case in options.cases:
+            missing = [method for method in ("theirs", *options.methods) if (case, method) not in has]
             theirs, reader, container, scheme = CASES[case]
-            for method in ("theirs", *options.methods):
-                if (case, method) in has:
-                    continue
-                place = folder / "made"
+            before: dict[str, DocumentScores] | None = None
+            for method in dict.fromkeys(("theirs", *missing)) if missing else ():
                 shutil.rmtree(place, ignore_errors=True)
                 if method == "theirs":
-                    made = work(resolve(options.model), theirs, save=str(place))
+                    shutil.rmtree(own, ignore_errors=True)
+                    made = work(resolve(options.model), theirs, save=str(own))
                 else:
                     qtensors = rounded(comparison, parse_scheme(scheme), method, options.steps)
-                    made = work(written(place, comparison, qtensors, container), reader)
+                    beside = {} if before is None else {"beside": str(own)}
+                    made = work(written(place, comparison, qtensors, container), reader, **beside)
                 row: dict[str, Any] = {"case": case, "method": method, "scheme": scheme, "container": container}
                 row["steps"] = options.steps
                 if isinstance(made, str):
-                    yield row | {"refused": made}
-                    continue
-                size = weights_bytes(place if method == "theirs" else place / "checkpoint")
-                quality = judged.quality(as_model(judged.model, made.logits), judged.model.params)
-                yield row | {"bytes": size, "versions": made.row["versions"], **quality}
+                    row |= {"refused": made}
+                else:
+                    scores = judged.all_scores(as_model(judged.model, made.logits), judged.model.params)
+                    row |= {"bytes": weights_bytes(own if method == "theirs" else place / "checkpoint")}
+                    row |= {"versions": made.row["versions"], **judged.described(scores)}
+                    if before is not None:
+                        for text, now in scores.items():
+                            change = now.difference(before[text])
+                            row[text] |= dict(zip(("kl_change", "kl_change_stderr"), change, strict=True))
+                        row["time_ratio"] = made.row["turns"][0] / made.row["turns"][1]
+                    before = scores if method == "theirs" else before
+                if method in missing:
+                    yield row
 
 
 def main(options: Options) -> None:

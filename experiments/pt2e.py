@@ -2,7 +2,7 @@ r"""Static int8 in PyTorch: our program of torch.export against the one that PT2
 
 Run:     python -m experiments.pt2e --model DIR --data IMAGES --test IMAGES --out FILE
          (a folder of family resnet_cifar and .npz files of images; needs mpq[torch] and torchao)
-Expect:  KL to the original is lower in every row, at nearly as many bytes: our norms are not fused
+Expect:  KL to the original is lower in every row, at nearly as many bytes
 Resume:  type the same command again: rows that the file holds are not computed again
 Writes:  one JSON object: by quantizer, bytes of the tensors that either program reads, KL to the original (nats an
          image, held out), how often the first choice is the original's, and seconds a batch, of their program and of
@@ -11,7 +11,8 @@ Writes:  one JSON object: by quantizer, bytes of the tensors that either program
 Theirs, of the model in PyTorch's own layers (`experiments.pt2e_resnet`): `prepare_pt2e` and `convert_pt2e`, which fuses
 the norms, with the quantizer for Inductor on x86: weights of 8 bits by channel, activations unsigned with zero points,
 ranges by a histogram (its default) or by minimum and maximum of the same calibration data. Ours: int8_channel by GPTQ,
-static ranges by squared error with zero points; norms stay. One thread; both in turns, the median of `repeats`.
+static ranges by squared error with zero points, norms folded into convolutions. One thread; both in turns, the median of
+`repeats`.
 """
 
 import dataclasses

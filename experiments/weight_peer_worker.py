@@ -5,9 +5,10 @@ Writes:  logits of every text as `float32[windows, time, vocabulary]`, and `made
 
 Imports nothing of this repository: the environment need not have its packages. A job names `folder` (Hugging Face
 layout), `method` (of `METHODS`), its `options`, files of tokens `int32[windows, time]` for `calibration` and for each
-of `texts`, the folder `out`, and `save`, where a method that makes a checkpoint leaves it. `made.json` has what
-was quantized, `layers`: name, rows, columns, bits of a code, values that share a scale, bits of a scale and of a zero
-point, and whether a group may go on in the next row; seconds, also of the processor; versions.
+of `texts`, the folder `out`, `save`, where a method that makes a checkpoint leaves it, and `beside`, a checkpoint that
+the same method is to read and run in turns. `made.json` has what was quantized, `layers`: name, rows, columns, bits of
+a code, values that share a scale, bits of a scale and of a zero point, and whether a group may go on in the next row;
+seconds, also of the processor; versions; with `beside` its `turns`: seconds of a batch, and those of the other.
 """
 
 import copy
@@ -15,6 +16,7 @@ import importlib
 import importlib.metadata
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +27,8 @@ import numpy as np
 
 PACKAGES = ("torch", "transformers", "auto-round", "hqq", "bitsandbytes", "nvidia-modelopt", "torchao", "GPTQModel")
 BATCH = 8
+REPEATS = 21
+"""Of a batch that is timed."""
 
 Job = Mapping[str, Any]
 Layer = Sequence[Any]
@@ -51,6 +55,22 @@ def batches(tokens: np.ndarray) -> Iterator[Any]:
     torch = importlib.import_module("torch")
     for start in range(0, len(tokens), BATCH):
         yield torch.from_numpy(np.asarray(tokens[start : start + BATCH], np.int64))
+
+
+def checkpoint(folder: str) -> str:
+    """The folder at or below this one that has the configuration."""
+    return str(next(Path(folder).rglob("config.json")).parent)
+
+
+def in_turns(models: Sequence[Any], batch: Any) -> list[float]:
+    """Median seconds of a batch, of every model; each is run in every round."""
+    spent: list[list[float]] = [[] for _ in models]
+    for _ in range(REPEATS):
+        for model, seconds in zip(models, spent, strict=True):
+            start = time.perf_counter()
+            model(batch)
+            seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds) for seconds in spent]
 
 
 def nothing(job: Job, tokens: np.ndarray) -> Quantized:
@@ -96,7 +116,7 @@ def auto_round_folder(job: Job, tokens: np.ndarray) -> Quantized:
     """AutoRound's own folder in `format`, beside the options of `auto_round`, as stock transformers loads it."""
     options = {name: value for name, value in job["options"].items() if name != "format"}
     _auto_round(job, options, tokens).quantize_and_save(job["save"], format=job["options"]["format"])
-    return loaded(str(next(Path(job["save"]).rglob("config.json")).parent)), []
+    return loaded(checkpoint(job["save"])), []
 
 
 def hqq(job: Job, tokens: np.ndarray) -> Quantized:
@@ -271,6 +291,11 @@ def main(path: str) -> None:
             logits = [model(batch).logits.float().numpy() for batch in batches(np.load(file))]
             np.save(out / f"{name}.npy", np.concatenate(logits))
     made = {"layers": layers, "versions": versions(), **{key: round(value, 2) for key, value in spent.items()}}
+    if "beside" in job:
+        tokens = np.load(job["calibration"])
+        other, _ = METHODS[job["method"]]({**job, "folder": checkpoint(job["beside"])}, tokens)
+        with torch.no_grad():
+            made["turns"] = in_turns([model, other], next(batches(tokens)))
     (out / "made.json").write_text(json.dumps(made))
 
 

@@ -241,13 +241,20 @@ class Judged:
         reference = self.references[text]
         return score(model, params, reference.data, reference=reference, batch_size=0)
 
-    def quality(self, model: Model, params: Params) -> dict[str, Any]:
+    def all_scores(self, model: Model, params: Params) -> dict[str, DocumentScores]:
+        """On both texts."""
+        return {text: self.scores(text, model, params) for text in self.original}
+
+    def described(self, scores: Mapping[str, DocumentScores]) -> dict[str, Any]:
         """Excess loss, KL to the original and agreement of first choices, by text."""
         found = {}
-        for text, original in self.original.items():
-            scores = self.scores(text, model, params)
-            found[text] = quality(scores, original) | {"agreement": scores.summary().agreement}
+        for text, of in scores.items():
+            found[text] = quality(of, self.original[text]) | {"agreement": of.summary().agreement}
         return found
+
+    def quality(self, model: Model, params: Params) -> dict[str, Any]:
+        """As `described`, of a model."""
+        return self.described(self.all_scores(model, params))
 
     def work(self, python: Path, folder: Path) -> Work:
         """Jobs on both texts, and on the calibration text."""

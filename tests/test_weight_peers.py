@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from analysis.weight_peers import INGREDIENTS, METHODS, best_peer, page
-from experiments import end_to_end, peer_folders, weight_peers
+from experiments import end_to_end, peer_folders, weight_peer_worker, weight_peers
 from experiments.weight_peer_worker import METHODS as WORKS
 from experiments.weight_peers import FLOAT, PEERS, Options, by_window, refusal, size_bits
 from mpq.config import load_config
@@ -31,8 +31,10 @@ for name, file in job["texts"].items():
 if job["method"] == "auto_round_folder":
     Path(job["save"]).mkdir()
     (Path(job["save"]) / "a.safetensors").write_bytes(bytes(12))
+elif "beside" in job:
+    assert (Path(job["beside"]) / "a.safetensors").stat().st_size == 12
 layers = [["model.layers.0.mlp.up_proj", 64, 32, 3, 32, 16, 0, False]]
-made = {"layers": layers, "seconds": 1.5, "cpu_seconds": 1.25, "versions": {"hqq": "0.2"}}
+made = {"layers": layers, "seconds": 1.5, "cpu_seconds": 1.25, "versions": {"hqq": "0.2"}, "turns": [3.0, 4.0]}
 (Path(job["out"]) / "made.json").write_text(json.dumps(made))
 """
 """What a worker does, without quantizing: every token is as likely as any other."""
@@ -128,7 +130,8 @@ def test_the_page_tells_of_every_folder(folders):
     assert "| AutoRound W4g32 (`int4_g32`) | its own quantizer | 12 |" in text
     for row in folders["rows"]:
         assert f"| {METHODS[row['method']].format(2)} | {row['bytes']:,} | " in text
-    assert " | 1.00 | " in text  # theirs over theirs
+    assert " | 1.00 |  | " in text  # theirs over theirs, which is no change
+    assert text.count(" | 0.75 |") == 2  # the times of ours
 
 
 def test_folders_are_made_and_judged(folders):
@@ -138,6 +141,10 @@ def test_folders_are_made_and_judged(folders):
     assert rows["theirs"]["bytes"] == 12  # what the stand-in writes
     assert rows["rtn"]["bytes"] == rows["distilled"]["bytes"] > 10_000
     assert all(row["test"]["kl"] > 0 for row in rows.values())
+    assert rows["rtn"]["time_ratio"] == 0.75  # of what the stand-in says
+    assert "time_ratio" not in rows["theirs"]
+    # Both have the logits of the stand-in: on each window ours changes nothing.
+    assert rows["rtn"]["test"]["kl_change"] == rows["distilled"]["other"]["kl_change_stderr"] == 0
     options = Options("m", *map(Path, "pdtoo"))
     for part, message in (("cases", "unknown case 'W1': "), ("methods", "unknown method 'W1': ")):
         asked = peer_folders.Options(*dataclasses.astuple(options)[:6], **{part: ("W1",)})
@@ -170,6 +177,18 @@ def test_a_worker_says_why_it_failed():
     wanted = r"^env/python cannot run hqq \(ModuleNotFoundError: No module named 'hqq'\): give an "
     with pytest.raises(MpqError, match=wanted):
         refusal("Traceback\nModuleNotFoundError: No module named 'hqq'", Path("env/python"), "hqq")
+
+
+def test_checkpoints_are_timed_in_turns(monkeypatch, tmp_path):
+    ran, ticks = [], iter(range(100))
+    monkeypatch.setattr(weight_peer_worker.time, "perf_counter", lambda: next(ticks) ** 2)
+    models = [lambda batch, name=name: ran.append((name, batch)) for name in "ab"]
+    # The n-th run takes (2 n + 1)^2 - (2 n)^2 = 4 n + 1, and the middle one of 21 rounds is the eleventh.
+    assert weight_peer_worker.in_turns(models, 7) == [4 * 20 + 1, 4 * 21 + 1]
+    assert ran == [("a", 7), ("b", 7)] * weight_peer_worker.REPEATS
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below/config.json").write_text("{}")
+    assert weight_peer_worker.checkpoint(str(tmp_path)) == str(tmp_path / "below")
 
 
 def test_every_setting_has_a_method():
