@@ -11,8 +11,8 @@ Writes:  one JSON object: by quantizer, bytes of the tensors that either program
 Theirs, of the model in PyTorch's own layers (`experiments.pt2e_resnet`): `prepare_pt2e` and `convert_pt2e`, which fuses
 the norms, with the quantizer for Inductor on x86: weights of 8 bits by channel, activations unsigned with zero points,
 ranges by a histogram (its default) or by minimum and maximum of the same calibration data. Ours: int8_channel by GPTQ,
-static ranges by squared error with zero points, norms folded into convolutions. One thread; both in turns, the median of
-`repeats`.
+static ranges by squared error with zero points, norms folded into convolutions. One thread; both in turns, the median
+of `repeats`.
 """
 
 import dataclasses
