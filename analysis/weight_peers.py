@@ -106,6 +106,7 @@ METHODS = {
     "rtn": "mpq, nearest (no data)",
     "gptq": "mpq, GPTQ",
     "qep": "mpq, QEP",
+    "guided": "mpq, QEP by end-loss-weighted grams",
     "distilled": "mpq, QEP and distilled in {} steps",
 }
 

@@ -70,8 +70,9 @@ CASES: Mapping[str, Case] = {
     "GPTQModel W4g32": Case(PEERS["GPTQ W4g32"], _GPTQMODEL, "gptq", "int4_g32"),
     "GPTQModel W3g32": Case(PEERS["GPTQ W3g32"], _GPTQMODEL, "gptq", "int3_g32"),
 }
-METHODS = ("rtn", "gptq", "qep", "distilled")
-"""Ours: without data, each weight for itself, each making up for those before it, and that distilled."""
+METHODS = ("rtn", "gptq", "qep", "guided", "distilled")
+"""Ours: without data, each weight for itself, each making up for those before it, that by end-loss-weighted grams, and
+the third distilled."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,8 @@ def rounded(comparison: Comparison, scheme: Scheme, method: str, steps: int) -> 
         return Candidates(comparison.model.params, comparison.traced.weights, RTN()).choose(choice)
     if method == "gptq":
         return comparison.candidates.choose(choice)
+    if method == "guided":
+        return comparison.led.propagated(comparison.led.candidates, choice)
     qtensors = comparison.propagated(comparison.candidates, choice)
     if method == "qep":
         return qtensors
@@ -117,6 +120,11 @@ def written(folder: Path, comparison: Comparison, qtensors: Mapping[str, QTensor
 def weights_bytes(folder: Path) -> int:
     """Of all files of weights below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+def changed(now: DocumentScores, before: DocumentScores) -> dict[str, float]:
+    """KL less that of before, paired by window."""
+    return dict(zip(("kl_change", "kl_change_stderr"), now.difference(before), strict=True))
 
 
 def rows(
@@ -149,9 +157,7 @@ def rows(
                     row |= {"bytes": weights_bytes(own if method == "theirs" else place / "checkpoint")}
                     row |= {"versions": made.row["versions"], **judged.described(scores)}
                     if before is not None:
-                        for text, now in scores.items():
-                            change = now.difference(before[text])
-                            row[text] |= dict(zip(("kl_change", "kl_change_stderr"), change, strict=True))
+                        row |= {text: row[text] | changed(now, before[text]) for text, now in scores.items()}
                         row["time_ratio"] = made.row["turns"][0] / made.row["turns"][1]
                     before = scores if method == "theirs" else before
                 if method in missing:

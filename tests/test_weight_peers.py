@@ -69,7 +69,7 @@ def folders(options):
         patch.setattr(weight_peers, "WORKER", options.out.with_name("worker.py"))
         peer_folders.main(asked)
         first = read_json(out, "results")
-        peer_folders.main(dataclasses.replace(asked, methods=("rtn", "distilled")))
+        peer_folders.main(dataclasses.replace(asked, methods=("rtn", "guided", "distilled")))
     found = read_json(out, "results")
     assert found["rows"][:2] == first["rows"]  # not computed again
     return found
@@ -131,15 +131,15 @@ def test_the_page_tells_of_every_folder(folders):
     for row in folders["rows"]:
         assert f"| {METHODS[row['method']].format(2)} | {row['bytes']:,} | " in text
     assert " | 1.00 |  | " in text  # theirs over theirs, which is no change
-    assert text.count(" | 0.75 |") == 2  # the times of ours
+    assert text.count(" | 0.75 |") == 3  # the times of ours
 
 
 def test_folders_are_made_and_judged(folders):
     rows = {row["method"]: row for row in folders["rows"]}
-    assert list(rows) == ["theirs", "rtn", "distilled"]
+    assert list(rows) == ["theirs", "rtn", "guided", "distilled"]
     assert {row["scheme"] for row in rows.values()} == {"int4_g32"}
     assert rows["theirs"]["bytes"] == 12  # what the stand-in writes
-    assert rows["rtn"]["bytes"] == rows["distilled"]["bytes"] > 10_000
+    assert rows["rtn"]["bytes"] == rows["guided"]["bytes"] == rows["distilled"]["bytes"] > 10_000
     assert all(row["test"]["kl"] > 0 for row in rows.values())
     assert rows["rtn"]["time_ratio"] == 0.75  # of what the stand-in says
     assert "time_ratio" not in rows["theirs"]
