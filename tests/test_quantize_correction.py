@@ -160,7 +160,7 @@ def test_training_starts_from_what_was_corrected(place, monkeypatch, capsys):
 
     def stand_still(self, model, traced, qtensors, data, *, key, state, activations, beside):
         seen.append((model, beside))
-        state.touch()
+        state.mkdir()
         return Distilled(qtensors, np.zeros(1), activations, beside)
 
     monkeypatch.setattr(Distill, "__call__", stand_still)

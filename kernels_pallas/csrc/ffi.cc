@@ -172,7 +172,7 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes, 
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
   // A piece of a million products outweighs handing it out; eight for a thread even out what else the machine does.
   const int64_t smallest = 1 + (1 << 20) / std::max<int64_t>(1, p.m * k);
-  work->columns = RoundUp(std::max(smallest, Divide(p.n, 8 * threads)), 64);
+  work->columns = RoundUp(std::max(smallest, Divide(p.n, 8 * threads)), PART_COLUMNS);
   work->column_pieces = Divide(p.n, work->columns);
   work->tokens = std::max<int64_t>(1, p.m);
   // Tokens are shared out, too, where columns are too few for all threads: so many that unpacking is not most of it.

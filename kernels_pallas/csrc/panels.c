@@ -5,8 +5,8 @@
 // of tokens is multiplied with it. What a tile and a slab share of the activations is copied together, once for all
 // columns, and is in the first cache while it is used. Sums of a tile of tokens and columns are in registers, columns
 // along lanes, and go to `y` between slabs. So unpacking costs as much as a few tokens, and the memory is one slab's
-// panels for each thread, and the activations once more; but where one block has all columns, nothing is read twice, and
-// a thread copies a tile when it comes to it.
+// panels for each thread, and the activations once more; but where one part has all columns nothing is read twice, and of
+// short rows most of that memory would be unused: there a thread copies a tile when it comes to it.
 //
 // Floats: a piece is rows of WIDE values, code times scale. Rounded activations: the scales, what sums start with, and
 // words of 4 codes along k in a lane. `i_quad` may want activations with an offset: sums then start at the negative of
@@ -34,9 +34,6 @@ INLINE int64_t tile_tokens(const Problem *p) { return p->q ? TOKENS / 2 : TOKENS
 
 INLINE int64_t words_of(int64_t bytes) { return up(bytes, 4); }
 
-// Whether more than one block of columns reads the activations.
-INLINE int shared(const Problem *p) { return p->n > PANELS * WIDE; }
-
 // Which group's scale a segment has; -1 if it only fills bytes.
 INLINE int64_t group_of(const Problem *p, int64_t segment) {
   return p->groups == 1 ? 0 : segment < p->groups ? segment : -1;
@@ -57,6 +54,12 @@ static Slab largest_slab(const Problem *p) {
 static int64_t slabs_of(const Problem *p) {
   const Slab most = largest_slab(p);
   return up(p->stride, most.rows) * up(p->segment, most.bytes);
+}
+
+// Whether activations are copied ahead.
+static int shared(const Problem *p) {
+  const int64_t row = 8 / p->bits * p->stride * p->segment * (p->q ? 1 : (int64_t)sizeof(float));
+  return p->n > PART_COLUMNS && 2 * row >= slabs_of(p) * STRIDE;
 }
 
 // Slab `number` in the order in which they are multiplied.

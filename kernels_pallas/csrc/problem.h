@@ -20,6 +20,8 @@ typedef struct {
   void *scratch;         // activations in the order in which they are read, see `prepare`
 } Problem;
 
+#define PART_COLUMNS 64  // columns of a part are a multiple, or all
+
 // A part of `y` that one thread computes.
 typedef struct {
   int64_t column, columns_end, token, tokens_end;
