@@ -196,7 +196,7 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
             f"rest in float32, so that what differs is which codes and scales are chosen within it. bitsandbytes sees "
             f"no data. Differences of KL are paired by window. Times are those of the runtime for a batch of ours over "
             f"its own folder, both in one run in turns on one thread: it runs the same code on both, so what differs "
-            f"from 1 is noise. Rows of runs that did not measure these have empty cells. {_versions(result)}"
+            f"from 1 is noise. {_versions(result)}"
         )
         yield folders(result)
     for result in (result for result in results if "settings" in result["record"]["config"]):
