@@ -11,7 +11,7 @@ from mpq.config import RunConfig
 from mpq.distill import Mixture, mixture
 from mpq.types import Status
 from tests import tiny
-from tests.test_pipeline import content
+from tests.test_pipeline import content, require_searched
 
 
 class Stop(Exception):
@@ -53,16 +53,7 @@ def searched(config, tmp_path_factory):
 
 
 def test_plans_keep_their_budgets_and_are_no_worse_than_the_exact_solutions(searched):
-    run, body = searched
-    loss = run._plan_loss
-    for budget, plan in run.mixed["rtn"].items():
-        start = run.separable["rtn"][budget]
-        assert plan.size_bits <= budget_bits(budget, run.model, run.traced, run.uniform)
-        assert plan.prediction["solver"] == "gradient"
-        assert plan.prediction["predicted_kl"] == loss(plan.choices) <= loss(start.choices)
-        row = next(p for p in body["plans"] if p["name"] == plan.name)
-        assert (row["predicted_kl"], row["kind"]) == (loss(plan.choices), "mixed")
-        assert row["predicted_stderr"] > 0
+    require_searched(*searched, "gradient")
 
 
 def test_what_it_finds_is_taken_where_it_is_better(searched):
