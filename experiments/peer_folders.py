@@ -25,7 +25,7 @@ import tyro
 from experiments.activation_peers import as_model
 from experiments.distillation import Comparison
 from experiments.kept import keep, rows_in
-from experiments.weight_peers import PEERS, Judged, Peer, Texts, compared
+from experiments.weight_peers import PEERS, Judged, Made, Peer, Texts, compared
 from mpq.artifacts import make_plan
 from mpq.config import known
 from mpq.distill import Distill
@@ -38,6 +38,9 @@ from mpq.hf.export import save
 from mpq.models.hub import resolve
 from mpq.quantize import RTN, Candidates
 from mpq.types import QTensor, Scheme
+
+Scores = Mapping[str, DocumentScores]
+"""By text."""
 
 
 class Case(NamedTuple):
@@ -127,6 +130,27 @@ def changed(now: DocumentScores, before: DocumentScores) -> dict[str, float]:
     return dict(zip(("kl_change", "kl_change_stderr"), now.difference(before), strict=True))
 
 
+def row_of(
+    judged: Judged, folder: Path, made: Made | str, theirs: Scores | None
+) -> tuple[dict[str, Any], Scores | None]:
+    """What a row says of a folder that the runtime has read, and its scores; the refusal, if it has refused it.
+
+    Args:
+      judged: model and texts.
+      folder: of the weights' files.
+      made: what the runtime made of it.
+      theirs: scores of their folder, which ours is put beside; None: this is theirs, or they have none.
+    """
+    if isinstance(made, str):
+        return {"refused": made}, None
+    scores = judged.all_scores(as_model(judged.model, made.logits), judged.model.params)
+    row = {"bytes": weights_bytes(folder), "versions": made.row["versions"], **judged.described(scores)}
+    if theirs is not None:
+        row |= {text: row[text] | changed(now, theirs[text]) for text, now in scores.items()}
+        row["time_ratio"] = made.row["turns"][0] / made.row["turns"][1]
+    return row, scores
+
+
 def rows(
     options: Options, comparison: Comparison, judged: Judged, done: list[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
@@ -137,31 +161,22 @@ def rows(
         work, own, place = judged.work(options.python, folder), folder / "theirs", folder / "made"
         for case in options.cases:
             missing = [method for method in ("theirs", *options.methods) if (case, method) not in has]
+            if not missing:
+                continue
             theirs, reader, container, scheme = CASES[case]
-            before: dict[str, DocumentScores] | None = None
-            for method in dict.fromkeys(("theirs", *missing)) if missing else ():
-                shutil.rmtree(place, ignore_errors=True)
-                if method == "theirs":
-                    shutil.rmtree(own, ignore_errors=True)
-                    made = work(resolve(options.model), theirs, save=str(own))
-                else:
+            told = {"case": case, "scheme": scheme, "container": container, "steps": options.steps}
+            shutil.rmtree(own, ignore_errors=True)
+            row, before = row_of(judged, own, work(resolve(options.model), theirs, save=str(own)), None)
+            if "theirs" in missing:
+                yield told | {"method": "theirs"} | row
+            for method in missing:
+                if method != "theirs":
+                    shutil.rmtree(place, ignore_errors=True)
                     qtensors = rounded(comparison, parse_scheme(scheme), method, options.steps)
                     beside = {} if before is None else {"beside": str(own)}
                     made = work(written(place, comparison, qtensors, container), reader, **beside)
-                row: dict[str, Any] = {"case": case, "method": method, "scheme": scheme, "container": container}
-                row["steps"] = options.steps
-                if isinstance(made, str):
-                    row |= {"refused": made}
-                else:
-                    scores = judged.all_scores(as_model(judged.model, made.logits), judged.model.params)
-                    row |= {"bytes": weights_bytes(own if method == "theirs" else place / "checkpoint")}
-                    row |= {"versions": made.row["versions"], **judged.described(scores)}
-                    if before is not None:
-                        row |= {text: row[text] | changed(now, before[text]) for text, now in scores.items()}
-                        row["time_ratio"] = made.row["turns"][0] / made.row["turns"][1]
-                    before = scores if method == "theirs" else before
-                if method in missing:
-                    yield row
+                    row, _ = row_of(judged, place / "checkpoint", made, before)
+                    yield told | {"method": method} | row
 
 
 def main(options: Options) -> None:
