@@ -292,13 +292,14 @@ static void multiply_slab(const Problem *p, Part part, int64_t first, int64_t la
   Unpack *const unpack_one = unpackers[p->q != 0][p->bits / 4];
   Add *const *const add = adders[p->q ? 1 + (p->bits == 8) : 0];
   const int64_t most = tile_tokens(p), pieces = pieces_of(p, s);
+  char *own = (char *)(panels + PANELS * PANEL);
   VB *panel = panels;
   for (int64_t n = first; n < last; n += WIDE, panel += PANEL) unpack_one(p, s, n, min(WIDE, last - n), panel);
   for (int64_t token = part.token, tokens; token < part.tokens_end; token += tokens) {
     tokens = min(most, part.tokens_end - token);
-    char *own = (char *)(panels + PANELS * PANEL);
+    const char *tile = x ? x + token / most * x_stride : own;
     if (!x) gather(p, s, token, tokens, own);
-    Tile a = {p, panels, x ? x + token / most * x_stride : own, pieces, s.bytes, token, tokens, first, 0, s.row + s.byte == 0};
+    Tile a = {p, panels, tile, pieces, s.bytes, token, tokens, first, 0, s.row + s.byte == 0};
     for (; a.column < last; a.column += WIDE, a.panel += PANEL) {
       a.count = min(WIDE, last - a.column);
       add[(3 * tokens - 1) / most](&a);
@@ -307,11 +308,12 @@ static void multiply_slab(const Problem *p, Part part, int64_t first, int64_t la
 }
 
 static void multiply(const Problem *p, Part part, void *own) {
+  const int ahead = shared(p);
   const int64_t slabs = slabs_of(p), x_bytes = tile_tokens(p) * STRIDE;
   for (int64_t first = part.column; first < part.columns_end; first += PANELS * WIDE)
     for (int64_t i = 0; i < slabs; ++i) {
       const int64_t last = min(first + PANELS * WIDE, part.columns_end);
-      const char *x = shared(p) ? (const char *)p->scratch + i * x_bytes : 0;
+      const char *x = ahead ? (const char *)p->scratch + i * x_bytes : 0;
       multiply_slab(p, part, first, last, slab_at(p, i), x, slabs * x_bytes, own);
     }
 }
