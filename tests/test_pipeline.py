@@ -15,7 +15,6 @@ from mpq.allocate.correction import Correction
 from mpq.artifacts import load_stats, uniform_plan
 from mpq.budget import budget_bits
 from mpq.certainty import certainty
-from mpq.config import RunConfig
 from mpq.data import row_digests
 from mpq.evaluate import score
 from mpq.export import orbax
@@ -32,22 +31,12 @@ DETERMINISTIC = ("results.json", "plan.json", "record.json", "sensitivity-kl-gpt
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pipeline")
-    tiny.write_folder(root / "model")
-    (root / "text.txt").write_text(tiny.text(documents=200))
-    return RunConfig(
-        name="tiny",
-        model=str(root / "model"),
-        data=str(root / "text.txt"),
+    return tiny.run_config(
+        tmp_path_factory.mktemp("pipeline"),
         schemes=("int2_g16", "int3_g16", "int4_g16", "int8_channel"),
         budgets=("3.5bpw", "int4_g16", "20kB"),
         hand_out="3.5bpw",
-        window=32,
-        batch_size=4,
-        calibration_windows=24,
         sensitivity_windows=(("kl", 8), ("fisher", 8), ("hessian_trace", 4)),
-        selection_windows=12,
-        test_windows=24,
         propagate=False,
     )
 

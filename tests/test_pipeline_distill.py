@@ -11,7 +11,6 @@ from rich.console import Console
 from analysis.load import parse_result
 from analysis.report import write_run
 from mpq import hand_out, pipeline, results, show
-from mpq.config import RunConfig
 from mpq.distill import Distill, loop
 from mpq.export import orbax
 from mpq.hand_out import HandOut
@@ -23,23 +22,14 @@ NAME, BEST = "mixed@3.0bpw", "rtn+propagate+distill"
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    root = tmp_path_factory.mktemp("distilled")
-    tiny.write_folder(root / "model")
-    (root / "text.txt").write_text(tiny.text(documents=200))
-    return RunConfig(
-        name="tiny",
-        model=str(root / "model"),
-        data=str(root / "text.txt"),
+    return tiny.run_config(
+        tmp_path_factory.mktemp("distilled"),
         schemes=("int2_g16", "int4_g16"),
         metrics=("kl",),
         method="rtn",
         compare_methods=(),
         budgets=("3.0bpw",),
         hand_out="3.0bpw",
-        window=32,
-        batch_size=4,
-        calibration_windows=24,
-        selection_windows=12,
         test_windows=12,
         distill_steps=60,
     )

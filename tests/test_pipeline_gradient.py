@@ -7,7 +7,6 @@ import pytest
 
 from mpq import pipeline, results
 from mpq.budget import budget_bits
-from mpq.config import RunConfig
 from mpq.distill import Mixture, mixture
 from mpq.types import Status
 from tests import tiny
@@ -20,13 +19,8 @@ class Stop(Exception):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    root = tmp_path_factory.mktemp("gradient")
-    tiny.write_folder(root / "model")
-    (root / "text.txt").write_text(tiny.text(documents=200))
-    return RunConfig(
-        name="tiny",
-        model=str(root / "model"),
-        data=str(root / "text.txt"),
+    return tiny.run_config(
+        tmp_path_factory.mktemp("gradient"),
         schemes=("int2_g16", "int3_g16", "int4_g16", "bf16"),
         metrics=("fisher",),
         allocate_by="fisher",
@@ -34,12 +28,7 @@ def config(tmp_path_factory):
         compare_methods=(),
         budgets=("3.5bpw", "int3_g16"),
         hand_out="3.5bpw",
-        window=32,
-        batch_size=4,
-        calibration_windows=24,
         sensitivity_windows=(("fisher", 8),),
-        selection_windows=12,
-        test_windows=24,
         gradient_steps=60,
         refine_windows=12,
         propagate=False,

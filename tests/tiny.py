@@ -8,6 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from mpq.config import RunConfig
 from mpq.data import make_dataset
 from mpq.inputs import Dataset
 from mpq.models import Model, load
@@ -101,3 +102,11 @@ def model_and_texts(root: Path) -> dict[str, Any]:
     for path in texts.values():
         path.write_text(text(documents=30))
     return {"model": str(root / "model"), **texts}
+
+
+def run_config(root: Path, **options: Any) -> RunConfig:
+    """A run of a few windows of the tiny model, which is written below `root` with its text."""
+    write_folder(root / "model")
+    (root / "text.txt").write_text(text(documents=200))
+    few = {"window": 32, "batch_size": 4, "calibration_windows": 24, "selection_windows": 12, "test_windows": 24}
+    return RunConfig(name="tiny", model=str(root / "model"), data=str(root / "text.txt"), **{**few, **options})
