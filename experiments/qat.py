@@ -246,7 +246,7 @@ class Comparison:
         """The training."""
         options = self.options
         rates = {name: getattr(options, name) for name in ("rounding", "scale", "ranges", "beside", "noise")}
-        return Distill(steps=options.steps, batch_size=options.train_batch, **rates)
+        return Distill(steps=options.steps, batch_size=options.train_batch, written=0, **rates)  # as `mpq qat`
 
     def rows(self, done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """One a plan and way of making it; plans all of whose rows are in `done` are left out."""
