@@ -68,8 +68,8 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
     yield (
         "Written by `python -m analysis.qat` from the files beside it; `experiments/qat.py` says how they are made. "
         "Every plan is rounded, rounded better, and trained from there to the outputs of the original, in the same "
-        "bytes; seconds are those of each way alone, on a machine with other work. Recovered is the share of what "
-        "rounding loses, in points of top-1 or in nats, that training takes back. Test data that no stage saw; "
+        "bytes; seconds are those of each way alone, more where the machine did other work. Recovered is the share of "
+        "what rounding loses, in points of top-1 or in nats, that training takes back. Test data that no stage saw; "
         "standard errors over documents."
     )
     for result in results:

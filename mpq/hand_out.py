@@ -192,12 +192,14 @@ class HandOut:
         """The plan that is handed out, trained on the calibration set from the best way without training."""
         run, plan, state = self.run, self.plan, self.run.folder / "distill.state"
         data = run.sets["calibration"]
-        options = Distill(steps=run.config.distill_steps, batch_size=min(Distill.batch_size, len(data.inputs)))
+        size = min(Distill.batch_size, len(data.inputs))
+        options = Distill(steps=run.config.distill_steps, batch_size=size, ranges=0)  # all plans have these ranges
         way = _least(self._untrained(plan))
 
         def make() -> tuple[dict[str, QTensor], Params]:
-            start, key, beside = self.qtensors(plan, way), jax.random.key(run.config.seed), self.beside(plan, way)
-            found = options(run.model, run.traced, start, data, key=key, state=state, beside=beside)
+            start, key = self.qtensors(plan, way), jax.random.key(run.config.seed)
+            given = {"activations": run.activations, "beside": self.beside(plan, way)}
+            found = options(run.model, run.traced, start, data, key=key, state=state, **given)
             return found.qtensors, found.beside
 
         def save(path: Path, made: tuple[dict[str, QTensor], Params]) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -136,6 +137,20 @@ def test_distillation_that_does_harm_is_not_handed_out(finished, config, tmp_pat
     out = io.StringIO()
     show.run({"run": str(run.folder), "results": body}, Console(file=out, width=400))
     assert "; rtn is taken" in out.getvalue()
+
+
+def test_activations_are_rounded_in_training_too(finished, config, tmp_path, monkeypatch):
+    done, _ = finished
+    monkeypatch.setattr(pipeline, "load", lambda source: done.model)
+    few = dataclasses.replace(config, distill_steps=20, propagate=False, activations="int3_tensor_static")
+    run = pipeline.prepare(few, tmp_path)
+    hand = HandOut(run)
+    (mixed, kl), data = (hand.plan, hand.ways["3.0bpw"]), run.sets["calibration"]
+    blind = Distill(steps=20, batch_size=min(Distill.batch_size, len(data.inputs)))(
+        run.model, run.traced, hand.qtensors(mixed, "rtn"), data, key=jax.random.key(few.seed)
+    )
+    without = run.measured("blind", lambda: run.params(blind.qtensors, blind.beside), "selection").summary().kl
+    assert kl["rtn+distill"] < min(without, kl["rtn"])
 
 
 def test_steps_below_zero_are_refused(config):
