@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from mpq.finite import all_finite
 from mpq.inputs import Dataset
 from mpq.progress import track
 from mpq.trace import Site, Trace
@@ -328,5 +329,5 @@ def _require_finite(traced: Trace, params: Params) -> None:
     arrays = {spec.path: params[spec.param][spec.where] for spec in traced.weights}
     arrays |= {skipped.path: params[skipped.path] for skipped in traced.skipped}
     for path, array in arrays.items():
-        if jnp.issubdtype(array.dtype, jnp.inexact) and not bool(jnp.isfinite(array).all()):
+        if not all_finite(array):
             raise MpqError(f"Weight {path} holds NaN or infinity: mend the checkpoint before calibrating.")

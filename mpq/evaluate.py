@@ -21,6 +21,7 @@ import numpy as np
 
 from mpq.estimate import mean_over_documents, paired_difference, sums_over_documents
 from mpq.eval_result import EvalResult
+from mpq.finite import all_finite
 from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
 from mpq.progress import track
@@ -267,7 +268,7 @@ def require_finite(values: np.ndarray, params: Params, what: str) -> None:
     if np.isfinite(values).all():
         return
     for path, param in params.items():
-        if not bool(jnp.isfinite(param).all()):
+        if not all_finite(param):
             raise MpqError(
                 f"weight {path} holds NaN or infinity: mend the checkpoint, or quantize this weight otherwise"
             )

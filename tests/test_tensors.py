@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from mpq.finite import all_finite
 from mpq.models import load, load_shapes
 from mpq.models import tensors as tensors_module
-from mpq.models.checkpoint import all_finite
 from mpq.models.tensors import Safetensors, find_tensors
 from mpq.types import MpqError
 from tests import tiny
@@ -173,6 +173,14 @@ def test_all_finite_agrees_with_isfinite(dtype):
     with np.errstate(invalid="ignore"):  # bfloat16's isfinite raises the flag on NaN
         expected = np.isfinite(bits)
     assert all(all_finite(bits[i : i + 1]) == expected[i] for i in range(0, 2**16, 97))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, ml_dtypes.float8_e5m2])
+def test_all_finite_takes_other_floats_and_jax_arrays(dtype):
+    assert all_finite(np.ones((2, 3), dtype))
+    assert not all_finite(np.array([1.0, np.inf], dtype))
+    assert all_finite(np.arange(4))
+    assert not all_finite(jnp.array([[1.0, 2.0], [jnp.nan, 0.0]])[:, :1])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq.files import digest_arrays, digest_json
+from mpq.finite import all_finite
 from mpq.formats.ggml import require_fit
 from mpq.progress import track
 from mpq.quantize.quantizer import Quantizer
@@ -130,7 +131,7 @@ class Candidates:
         """Whether the weight is rounded as it would be without statistics. Raises as `qtensor` does."""
         weight, _ = self._inputs(spec)
         plain, got = self.quantizer(weight, scheme), self.qtensor(spec, scheme)
-        same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), plain, got)
+        same = jax.tree.map(np.array_equal, plain, got)
         return all(jax.tree.leaves(same))
 
     def _inputs(self, spec: WeightSpec) -> tuple[jax.Array, jax.Array | None]:
@@ -140,9 +141,9 @@ class Candidates:
         weight, stats = spec.read(self.params), self._stats.get(spec.path)
         gram = None if stats is None else jnp.asarray(stats.gram, jnp.float32)
         if spec.path not in self._checked:
-            if not jnp.isfinite(weight).all():
+            if not all_finite(weight):
                 raise MpqError(f"weight {spec.path} holds NaN or infinity: mend the checkpoint before quantizing it")
-            if gram is not None and not jnp.isfinite(gram).all():
+            if gram is not None and not all_finite(gram):
                 raise MpqError(f"the gram of weight {spec.path} holds NaN or infinity: calibrate again, on other text")
             if gram is not None and gram.shape != (spec.batch, spec.k, spec.k):
                 want = [spec.batch, spec.k, spec.k]

@@ -126,13 +126,21 @@ class GPTQ:
         if scheme.per_tensor or scheme.has_tensor_scale or scheme.has_codebook:
             row_weight = scales.row_weight(gram.diagonal(axis1=-2, axis2=-1))
             shared = _fit_matrix(w, row_weight, *common(scheme), self.scale)
-        w = jnp.pad(w, ((0, 0), (0, 0), (0, -n % tile)))
-        part = lambda start: jax.lax.dynamic_slice_in_dim(w, start, tile, axis=2)
-        diagonal = gram.diagonal(axis1=-2, axis2=-1)
-        arguments = (diagonal, place, chain, shared, *common(scheme), self.scale, block, self.act_order)
-        parts = [_quantize(part(start), *arguments) for start in range(0, n, tile)]
-        joined = jax.tree.map(lambda *a: jnp.concatenate(a, axis=-1)[..., :n], *parts)
-        return shared.restore(dataclasses.replace(joined, scheme=scheme))
+        arguments = (gram, place, chain, shared, *common(scheme), self.scale, block, self.act_order)
+        parts = [_quantize(part, *arguments) for part in _tiles(w, tile)]
+        return shared.restore(dataclasses.replace(_joined(parts, n), scheme=scheme))
+
+
+# The two compile once for a shape; operation by operation they would be five programs.
+@functools.partial(jax.jit, static_argnames="tile")
+def _tiles(w: jax.Array, tile: int) -> list[jax.Array]:
+    w = jnp.pad(w, ((0, 0), (0, 0), (0, -w.shape[2] % tile)))
+    return jnp.split(w, w.shape[2] // tile, axis=2)
+
+
+@functools.partial(jax.jit, static_argnames="n")
+def _joined(parts: list[QTensor], n: int) -> QTensor:
+    return jax.tree.map(lambda *a: jnp.concatenate(a, axis=-1)[..., :n], *parts)
 
 
 @functools.partial(jax.jit, static_argnames=("scheme", "method"))
@@ -153,7 +161,7 @@ def _places(gram: jax.Array, scheme: Scheme, options: GPTQ) -> tuple[int, jax.Ar
     block = min(options.block_size, size)
     place = np.pad(np.arange(k), (0, groups * size - k), constant_values=k).reshape(groups, size)
     place = np.pad(place, ((0, 0), (0, -size % block)), constant_values=k)  # every group is whole blocks
-    return block, jnp.broadcast_to(jnp.asarray(place.reshape(-1), jnp.int32), (batch, place.size))
+    return block, jax.device_put(np.broadcast_to(place.reshape(-1).astype(np.int32), (batch, place.size)))
 
 
 def _chunks(scheme: Scheme, k: int) -> tuple[int, int]:
@@ -166,7 +174,7 @@ def _chunks(scheme: Scheme, k: int) -> tuple[int, int]:
 @functools.partial(jax.jit, static_argnames=("scheme", "method", "block", "act_order"))
 def _quantize(
     w: jax.Array,
-    diagonal: jax.Array,
+    gram: jax.Array,
     place: jax.Array,
     chain: Chain,
     shared: scales.Shared,
@@ -182,10 +190,10 @@ def _quantize(
         got = _one(*entry, scheme=with_width(scheme, width), method=method, block=block, act_order=act_order)
         return dataclasses.replace(got, scheme=scheme)
 
+    entries = (w, gram.diagonal(axis1=-2, axis2=-1), place, chain, shared)
     if len(w) == 1:  # the usual case compiles a quarter faster without the batch axis
-        first = jax.tree.map(lambda a: a[0], (w, diagonal, place, chain, shared))
-        return jax.tree.map(lambda a: a[None], one(*first))
-    return jax.vmap(one)(w, diagonal, place, chain, shared)
+        return jax.tree.map(lambda a: a[None], one(*jax.tree.map(lambda a: a[0], entries)))
+    return jax.vmap(one)(*entries)
 
 
 def _one(

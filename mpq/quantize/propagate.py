@@ -103,11 +103,9 @@ class Propagation:
                 weights = {spec.path: self._candidates.weight(spec, choice[spec.path]) for spec in specs}
                 made = {}
                 for paths, (gram, cross) in streams.moments(site, [*weights], params, rounded).items():
-                    fit = _fit(gram, cross)
+                    corrected = _correction(gram, cross, self._strength)
                     for path in paths:
-                        w = weights[path]
-                        corrected = w + self._strength * (fit(w) - w)
-                        made[path] = self._candidates.quantizer(corrected, choice[path], gram)
+                        made[path] = self._candidates.quantizer(corrected(weights[path]), choice[path], gram)
             qtensors |= made
             rounded = apply_plan(rounded, specs, made)
         return qtensors
@@ -205,10 +203,15 @@ def _add(sums: _Moments, real: jax.Array, original: jax.Array, weight: jax.Array
     return (*add_product(gram, gram_rest, real, real), *add_product(cross, cross_rest, real, original))
 
 
-def _fit(gram: jax.Array, cross: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """W to M W, both `float32[1, k, n]`, for all that read one value. A channel that is always 0 keeps its row."""
+def _correction(gram: jax.Array, cross: jax.Array, strength: float) -> Callable[[jax.Array], jax.Array]:
+    """W to W', both `float32[1, k, n]`, for all that read one value. A channel that is always 0 keeps its row."""
     a, c = (np.asarray(one[0]).astype(np.float64) for one in (gram, cross))
     damping = max(DAMPING * float(np.diagonal(a).mean()), float(np.finfo(np.float32).tiny)) * np.eye(len(a))
     factors, c = lu_factor(a + damping), c + damping
-    solve = lambda w: lu_solve(factors, c @ np.asarray(w[0]).astype(np.float64))
-    return lambda w: jnp.asarray(solve(w)[None], jnp.float32)
+
+    def corrected(weight: jax.Array) -> jax.Array:
+        w = np.asarray(weight)
+        fit = lu_solve(factors, c @ w[0].astype(np.float64)).astype(np.float32)
+        return jax.device_put(w + np.float32(strength) * (fit - w))
+
+    return corrected

@@ -12,6 +12,7 @@ import numpy as np
 from mpq.estimate import sums_over_documents
 from mpq.evaluate import distributions, require_labels, require_outputs, row_divergence
 from mpq.files import digest_json
+from mpq.finite import all_finite
 from mpq.inputs import Batch, Dataset
 from mpq.models.model import Model
 from mpq.store import Store, kept
@@ -108,7 +109,7 @@ def check_inputs(model: Model, weights: Sequence[WeightSpec], data: Dataset) -> 
     """
     counts = require_outputs(model.task, data)
     for spec in weights:
-        if not bool(jnp.isfinite(model.params[spec.param][spec.where]).all()):
+        if not all_finite(model.params[spec.param][spec.where]):
             raise MpqError(f"weight {spec.path} holds NaN or infinity: mend the checkpoint before analysing it")
     return sums_over_documents(counts, data.document)
 
@@ -244,10 +245,10 @@ def quantization_error(
       MpqError: a candidate holds NaN or infinity.
     """
     errors = _differences(spec.to_matrix(params[spec.param]), [candidates.dequantized(spec, s) for s in schemes])
-    finite = np.asarray(jnp.isfinite(errors).all(axis=(1, 2, 3)))
-    if not finite.all():
+    finite = list(map(all_finite, np.asarray(errors)))
+    if not all(finite):
         raise MpqError(
-            f"weight {spec.path} holds NaN or infinity when stored as {schemes[int(np.argmin(finite))]}: "
+            f"weight {spec.path} holds NaN or infinity when stored as {schemes[finite.index(False)]}: "
             "its values leave the range of the format or of its scale; leave this scheme out"
         )
     return errors
