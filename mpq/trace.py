@@ -113,6 +113,7 @@ class Trace:
       weights: in the order in which they are first read.
       skipped: every parameter that is not, or not in all its reads, among the weights, with the reason.
       sites: every operation that reads a weight, in the order of execution.
+      scales: parameters that do nothing but multiply or divide activations, element by element.
       params: path -> shape and dtype of every parameter.
       inputs: shapes and dtypes of the inputs.
     """
@@ -120,6 +121,7 @@ class Trace:
     weights: tuple[WeightSpec, ...]
     skipped: tuple[Skipped, ...]
     sites: tuple[Site, ...]
+    scales: frozenset[str]
     params: Mapping[str, jax.ShapeDtypeStruct] = dataclasses.field(repr=False)
     inputs: Any = dataclasses.field(repr=False)
     _fn: Callable[[dict[str, jax.Array], Any], Any] = dataclasses.field(repr=False)
@@ -373,7 +375,8 @@ def _traced(
     plan, _ = walk.jaxpr(jaxpr, sources, 1)
     specs, uses, skipped = found.weights(structs, walk.reads, walk.notes)
     sites = tuple(Site(i, specs[slot], use, walk.reads[i]) for i, (slot, use) in sorted(uses.items()))
-    return Trace(tuple(specs.values()), skipped, sites, structs, inputs, fn, jaxpr, plan, output, split)
+    scales = found.scales(walk.reads, walk.notes)
+    return Trace(tuple(specs.values()), skipped, sites, scales, structs, inputs, fn, jaxpr, plan, output, split)
 
 
 def _array(leaf: Any) -> Any:

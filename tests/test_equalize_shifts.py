@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpq.equalize import find_shifts
+from mpq.equalize import find_shifts, shifts
 from mpq.inputs import Arrays, Dataset
 from mpq.models import load
 from mpq.models.model import Model
@@ -112,3 +112,13 @@ def test_a_parameter_that_is_used_elsewhere_as_well_takes_nothing_up():
     assert as_table(shifts) == {"b": ({"mean": -1}, "scale")}
     bare = dataclasses.replace(model, apply=lambda p, x: x @ p["a"], params={"a": params["a"]})
     assert find_shifts(bare, bare.trace(8), data) == ()
+
+
+def test_a_model_that_only_scales_is_not_differentiated(tmp_path, monkeypatch):
+    """No gradient of a large language model for what its norms cannot do."""
+    model = load(str(decoder_cases.write(tmp_path / "model", "llama")))
+    tokens = np.arange(24, dtype=np.int32).reshape(2, 12) % 7
+    data = Dataset(tokens, np.ones(tokens.shape, bool), np.arange(2, dtype=np.int32), "tokens", "0")
+    assert {path for path in model.params if "norm" in path} == model.trace(1, 12).scales
+    monkeypatch.setattr(shifts, "_gradients", None)
+    assert found(model, data) == ()

@@ -249,6 +249,18 @@ def test_counts_multiply_accumulates():
     assert macs == {"conv": positions * 6 * 27, "dense": 3 * positions * 36, "rows": positions * 42}
 
 
+def test_scales_do_nothing_but_multiply():
+    """By products with activations alone: not what is added, read, or changed by another parameter before."""
+
+    def fn(p, x):
+        h = x * p["scale"] / p["divisor"] + p["bias"]
+        return (h * p["both"] + p["both"]) * (p["changed"] * p["by"]) @ (p["rows"][:, None] * p["matrix"])
+
+    params = {name: jnp.ones(6) for name in ("scale", "divisor", "bias", "both", "changed", "by", "rows", "unread")}
+    traced = trace(fn, params | {"matrix": jnp.ones((6, 6))}, jnp.ones((2, 6)))
+    assert traced.scales == {"scale", "divisor"}
+
+
 def test_a_weight_used_twice_has_two_uses_of_different_inputs():
     _, traced = case_of("used_twice")
     shared, head, other = traced.weights

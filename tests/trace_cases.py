@@ -275,6 +275,7 @@ def biases(*names: str, **reasons: str) -> dict[str, str]:
 
 
 BROADCAST = "broadcast over activations: a bias or a scale, not a matrix"
+SCALE = "broadcast over activations by a product: a scale, not a matrix"
 
 CASES: dict[str, Callable[[], Case]] = {
     "linen_mlp": lambda: linen(
@@ -322,7 +323,7 @@ CASES: dict[str, Callable[[], Case]] = {
         ("experts.Dense_1.kernel", 3, 6, 10, "matmul", "experts.Dense_{0,1}.kernel"),
         ("experts.Dense_2.kernel", 3, 10, 6, "matmul", ""),
         skipped={f"experts.{name}": BROADCAST for name in ("Dense_0.bias", "Dense_1.bias", "Dense_2.bias")}
-        | {f"experts.LayerNorm_0.{name}": BROADCAST for name in ("scale", "bias")},
+        | {"experts.LayerNorm_0.scale": SCALE, "experts.LayerNorm_0.bias": BROADCAST},
     ),
     "nnx_mix": lambda: of_nnx(
         NnxMix,

@@ -86,7 +86,7 @@ def find_shifts(model: Model, traced: Trace, data: Dataset) -> tuple[Shift, ...]
     sites = tuple(s for s in shaped.sites if s.spec.batch == 1 and len(s.spec.uses) == 1 and s.use.kind != "embedding")
     widths = {site.spec.n for site in sites}
     vectors = {path: len(param) for path, param in model.params.items() if param.ndim == 1 and len(param) in widths}
-    if not sites or not vectors:
+    if not sites or not vectors.keys() - shaped.scales:  # nothing is ever added: no gradient is worth computing
         return ()
     outputs, slopes, stretches = _gradients(shaped, sites, tuple(vectors), model.params, inputs)
     found = []

@@ -14,6 +14,8 @@ _COPIES = {"convert_element_type", "copy", "copy_p", "stop_gradient", "reduce_pr
 _COPIES |= {"name", "optimization_barrier", "device_put", "layout_constraint", "pvary", "reshard"}
 _LAYOUT = _COPIES | {"reshape", "squeeze", "transpose", "broadcast_in_dim", "slice"}
 _BROADCASTING = {"broadcast_in_dim", "add", "sub", "mul", "div", "max", "min", "pow", "select_n"}
+SCALE = "broadcast over activations by a product: a scale, not a matrix"
+"""The reason of a parameter that multiplies or divides activations, element by element."""
 _RAGGED = {"ragged_dot", "ragged_dot_general"}
 _MATMULS = _RAGGED | {"dot_general", "conv_general_dilated", "gather"}
 
@@ -93,6 +95,8 @@ def read_by(eqn: Any, sources: Sequence[Source], held: Sequence[int]) -> tuple[R
     if name in _RAGGED:
         return None, f"read by `{name}`, a matmul that cannot be replaced"
     if name in _BROADCASTING and any(math.prod(avals[i].shape) < math.prod(out.shape) for i in held):
+        if name in ("mul", "div") and len(held) == 1:
+            return None, SCALE
         return None, "broadcast over activations: a bias or a scale, not a matrix"
     return None, f"read by `{name}`, not by a matmul"
 

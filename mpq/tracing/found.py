@@ -9,6 +9,7 @@ import jax
 from jax import numpy as jnp
 
 from mpq.tracing import layout
+from mpq.tracing.follow import SCALE
 from mpq.tracing.reads import Read, Slot, show_index
 from mpq.tracing.walk import Note
 from mpq.types import Use, WeightSpec
@@ -54,6 +55,12 @@ def weights(
         for slot, numbers in kept.items()
     }
     return specs, uses, tuple(_skipped(params, kept, refused, notes))
+
+
+def scales(reads: Iterable[Read], notes: Iterable[Note]) -> frozenset[str]:
+    """Parameters that do nothing but multiply or divide activations, element by element."""
+    others = {read.slot.param for read in reads} | {note.slot.param for note in notes if note.reason != SCALE}
+    return frozenset(note.slot.param for note in notes) - others
 
 
 def _spec(slot: Slot, read: Read, group: str, uses: tuple[Use, ...]) -> WeightSpec:
