@@ -9,6 +9,7 @@ from mpq.formats import parse_scheme
 from mpq.quantize import chain, gptq, scales
 from mpq.quantize.gptq import GPTQ
 from mpq.quantize.rtn import RTN
+from mpq.quantize.tiles import width
 from mpq.types import MpqError
 from tests.quantize_cases import K, assert_equal, correlated_gram, count_equations, layer_loss, weights
 
@@ -111,6 +112,14 @@ class TestGptq:
         w, gram, scheme = jnp.asarray(weights(6, K, 21)), jnp.asarray(correlated_gram(6)), parse_scheme(text)
         expected = GPTQ()(w, scheme, gram)
         assert_equal(GPTQ(columns=4)(w, scheme, gram), expected)
+
+    def test_wide_weights_are_cut_evenly_and_come_out_as_narrow_ones(self):
+        widths = {1: 256, 2047: 256, 2048: 2048, 2049: 2304, 4096: 4096, 4097: 2304, 11008: 3840}
+        assert {n: width(n, 256) for n in widths} == widths
+        w, gram, scheme = weights(6, 16, 2050), jnp.asarray(correlated_gram(6, 16)), parse_scheme("int3_g8")
+        narrow = [GPTQ()(jnp.asarray(part), scheme, gram) for part in np.split(w, 2, axis=-1)]
+        joined = jax.tree.map(lambda *a: jnp.concatenate(a, axis=-1), *narrow)
+        assert_equal(GPTQ()(jnp.asarray(w), scheme, gram), joined)
 
     @pytest.mark.parametrize("text", ["fp4_g16_sfp8", "int4_tensor"])
     def test_what_a_matrix_shares_is_that_of_rounding_to_nearest_in_any_order_of_rows(self, text):

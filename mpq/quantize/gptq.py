@@ -30,14 +30,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq.formats.ggml import require_fit
-from mpq.quantize import block_scales, scales
+from mpq.quantize import block_scales, scales, tiles
 from mpq.quantize.chain import Chain, at_places, before, below, factor, unplace
 from mpq.quantize.loss import choose, dot
 from mpq.quantize.rtn import RTN
 from mpq.quantize.widths import common, with_width
 from mpq.types import MpqError, QTensor, Scheme
 
-_WIDE = 2048  # columns computed at once of wide weights
 _Fit = tuple[jax.Array, jax.Array | None] | block_scales.BlockFit  # scale and zero point, or what blocks store
 
 
@@ -74,9 +73,9 @@ class GPTQ:
       act_order: round the rows of the largest E[x^2] first; scales are then those of the original weights.
       block_size: rows whose effect on later blocks is applied at once. For speed only.
       scale: as in `RTN`.
-      columns: output columns computed at once, of weights of 2048 columns and more eight times as many. They are
-        independent, so this only bounds memory and lets weights of different n share one compilation; raise it where
-        launching many small steps costs more than computing.
+      columns: output columns computed at once, of weights of 2048 columns and more up to sixteen times as many. They
+        are independent, so this only bounds memory and lets weights of different n share one compilation; raise it
+        where launching many small steps costs more than computing.
     """
 
     damping: float = 0.01
@@ -122,25 +121,12 @@ class GPTQ:
         chunks = 1 if self.act_order else _chunks(scheme, w.shape[-2])[0]
         chain = factor(gram, place, jnp.float32(self.damping), chunks)
         n, shared = w.shape[-1], scales.Shared()
-        tile = self.columns if n < _WIDE else 8 * self.columns
         if scheme.per_tensor or scheme.has_tensor_scale or scheme.has_codebook:
             row_weight = scales.row_weight(gram.diagonal(axis1=-2, axis2=-1))
             shared = _fit_matrix(w, row_weight, *common(scheme), self.scale)
         arguments = (gram, place, chain, shared, *common(scheme), self.scale, block, self.act_order)
-        parts = [_quantize(part, *arguments) for part in _tiles(w, tile)]
-        return shared.restore(dataclasses.replace(_joined(parts, n), scheme=scheme))
-
-
-# The two compile once for a shape; operation by operation they would be five programs.
-@functools.partial(jax.jit, static_argnames="tile")
-def _tiles(w: jax.Array, tile: int) -> list[jax.Array]:
-    w = jnp.pad(w, ((0, 0), (0, 0), (0, -w.shape[2] % tile)))
-    return jnp.split(w, w.shape[2] // tile, axis=2)
-
-
-@functools.partial(jax.jit, static_argnames="n")
-def _joined(parts: list[QTensor], n: int) -> QTensor:
-    return jax.tree.map(lambda *a: jnp.concatenate(a, axis=-1)[..., :n], *parts)
+        parts = [_quantize(part, *arguments) for part in tiles.cut(w, tiles.width(n, self.columns))]
+        return shared.restore(dataclasses.replace(tiles.join(parts, n), scheme=scheme))
 
 
 @functools.partial(jax.jit, static_argnames=("scheme", "method"))

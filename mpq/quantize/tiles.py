@@ -1,11 +1,36 @@
 """Some output columns at a time: they are independent, so this only bounds memory and the number of compilations."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from mpq.types import QTensor
+
+_WIDE = 2048  # columns from which compiling once for all widths saves less than larger steps do
+
+
+def width(n: int, columns: int) -> int:
+    """Columns of a tile: `columns`, and up to sixteen times as many of wide weights, which are cut evenly."""
+    if n < _WIDE:
+        return columns
+    tiles = -(-n // (16 * columns))
+    return -(-n // (tiles * columns)) * columns
+
+
+# `cut` and `join` compile once for a shape; operation by operation they would be five programs.
+@functools.partial(jax.jit, static_argnames="tile")
+def cut(w: jax.Array, tile: int) -> list[jax.Array]:
+    """`w[batch, k, n]` in tiles of so many columns, the last one filled up with zeros."""
+    w = jnp.pad(w, ((0, 0), (0, 0), (0, -w.shape[2] % tile)))
+    return jnp.split(w, w.shape[2] // tile, axis=2)
+
+
+@functools.partial(jax.jit, static_argnames="n")
+def join(parts: list[QTensor], n: int) -> QTensor:
+    """The first `n` columns of what was made of all tiles."""
+    return jax.tree.map(lambda *a: jnp.concatenate(a, axis=-1)[..., :n], *parts)
 
 
 def by_columns(learn: Callable[[jax.Array, QTensor], QTensor], w: jax.Array, start: QTensor, columns: int) -> QTensor:
