@@ -85,3 +85,16 @@ def test_killed_at_ten_random_points_and_resumed_gives_the_same_bytes(place, wan
         assert killed.returncode == -signal.SIGKILL
     assert run(place, "killed").returncode == 0
     assert_same(content(place / "killed"), want)
+
+
+@pytest.mark.slow
+def test_programs_that_another_process_compiled_give_the_same_bytes(place, want):
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(place / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    assert run(place, "compiled", **cache).returncode == 0
+    programs = content(place / "programs")
+    assert programs
+    assert run(place, "found", **cache).returncode == 0
+    assert {name for name in content(place / "programs") if name.endswith("-cache")} == {
+        name for name in programs if name.endswith("-cache")
+    }
+    assert_same(content(place / "found"), want)
