@@ -140,14 +140,14 @@ def _change(of: Mapping[str, Any]) -> str:
 def times(result: Result) -> str:
     """A row a model: what `mpq run` took, and on what it spent it."""
     lines = [
-        "| model | budget | s | s of a processor | compiling | tracing and lowering | stages, s | KL |",
-        "|---|---|" + "---:|" * 4 + "---|---:|",
+        "| model | budget | cores | s | s of a processor | compiling | tracing and lowering | stages, s | KL |",
+        "|---|---|" + "---:|" * 5 + "---|---:|",
     ]
     for row in result["rows"]:
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in row["stages"].items())
         kl = ", ".join(with_error(plan["kl"], plan.get("kl_stderr")) for plan in row["plans"].values())
         shares = (100 * part / row["seconds"] for part in (row["compiled"], row["traced"] + row["lowered"]))
-        cells = [row["model"], row["budget"], f"{row['seconds']:.0f}", f"{row['cpu_seconds']:.0f}"]
+        cells = [row["model"], row["budget"], str(row["cores"]), f"{row['seconds']:.0f}", f"{row['cpu_seconds']:.0f}"]
         lines.append("| " + " | ".join([*cells, *(f"{share:.0f} %" for share in shares), stages, kl]) + " |")
     return "\n".join(lines)
 
@@ -202,7 +202,7 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
     for result in (result for result in results if "settings" in result["record"]["config"]):
         yield "## From the first import to the report"
         yield (
-            "`mpq run` on one core, with one metric, one budget and one rounding algorithm "
+            "`mpq run` with one metric, one budget and one rounding algorithm "
             "(`experiments/end_to_end.py`); seconds of a processor leave out what other programs took of it. Those of "
             "peers above are of quantizing alone, without imports, evaluation and report."
         )

@@ -1,6 +1,6 @@
 r"""How long `mpq run` takes from the first import to the report and the packed model, and what it spends it on.
 
-Run:     taskset -c 0 python -m experiments.end_to_end --model DIR --data TEXT --out FILE
+Run:     python -m experiments.end_to_end --model DIR --data TEXT --out FILE
 Expect:  a model of 1M parameters in less than 30 s, the reference model in less than 3 minutes
 Writes:  one JSON object: by model, wall seconds and those of the processor, how many of them JAX traced, lowered and
          compiled, seconds by stage, and what came out
@@ -14,6 +14,7 @@ import time
 START = time.perf_counter()
 
 import dataclasses  # noqa: E402 - the clock starts before anything else does
+import os  # noqa: E402
 import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -79,6 +80,7 @@ def measured(options: Options) -> dict[str, Any]:
     return {
         "model": model_name(options.model, resolve(options.model)),
         "budget": options.budget,
+        "cores": len(os.sched_getaffinity(0)),
         "seconds": round(seconds, 2),
         "cpu_seconds": round(cpu, 2),
         **{part: round(value, 2) for part, value in spent.items()},
