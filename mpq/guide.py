@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq.calibrate import Read, Weighting, reads
+from mpq.finite import all_finite
 from mpq.inputs import Dataset
 from mpq.models.model import Model
 from mpq.progress import track
@@ -81,7 +82,7 @@ class Guide:
                 traced, model.task, self.num_samples, model.params, batch.inputs, jnp.asarray(counted), windows, key
             )
             for (path, _), squares in found.items():
-                if not jnp.isfinite(squares).all():
+                if not all_finite(squares):
                     raise MpqError(
                         f"the gradient in the output of weight {path} is not finite on windows {first} to "
                         f"{first + batch_size - 1} of {data.source}: check the model on these inputs"

@@ -125,7 +125,7 @@ class GPTQ:
             row_weight = scales.row_weight(gram.diagonal(axis1=-2, axis2=-1))
             shared = _fit_matrix(w, row_weight, *common(scheme), self.scale)
         arguments = (gram, place, chain, shared, *common(scheme), self.scale, block, self.act_order)
-        parts = [_quantize(part, *arguments) for part in tiles.cut(w, tiles.width(n, self.columns))]
+        parts = [_quantize(part, *arguments) for part in tiles.cut(w, n, tiles.width(n, self.columns))]
         return shared.restore(dataclasses.replace(tiles.join(parts, n), scheme=scheme))
 
 

@@ -2,11 +2,14 @@
 
 import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from mpq.types import QTensor
+
+T = TypeVar("T")
 
 _WIDE = 2048  # columns from which compiling once for all widths saves less than larger steps do
 
@@ -20,17 +23,22 @@ def width(n: int, columns: int) -> int:
 
 
 # `cut` and `join` compile once for a shape; operation by operation they would be five programs.
-@functools.partial(jax.jit, static_argnames="tile")
-def cut(w: jax.Array, tile: int) -> list[jax.Array]:
-    """`w[batch, k, n]` in tiles of so many columns, the last one filled up with zeros."""
-    w = jnp.pad(w, ((0, 0), (0, 0), (0, -w.shape[2] % tile)))
-    return jnp.split(w, w.shape[2] // tile, axis=2)
+@functools.partial(jax.jit, static_argnames=("n", "tile"))
+def cut(tree: T, n: int, tile: int) -> list[T]:
+    """`[..., n]` arrays in tiles of so many columns, the last one filled up with copies of the last column.
+
+    What all columns share, `[..., 1]`, comes whole in every tile.
+    """
+    pad = lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, -n % tile)), mode="edge")
+    part = lambda a, at: a if a.shape[-1] == 1 < n else pad(a)[..., at : at + tile]
+    return [jax.tree.map(functools.partial(part, at=at), tree) for at in range(0, n, tile)]
 
 
 @functools.partial(jax.jit, static_argnames="n")
-def join(parts: list[QTensor], n: int) -> QTensor:
-    """The first `n` columns of what was made of all tiles."""
-    return jax.tree.map(lambda *a: jnp.concatenate(a, axis=-1)[..., :n], *parts)
+def join(parts: list[T], n: int) -> T:
+    """Inverse of `cut`."""
+    shared = lambda a: a.shape[-1] == 1 and len(parts) < n
+    return jax.tree.map(lambda *a: a[0] if shared(a[0]) else jnp.concatenate(a, axis=-1)[..., :n], *parts)
 
 
 def by_columns(learn: Callable[[jax.Array, QTensor], QTensor], w: jax.Array, start: QTensor, columns: int) -> QTensor:
@@ -46,10 +54,4 @@ def by_columns(learn: Callable[[jax.Array, QTensor], QTensor], w: jax.Array, sta
     """
     n = w.shape[-1]
     tile = min(columns, 1 << (n - 1).bit_length())
-    shared = lambda a: a.shape[-1] == 1 < n
-    pad = lambda a: a if shared(a) else jnp.pad(a, ((0, 0), (0, 0), (0, -n % tile)), mode="edge")
-    part = lambda a, at: a if shared(a) else jax.lax.dynamic_slice_in_dim(a, at, tile, axis=2)
-    w, start = pad(w), jax.tree.map(pad, start)
-    parts = [learn(part(w, at), jax.tree.map(lambda a, at=at: part(a, at), start)) for at in range(0, n, tile)]
-    join = lambda *a: a[0] if shared(a[0]) else jnp.concatenate(a, axis=-1)[..., :n]
-    return jax.tree.map(join, *parts)
+    return join([learn(*part) for part in cut((w, start), n, tile)], n)

@@ -244,11 +244,11 @@ def quantization_error(
     Raises:
       MpqError: a candidate holds NaN or infinity.
     """
-    errors = _differences(spec.to_matrix(params[spec.param]), [candidates.dequantized(spec, s) for s in schemes])
-    finite = list(map(all_finite, np.asarray(errors)))
-    if not all(finite):
+    made = [candidates.dequantized(spec, s) for s in schemes]
+    errors, finite = _differences(spec.to_matrix(params[spec.param]), made)
+    if not np.asarray(finite).all():
         raise MpqError(
-            f"weight {spec.path} holds NaN or infinity when stored as {schemes[finite.index(False)]}: "
+            f"weight {spec.path} holds NaN or infinity when stored as {schemes[int(np.argmin(finite))]}: "
             "its values leave the range of the format or of its scale; leave this scheme out"
         )
     return errors
@@ -272,8 +272,10 @@ def squared_errors(
 
 
 @jax.jit
-def _differences(weight: jax.Array, candidates: Sequence[jax.Array]) -> jax.Array:
-    return jnp.stack(candidates) - weight
+def _differences(weight: jax.Array, candidates: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Errors, and `bool[schemes]`: which are finite; where they are computed, for they are large."""
+    errors = jnp.stack(candidates) - weight
+    return errors, jnp.isfinite(errors).all(axis=(1, 2, 3))
 
 
 def make_table(

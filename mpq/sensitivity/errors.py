@@ -198,4 +198,4 @@ def _stored(
 
 
 def _differs(error: jax.Array) -> np.ndarray:
-    return np.asarray(np.asarray(error).any(axis=(1, 2, 3)))
+    return np.asarray(error.any(axis=(1, 2, 3)))
