@@ -27,6 +27,9 @@ INGREDIENTS = {
     "guided": "learned levels, and grams of tokens weighted by the end loss, QEP",
     "guided_varied": "the same, codes and scales distilled, on varied text",
     "guided_written": "the same, codes and scales distilled, on text that the model writes itself",
+    "trellis": "codes along a trellis to choose from instead of learned levels, QEP",
+    "trellis_written": "the same, scales distilled, on text that the model writes itself",
+    "guided_trellis": "the same, not distilled, with grams of tokens weighted by the end loss",
 }
 
 

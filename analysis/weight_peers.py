@@ -30,6 +30,9 @@ INGREDIENTS = {
     "guided_varied": "mpq, with learned levels, rounded (QEP) by end-loss-weighted grams and distilled in {} steps",
     "guided_written": "mpq, with learned levels, rounded (QEP) by end-loss-weighted grams and distilled in {} steps "
     "on its own text",
+    "trellis": "mpq, with codes along a trellis, rounded (QEP)",
+    "trellis_written": "mpq, with codes along a trellis, rounded (QEP), scales distilled in {} steps on its own text",
+    "guided_trellis": "mpq, with codes along a trellis, rounded (QEP) by end-loss-weighted grams",
 }
 
 STRONGEST = tuple(f"AutoRound W{bits}g32" for bits in (2, 3, 4))

@@ -65,7 +65,8 @@ class Options:
       uniform: the first ingredient is the largest of these that fits, the second a choice among them for each weight.
       fine: the third adds these to choose from.
       learned: the ingredients of that name add these, too.
-      ingredients: which of the fifteen.
+      trellis: those of that name these, instead.
+      ingredients: which of the eighteen.
       steps: of a distillation.
       windows: of either text, `window` tokens each, `batch_size` a pass.
       sensitivity_windows: of the calibration text, for the table that plans are solved from.
@@ -87,6 +88,7 @@ class Options:
         "int4_g32_sfp8",
     )
     learned: tuple[str, ...] = tuple(f"lut{bits}_g{group}_sfp8" for group in (16, 32) for bits in (2, 3, 4))
+    trellis: tuple[str, ...] = tuple(f"tcq{bits}_{group}" for group in ("channel", "g64_sfp8") for bits in (2, 3, 4, 5))
     ingredients: tuple[str, ...] = (
         "uniform",
         "allocated",
@@ -103,6 +105,9 @@ class Options:
         "guided",
         "guided_varied",
         "guided_written",
+        "trellis",
+        "trellis_written",
+        "guided_trellis",
     )
     steps: int = 600
     windows: int = 64
@@ -207,19 +212,27 @@ class Comparison:
     @functools.cached_property
     def learned(self) -> "Comparison":
         """The same with learned levels to choose from."""
-        more = self._anew()
-        more.options = dataclasses.replace(self.options, fine=(*self.options.fine, *self.options.learned))
-        return more
+        return self._with(self.options.learned)
+
+    @functools.cached_property
+    def trellis(self) -> "Comparison":
+        """The same with codes along a trellis to choose from."""
+        return self._with(self.options.trellis)
 
     @functools.cached_property
     def led(self) -> "Comparison":
         """The same under the pipeline's own guide."""
         return self.guided(Guide())
 
+    def _with(self, schemes: Sequence[str]) -> "Comparison":
+        more = self._anew()
+        more.options = dataclasses.replace(self.options, fine=(*self.options.fine, *schemes))
+        return more
+
     def _anew(self) -> "Comparison":
         """A copy without the tables and plans of this one."""
         more = copy.copy(self)
-        for name in ("table", "fine", "coarse", "learned", "led"):
+        for name in ("table", "fine", "coarse", "learned", "trellis", "led"):
             more.__dict__.pop(name, None)
         return more
 
@@ -237,6 +250,10 @@ class Comparison:
             return self.candidates.choose(self.uniform(bits))
         if ingredient == "allocated":
             return self.candidates.choose(self.coarse.at(bits=bits).choice)
+        if ingredient == "guided_trellis":
+            return self.led.plan("trellis", bits)
+        if ingredient.startswith("trellis"):
+            return self.trellis.plan(ingredient.replace("trellis", "propagated"), bits)
         if ingredient.startswith("guided"):
             return self.led.plan(ingredient.replace("guided", "learned"), bits)
         if ingredient.startswith("learned"):

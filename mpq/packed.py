@@ -221,12 +221,12 @@ def _pack(path: str, qtensor: QTensor, layout: str) -> Packed:
 
 
 def _levels(qtensor: QTensor) -> tuple[float, ...] | None:
-    """Values of all codes of a format that is no integer, lowest first; None if there are more than 16, or tables."""
+    """Values of all codes of a format that is no integer, lowest first; None where no short table holds them."""
     number_format = qtensor.scheme.format
     if qtensor.codebook is not None:
         tables = np.asarray(qtensor.codebook[..., 0], np.float32)
         return tuple(map(float, tables[0])) if (tables == tables[0]).all() else None
-    if isinstance(number_format, Integer) or number_format.bits > MAX_TABLE_BITS:
+    if isinstance(number_format, Integer) or number_format.bits > MAX_TABLE_BITS or number_format.span > 1:
         return None
     codes = jnp.arange(number_format.min_qvalue, number_format.max_qvalue + 1, dtype=jnp.int8)
     return tuple(map(float, number_format.decode(codes)))

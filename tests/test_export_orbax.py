@@ -23,7 +23,7 @@ from mpq.types import MpqError, Use, WeightSpec
 SCHEMES = ("int2_g16", "int3_g16_zp", "int4_g64", "int5_channel_zp", "int6_g7", "int7_channel", "int8_g32_zp_sfloat32")
 SCHEMES += ("nf3_g16", "fp4_g16", "fp8_e4m3_channel", "fp8_e5m2_g5", "nf4_g16", "bf16", "fp16", "fp32")
 SCHEMES += ("fp4_g16_sfp8", "int3_g16_zp_sfp8", "fp4_g32_se8m0", "int4_g16_sbfloat16", "int5_tensor_zp")
-SCHEMES += ("lut2_g16",)
+SCHEMES += ("lut2_g16", "tcq3_g16")
 K, N = 37, 11
 PLAN = {"name": "mixed", "choices": {"layers.0": "int4_g64"}, "bits_per_weight": 4.25}
 CONFIG = {"model_type": "llama", "hidden_size": 37}

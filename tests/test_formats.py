@@ -11,6 +11,7 @@ from mpq.types import MpqError, Scheme
 TEXTS = ("int2_g16", "int3_g64_zp", "int4_g128", "int8_channel", "int5_channel_zp", "nf4_g64", "bf16", "fp16", "fp32")
 TEXTS += ("nf3_g64", "fp4_g32", "fp8_e4m3_channel", "fp8_e5m2_g128", "int8_tensor", "int4_tensor_zp_sbfloat16")
 TEXTS += ("fp4_g16_sfp8", "int4_g32_zp_sfp8", "int4_channel_sfp8", "fp4_g32_se8m0", "fp8_e4m3_tensor_se8m0")
+TEXTS += ("tcq2_g32", "tcq3_channel_sfp8", "tcq4_g64_sbfloat16", "tcq5_tensor")
 TEXTS += ("lut2_g32", "lut3_g64_sfp8", "lut4_channel_sfloat32", "lut4_tensor")
 
 
@@ -75,6 +76,9 @@ def test_nvfp4_takes_four_and_a_half_bits_and_mxfp4_a_quarter_less():
         ("int4_g32_zp_se8m0", "a range with a zero point needs other scales than powers of two"),
         ("lut3_g32_zp", "a zero point goes with integer formats only, not lut3"),
         ("lut3_g32_se8m0", "wrong: a table of levels is mirrored by negative scales; write _sfp8"),
+        ("tcq3_g32_zp", "a zero point goes with integer formats only, not tcq3"),
+        ("tcq3_g32_se8m0", "wrong: the scale is a root mean square, no power of two; write _sfp8"),
+        ("tcq6_g32", "unknown scheme 'tcq6_g32': allowed is a format of .* tcq2, tcq3, tcq4, tcq5 with"),
         ("lut5_g32", "unknown scheme 'lut5_g32'"),
         ("int4_tensor_sfp8", "a single scale needs no float32 beside it; write _tensor_sfloat32"),
         ("bf16_sfp8", "bf16 has no scale"),

@@ -22,7 +22,7 @@ from tests.runtime_cases import message_of, noise, require_equal
 MATMUL = WeightSpec("a.kernel", "a.kernel", (), (64, 48), (0, 1), 1, 64, 48, "a", (Use("matmul", "x", 1),))
 SLICE = WeightSpec("s[0]", "s", (0,), (64, 48), (0, 1), 1, 64, 48, "s", (Use("matmul", "x", 1),))
 SCHEMES = ("int8_channel", "int3_g32_zp", "int5_g40_sbfloat16", "int8_g16_zp_sfloat32", "nf4_g32_sfp8")
-SCHEMES = (*SCHEMES, "fp4_g32_se8m0", "fp8_e4m3_channel", "int7_tensor", "bf16", "fp32", "lut3_g16")
+SCHEMES = (*SCHEMES, "fp4_g32_se8m0", "fp8_e4m3_channel", "int7_tensor", "bf16", "fp32", "lut3_g16", "tcq3_g16")
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def start(
     Args:
       w: `float32[batch, k, n]`, the original weight.
       qtensor: of a scheme with a scale.
-      rounding: learn the codes.
+      rounding: learn the codes; those along a trellis are kept, as one that moves would move those behind it.
       scale: learn scales and zero points.
       rank: of a low-rank update in the place of learned values; 0: none.
       key: of the update.
@@ -74,6 +74,7 @@ def start(
     if scale and qtensor.zero_point is not None:
         zero_point = qtensor.grid.decode(qtensor.zero_point)
     log_scale = jnp.zeros(qtensor.scale.shape) if scale else None
+    rounding = rounding and qtensor.scheme.format.span == 1
     if not (rounding and rank):
         return Latent(start_value(w, qtensor) if rounding else None, log_scale, zero_point)
     assert key is not None  # whoever asks for an update has one

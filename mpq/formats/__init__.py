@@ -1,12 +1,14 @@
 """Number formats, and the text form of schemes.
 
-`FORMATS` is the table of every element grid; `parse_scheme` reads FORMAT[_gN|_channel|_tensor][_zp][_sDTYPE]:
+`FORMATS` is the table of every element grid, `TRELLISES` of what encodes columns together; `parse_scheme` reads
+FORMAT[_gN|_channel|_tensor][_zp][_sDTYPE]:
 
     int4_g128         one float16 scale for 128 rows of a column
     int8_channel      one for a column, that is an output channel
     int8_tensor       one for the whole matrix
     int3_g32_zp       with a zero point of 3 bits beside each scale
     nf4_g64_sfp8      scales of 8 bits (e4m3) under one float32 for the whole matrix; so `nvfp4` is fp4_g16_sfp8
+    tcq3_g64          codes of 3 bits along a trellis, see `mpq.formats.trellis`; tcq2 to tcq5
     lut3_g64          8 levels fitted to each matrix, under scales of groups; so lut2 and lut4
     fp4_g32_se8m0     scales that are powers of two, 8 bits; `mxfp4` is this one in whole blocks, as ggml has it
     int4_g64_sfloat32 scales of float32, or of bfloat16 with `_sbfloat16`
@@ -26,6 +28,7 @@ from mpq.formats.ggml import GGML_SCHEMES
 from mpq.formats.integer import Integer
 from mpq.formats.learned import Learned
 from mpq.formats.minifloat import Minifloat
+from mpq.formats.trellis import CHOICES, Trellis
 from mpq.grids import NumberFormat
 from mpq.types import SCALE_SUFFIXES, MpqError, Scheme
 
@@ -52,6 +55,8 @@ FORMATS: Mapping[str, NumberFormat] = MappingProxyType(
     }
 )
 
+TRELLISES: Mapping[str, NumberFormat] = MappingProxyType({f"tcq{bits}": Trellis(bits) for bits in CHOICES})
+
 ALIASES: Mapping[str, str] = MappingProxyType({"nvfp4": "fp4_g16_sfp8", "f16": "fp16", "f32": "fp32"})
 """Names that `parse_scheme` also takes -> the text that `str()` gives. NVFP4 is that of NVIDIA's Blackwell: e4m3 scales
 of 16 values under one float32."""
@@ -70,14 +75,14 @@ def parse_scheme(text: str) -> Scheme:
       MpqError: the text is not of the form FORMAT[_gN|_channel|_tensor][_zp][_sDTYPE], or the parts do not go together.
     """
     allowed = (
-        f"a format of {', '.join(FORMATS)} with _gN, _channel or _tensor, _zp for affine, and "
+        f"a format of {', '.join((*FORMATS, *TRELLISES))} with _gN, _channel or _tensor, _zp for affine, and "
         f"{', '.join(filter(None, _SCALES))} for the scales: int4_g64, int8_channel, bf16; or "
         f"{', '.join((*ALIASES, *GGML_SCHEMES))}"
     )
     if text in GGML_SCHEMES:
         return GGML_SCHEMES[text]
     match = _TEXT.fullmatch(ALIASES.get(text, text))
-    number_format = FORMATS.get(match["format"]) if match else None
+    number_format = {**FORMATS, **TRELLISES}.get(match["format"]) if match else None
     if match is None or number_format is None:
         raise MpqError(f"unknown scheme {text!r}: allowed is {allowed}")
     granularity, zero_point, scale = match["granularity"], bool(match["zp"]), match["scale"] or ""
@@ -93,6 +98,8 @@ def parse_scheme(text: str) -> Scheme:
         )
     if zero_point and scale == "_se8m0":
         raise MpqError(f"scheme {text!r} is wrong: a range with a zero point needs other scales than powers of two")
+    if number_format.span > 1 and scale == "_se8m0":
+        raise MpqError(f"scheme {text!r} is wrong: the scale is a root mean square, no power of two; write _sfp8")
     if number_format.learned and scale == "_se8m0":
         raise MpqError(f"scheme {text!r} is wrong: a table of levels is mirrored by negative scales; write _sfp8")
     if granularity == "tensor" and scale == "_sfp8":

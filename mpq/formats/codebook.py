@@ -79,6 +79,11 @@ class Codebook:
         """False."""
         return False
 
+    @property
+    def span(self) -> int:
+        """1: of one element each."""
+        return 1
+
     def encode(self, x: jax.Array) -> jax.Array:
         """Index of the nearest level of each element of `x`, already divided by its scale. `int8`, same shape."""
         levels = jnp.asarray(self.levels, x.dtype)

@@ -43,6 +43,11 @@ class Float:
         """False."""
         return False
 
+    @property
+    def span(self) -> int:
+        """1: of one element each."""
+        return 1
+
     def encode(self, x: jax.Array) -> jax.Array:
         """`x` rounded to the dtype; what is beyond its range becomes its largest value."""
         largest = float(jnp.finfo(self.dtype).max)

@@ -70,6 +70,11 @@ class Unsigned:
         """False."""
         return False
 
+    @property
+    def span(self) -> int:
+        """1: of one element each."""
+        return 1
+
     def encode(self, x: jax.Array) -> jax.Array:
         """Nearest code of each element of `x`, already shifted and divided by its scale. `int8`, same shape."""
         return jnp.clip(jnp.round(x), 0, self.max_qvalue).astype(jnp.int8)

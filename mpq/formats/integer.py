@@ -49,6 +49,11 @@ class Integer:
         """False."""
         return False
 
+    @property
+    def span(self) -> int:
+        """1: of one element each."""
+        return 1
+
     def encode(self, x: jax.Array) -> jax.Array:
         """Nearest qvalue (ties to even) of each element of `x`, already divided by its scale. `int8`, same shape."""
         lowest, highest = (jnp.asarray(end, x.dtype) for end in (self.min_qvalue, self.max_qvalue))

@@ -58,6 +58,11 @@ class Learned:
         """True."""
         return True
 
+    @property
+    def span(self) -> int:
+        """1: of one element each."""
+        return 1
+
     def with_levels(self, levels: jax.Array) -> "Learned":
         """The format of one weight. It cannot be hashed."""
         return Learned(self.bits, levels)

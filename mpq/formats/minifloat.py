@@ -59,6 +59,11 @@ class Minifloat:
         return False
 
     @property
+    def span(self) -> int:
+        """1: of one element each."""
+        return 1
+
+    @property
     def _lowest(self) -> int:
         """Binary exponent of the smallest step."""
         return 2 - 2 ** (self.exponent_bits - 1) - self.mantissa_bits

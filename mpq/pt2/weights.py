@@ -5,6 +5,7 @@ codes, scales in their dtype, zero points. Codes of 8 bits are int8 tensors `[ba
 and products, unpack and scale them where the weight is read; no other kernels are needed.
 """
 
+import functools
 import math
 import operator
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import numpy as np
 from mpq.export.parts import from_parts, to_parts
 from mpq.formats.floating import Float
 from mpq.formats.integer import Integer
+from mpq.formats.trellis import Trellis, levels
 from mpq.pt2.graph import Graph
 from mpq.pt2.ops import permuted
 from mpq.types import QTensor, Scheme, WeightSpec
@@ -138,9 +140,30 @@ class Weights:
             return self._codes(spec, part, shape, "float32")
         if grid.learned:
             return self._looked_up(spec, shape)
+        if isinstance(grid, Trellis):
+            return self._along_trellis(grid, self._codes(spec, part, shape, "int32", 0), (spec.batch, *shape))
         every = jnp.arange(grid.min_qvalue, grid.max_qvalue + 1, dtype=jnp.int8)
         levels = graph.constant(np.asarray(grid.decode(every)), np.float32)
         return graph.one(operator.getitem, levels, self._codes(spec, part, shape, "int32", 0))
+
+    def _along_trellis(self, grid: Trellis, codes: Any, shape: tuple[int, int, int]) -> Any:
+        """Values of codes `int32[batch, k, n]`: `Trellis.decode`, operation by operation."""
+        graph, torch, (*rows, n) = self._graph, self._graph.torch, shape
+        length, factors = min(n, grid.span), grid.factors
+        spans = -(-n // length)
+        codes = graph.one(torch.nn.functional.pad, codes, [0, spans * length - n])
+        codes = graph.one(torch.reshape, codes, (*rows, spans, length))
+        codes = graph.one(torch.nn.functional.pad, codes, [len(factors) - 1, 0], "constant", grid.start)
+        taps = []
+        for ago, factor in enumerate(factors):
+            first = len(factors) - 1 - ago
+            tap = graph.one(operator.getitem, codes, (Ellipsis, slice(first, first + length)))
+            taps.append(graph.one(operator.mul, tap, factor))
+        rank = functools.reduce(lambda total, tap: graph.one(operator.add, total, tap), taps)
+        rank = graph.one(torch.bitwise_and, rank, len(levels(grid.bits)) - 1)
+        value = graph.one(operator.getitem, graph.constant(levels(grid.bits), np.float32), rank)
+        value = graph.one(torch.reshape, value, (*rows, spans * length))
+        return graph.one(operator.getitem, value, (Ellipsis, slice(0, n)))
 
     def _looked_up(self, spec: WeightSpec, shape: tuple[int, int]) -> Any:
         """Values of codes in the table of each matrix, `float32[batch, *shape]`."""

@@ -101,7 +101,7 @@ class AdaRound:
           MpqError: `k` does not fill the blocks of the scheme.
         """
         start = self.start(w, scheme, gram)
-        if gram is None or not scheme.has_scale or block_scales.applies(scheme):
+        if gram is None or not scheme.has_scale or block_scales.applies(scheme) or scheme.format.span > 1:
             return start
         form, width = common(scheme)
         options = dataclasses.replace(self, columns=1)  # what is compiled does not depend on it

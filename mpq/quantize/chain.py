@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mpq.quantize.loss import dot
+from mpq.quantize.loss import by_span, dot
 
 _SLAB = 512  # rows whose effect on later ones is one matrix product
 
@@ -76,8 +76,12 @@ def before(links: jax.Array, error: jax.Array, count: jax.Array, block: int) -> 
     return jax.lax.fori_loop(0, -(-count // slab), add, jnp.zeros((len(links), error.shape[1])))
 
 
-def below(loss: jax.Array, chain: Chain, error: jax.Array) -> jax.Array:
-    """Whether `loss[n]` is below the damped loss of `error[places, n]`, of which no more is summed than decides it."""
+def below(loss: jax.Array, chain: Chain, error: jax.Array, span: int) -> jax.Array:
+    """Whether `loss[n]` is below the damped loss of `error[places, n]`, of which no more is summed than decides it.
+
+    Columns of a span are compared together.
+    """
+    loss = by_span(loss, span)
     slab = _slab(len(error), 1)
 
     def more(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -87,9 +91,9 @@ def below(loss: jax.Array, chain: Chain, error: jax.Array) -> jax.Array:
         return start + slab, total + jnp.sum(weight[:, None] * taken**2, axis=0)
 
     def open_still(state: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return (state[0] < len(error)) & ~(loss < state[1]).all()
+        return (state[0] < len(error)) & ~(loss < by_span(state[1], span)).all()
 
-    return loss < jax.lax.while_loop(open_still, more, (jnp.int32(0), jnp.zeros_like(loss)))[1]
+    return loss < by_span(jax.lax.while_loop(open_still, more, (jnp.int32(0), jnp.zeros_like(loss)))[1], span)
 
 
 def _slab(rows: int, block: int) -> int:

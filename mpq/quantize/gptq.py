@@ -18,7 +18,8 @@ Differences from the paper:
   the original weights: it has to be known before the first row is rounded.
 - In blocks of ggml the groups of a block have their scales and minima, all at once, when its first row is reached.
 - Output columns are independent; one whose loss comes out above RTN's, because clipping made the greedy order fail,
-  gets RTN's codes and scales. So the layer loss is never above RTN's, by construction.
+  gets RTN's codes and scales. So the layer loss is never above RTN's, by construction. Of columns that are encoded
+  together (`mpq.formats.trellis`) the row is rounded at once, and a whole span takes the one or the other.
 """
 
 import dataclasses
@@ -30,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq.formats.ggml import require_fit
+from mpq.grids import encode_scaled
 from mpq.quantize import block_scales, scales, tiles
 from mpq.quantize.chain import Chain, at_places, before, below, factor, unplace
 from mpq.quantize.loss import choose, dot
@@ -51,7 +53,7 @@ class _Grid(NamedTuple):
         if block_scales.applies(scheme):
             return block_scales.encode(x, self.scale, self.offset, scheme)
         shift = 0.0 if self.zero_point is None else scheme.format.decode(self.zero_point)
-        return scheme.format.encode(x / self.scale + shift)
+        return encode_scaled(scheme.format, x / self.scale + shift, self.scale)
 
     def decode(self, qvalue: jax.Array, scheme: Scheme) -> jax.Array:
         if block_scales.applies(scheme):
@@ -125,7 +127,8 @@ class GPTQ:
             row_weight = scales.row_weight(gram.diagonal(axis1=-2, axis2=-1))
             shared = _fit_matrix(w, row_weight, *common(scheme), self.scale)
         arguments = (gram, place, chain, shared, *common(scheme), self.scale, block, self.act_order)
-        parts = [_quantize(part, *arguments) for part in tiles.cut(w, n, tiles.width(n, self.columns))]
+        width = tiles.width(n, self.columns + -self.columns % scheme.format.span)
+        parts = [_quantize(part, *arguments) for part in tiles.cut(w, n, width)]
         return shared.restore(dataclasses.replace(tiles.join(parts, n), scheme=scheme))
 
 
@@ -216,7 +219,7 @@ def _one(
     allowance = chain.damping * jnp.sum((first - second) * (first + second), axis=0)
     weight = jnp.where(place < k, chain.weight, 0.0)  # without a row there is no error, though no level may be 0
     loss = jnp.sum(weight[:, None] * residual**2, axis=0) - allowance
-    return choose(below(loss, chain, at_places(second, place)), got, nearest)
+    return choose(below(loss, chain, at_places(second, place), scheme.format.span), got, nearest)
 
 
 def _in_order(

@@ -78,7 +78,7 @@ class HQQ:
           scheme: any scheme.
           gram: not read.
         """
-        if not scheme.has_scale or scheme.per_tensor or block_scales.applies(scheme):
+        if not scheme.has_scale or scheme.per_tensor or block_scales.applies(scheme) or scheme.format.span > 1:
             return RTN()(w, scheme)
         return dataclasses.replace(_hqq(w, *common(scheme), self), scheme=scheme)
 

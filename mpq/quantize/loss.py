@@ -20,9 +20,20 @@ def layer_loss(w: jax.Array, qtensor: QTensor, gram: jax.Array) -> jax.Array:
 def better(first: QTensor, second: QTensor, w: jax.Array, gram: jax.Array) -> QTensor:
     """Every output column from `first` where that leaves the smaller layer loss, else (also if NaN) from `second`.
 
+    Columns that are encoded together come from one of them.
     What all columns share is one value in both: a tensor scale, or the scale and zero point of a scheme per tensor.
     """
-    return choose(layer_loss(w, first, gram) < layer_loss(w, second, gram), first, second)
+    one, other = (by_span(layer_loss(w, q, gram), q.scheme.format.span) for q in (first, second))
+    return choose(one < other, first, second)
+
+
+def by_span(loss: jax.Array, span: int) -> jax.Array:
+    """`[..., n]`, the sum over the columns that are encoded with each."""
+    if span == 1:
+        return loss
+    n = loss.shape[-1]
+    sums = jnp.pad(loss, [*[(0, 0)] * (loss.ndim - 1), (0, -n % span)]).reshape(*loss.shape[:-1], -1, span).sum(-1)
+    return jnp.repeat(sums, span, axis=-1)[..., :n]
 
 
 def choose(keep: jax.Array, first: QTensor, second: QTensor) -> QTensor:

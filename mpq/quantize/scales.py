@@ -2,7 +2,7 @@
 
 Two methods. `absmax` puts the largest magnitude of a group on the largest level: what the field calls RTN. `mse`
 searches the scale (affine: both ends of the range) for the smallest squared error of the group, optionally weighted by
-row.
+row. Codes along a trellis take the root of the weighted mean square of the group in either.
 
 Every candidate is rounded to the scheme's scale dtype *before* its error is scored, so the search sees what is stored.
 Groups are padded with zero rows of zero weight, which every format represents exactly: padding influences nothing.
@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpq.grids import encode_scaled
 from mpq.quantize import block_scales, codebooks
 from mpq.quantize.rounding import round_scale
 from mpq.types import MpqError, QTensor, Scheme
@@ -117,7 +118,8 @@ def _tensor_scale(w: jax.Array, scheme: Scheme) -> jax.Array:
         steps = jnp.float32(scheme.format.max_qvalue - scheme.format.min_qvalue)
         largest = high / steps + low / steps
     else:
-        largest = jnp.maximum(low, high) / jnp.float32(scheme.format.max_magnitude)
+        reach = 1.0 if scheme.format.span > 1 else scheme.format.max_magnitude  # no root mean square is above absmax
+        largest = jnp.maximum(low, high) / jnp.float32(reach)
     scale = largest / np.float32(jnp.finfo(scheme.scale_dtype).max)
     # At least 2^-110: the product with the smallest e4m3, 2^-9, is a normal float32.
     scale = jnp.where(largest > 0, jnp.maximum(scale, np.float32(2.0**-110)), 1.0)
@@ -151,26 +153,29 @@ def fit_group(
       x: `float32[..., rows, n]`.
       scheme: a scheme with a scale; its group size is not read.
       method: one of `METHODS`.
-      weight: `float32[..., rows, 1]`, weight of each row's squared error; read by `mse` only.
+      weight: `float32[..., rows, 1]`, weight of each row's squared error; read by `mse`, and of trellises.
       tensor_scale: `float32`, broadcasts against `[..., n]`: what the scales are factors of, or None.
 
     Returns:
       scale `float32[..., n]`, exactly representable in the scheme's scale dtype, and zero point `int8[..., n]` or
-      None. A group of zeros has scale 1 and decodes to exact zeros.
+      None. A group of zeros has scale 1 and decodes to exact zeros, where the format has one.
     """
     unit = np.float32(1) if tensor_scale is None else tensor_scale
     if scheme.zero_point:
         low, high = jnp.minimum(x.min(axis=-2), 0.0), jnp.maximum(x.max(axis=-2), 0.0)
         propose = lambda ends: _affine(low * ends[..., 0], high * ends[..., 1], scheme, unit)
     else:
-        base = _symmetric(jnp.abs(x).max(axis=-2), scheme) / unit
+        coupled = scheme.format.span > 1
+        base = (_mean_square(x, weight) if coupled else _symmetric(jnp.abs(x).max(axis=-2), scheme)) / unit
         if scheme.has_codebook:  # the largest magnitude takes the level -1
             base = jnp.where(x.max(axis=-2) > -x.min(axis=-2), -base, base)
-        # IQ4_NL and learned levels have no 0: the smallest scale brings it closest. A power of two is never 0.
-        without = scheme.has_codebook or (scheme.blocks is not None and scheme.scale_dtype != _POWER_OF_TWO)
+        # These and IQ4_NL have no 0: the smallest scale brings it closest. A power of two is never 0.
+        without = scheme.has_codebook or coupled
+        without |= scheme.blocks is not None and scheme.scale_dtype != _POWER_OF_TWO
         empty = 0.0 if without else 1.0
         propose = lambda factor: (round_scale(jnp.where(base != 0, base * factor, empty), scheme.scale_dtype), None)
-    candidates = _candidates(scheme) if method == "mse" else _candidates(scheme)[:1]
+    searched = method == "mse" and scheme.format.span == 1
+    candidates = _candidates(scheme) if searched else _candidates(scheme)[:1]
     if len(candidates) == 1:
         return propose(candidates[0])
 
@@ -225,6 +230,13 @@ def _symmetric(absmax: jax.Array, scheme: Scheme) -> jax.Array:
     return jax.lax.bitcast_convert_type(power, jnp.float32) * np.float32(2.0 ** (1 - exponent))
 
 
+def _mean_square(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Root of the weighted mean square of groups `[..., rows, n]`: the scale of a trellis."""
+    largest = jnp.abs(x).max(axis=-2, keepdims=True)  # taken out: squares of tiny and of huge numbers are not floats
+    unit = x / jnp.where(largest > 0, largest, 1.0)
+    return largest[..., 0, :] * jnp.sqrt(jnp.sum(weight * unit**2, axis=-2) / jnp.sum(weight, axis=-2))
+
+
 def _affine(
     low: jax.Array, high: jax.Array, scheme: Scheme, unit: jax.Array | np.float32
 ) -> tuple[jax.Array, jax.Array]:
@@ -243,7 +255,7 @@ def encode(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, scheme:
     y = x / scale[..., None, :]
     if zero_point is not None:
         y = y + scheme.format.decode(zero_point)[..., None, :]
-    return scheme.format.encode(y)
+    return encode_scaled(scheme.format, y, scale[..., None, :])
 
 
 def decode(qvalue: jax.Array, scale: jax.Array, zero_point: jax.Array | None, scheme: Scheme) -> jax.Array:

@@ -86,7 +86,7 @@ class SignRound:
           gram: `float32[batch, k, k]`, E[x xT], finite and positive semidefinite; or None.
         """
         start = self.start(w, scheme, gram)
-        if gram is None or not scheme.has_scale or block_scales.applies(scheme):
+        if gram is None or not scheme.has_scale or block_scales.applies(scheme) or scheme.format.span > 1:
             return start
         form, width = common(scheme)
         learn = lambda w, start: _learn(w, start, gram, width, self.steps, self.ranges)

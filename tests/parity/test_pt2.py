@@ -36,6 +36,8 @@ pytestmark = [
 WHOLE = ("int4_g16", "int8_channel", "int2_g16_zp", "int8_g16_zp_sbfloat16", "int4_tensor_zp", "bf16")
 ODD = (
     "lut3_g16",
+    "tcq3_g16",
+    "tcq5_channel_sfp8",
     "int3_g16",
     "int5_g12",
     "nf4_g16_sfp8",
