@@ -18,6 +18,7 @@ from mpq.quantize.adaround import AdaRound
 from mpq.quantize.best import Best
 from mpq.quantize.loss import by_span, layer_loss
 from mpq.quantize.signround import SignRound
+from mpq.sensitivity.errors import StoredErrors, packed
 from mpq.types import MpqError, Use, WeightSpec
 from tests.quantize_cases import assert_equal
 
@@ -38,7 +39,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 def walked(codes: np.ndarray, bits: int) -> np.ndarray:
     """Values `[n]` of one row, state by state."""
-    choice, states, table = CHOICES[bits], 2**STATE_BITS, levels(bits)
+    choice, states, table = CHOICES[bits], 2**STATE_BITS, levels(CHOICES[bits].gain)
     values, state = [], 0
     for column, code in enumerate(map(int, codes)):
         if column % SPAN == 0:
@@ -59,7 +60,7 @@ def test_the_table_s_key_is_the_format_s_name(name):
 @GRIDS
 class TestEveryTrellis:
     def test_levels_ascend_are_symmetric_and_fit_half_precision(self, grid):
-        table = levels(grid.bits)
+        table = levels(grid.choice.gain)
         assert (np.diff(table) >= 0).all()
         np.testing.assert_array_equal(table, -table[::-1])
         np.testing.assert_array_equal(table, table.astype(np.float16))
@@ -210,6 +211,17 @@ def test_training_keeps_codes_and_learns_scales():
     np.testing.assert_array_equal(latent.freeze(moved, qtensor).qvalue, qtensor.qvalue)
     error = lambda one: jnp.sum((w - latent.reconstruct(one, qtensor)) ** 2)
     assert float(jnp.abs(jax.grad(error)(begin).log_scale).max()) > 0
+
+
+@pytest.mark.parametrize("text", ["tcq3_g32", "tcq4_channel_sfp8", "tcq2_tensor"])
+def test_metrics_that_take_columns_get_what_all_columns_decode_to(text):
+    w, one = problem(13)[0], spec(1, K, N)
+    qtensors = RTN()(w, parse_scheme(text)), RTN()(w, parse_scheme("int4_g32"))
+    stored = StoredErrors(w[0], tuple(map(packed, qtensors)), one, 10**6)
+    chosen = jnp.asarray([N - 1, 3, SPAN + 1, 3])
+    want = jnp.stack([q.dequantize() - w for q in qtensors])
+    np.testing.assert_array_equal(stored.matrices(lambda a: jnp.take(a, chosen, axis=-1)), want[..., chosen])
+    np.testing.assert_array_equal(stored.matrices(), want)
 
 
 def test_kernels_refuse_it_by_name():

@@ -82,7 +82,7 @@ class Trellis:
     @property
     def max_magnitude(self) -> float:
         """Of the outermost levels."""
-        return float(levels(self.bits)[-1])
+        return float(levels(self.choice.gain)[-1])
 
     @property
     def uniform(self) -> bool:
@@ -100,15 +100,15 @@ class Trellis:
         return SPAN
 
     @property
+    def choice(self) -> Choice:
+        """Of this width."""
+        return CHOICES[self.bits]
+
+    @property
     def factors(self) -> tuple[int, ...]:
         """Of a column's own code, and of those before it: their sum modulo S is the rank of its level."""
         shifts = range(0, STATE_BITS, self.bits)
-        return tuple((CHOICES[self.bits].multiplier << shift) % (1 << STATE_BITS) for shift in shifts)
-
-    @property
-    def start(self) -> int:
-        """The code that precedes every span."""
-        return CHOICES[self.bits].start
+        return tuple((self.choice.multiplier << shift) % (1 << STATE_BITS) for shift in shifts)
 
     def encode(self, x: jax.Array, weight: jax.Array | None = None) -> jax.Array:
         """Codes of the least squared error of every sequence.
@@ -124,7 +124,8 @@ class Trellis:
         weight = _spans(jnp.broadcast_to(weight, x.shape), 0)
         sequences = _spans(jnp.clip(x, -_FAR, _FAR), 0), weight
         flat = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), sequences)
-        codes = jax.lax.map(lambda pair: self._viterbi(*pair), flat, batch_size=_AT_ONCE)
+        search = functools.partial(viterbi, level=by_state(self.choice), start=self.choice.start, bits=self.bits)
+        codes, _ = jax.lax.map(lambda pair: search(*pair), flat, batch_size=_AT_ONCE)
         return codes.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
 
     def decode(self, qvalue: jax.Array) -> jax.Array:
@@ -132,36 +133,49 @@ class Trellis:
         factors, states = self.factors, 1 << STATE_BITS
         codes = _spans(qvalue, 0).astype(jnp.int32)
         length, earlier = codes.shape[-1], len(factors) - 1
-        before = jnp.full((*codes.shape[:-1], earlier), self.start, jnp.int32)
+        before = jnp.full((*codes.shape[:-1], earlier), self.choice.start, jnp.int32)
         codes, rank = jnp.concatenate([before, codes], axis=-1), jnp.zeros(codes.shape, jnp.int32)
         for ago, factor in enumerate(factors):
             rank += factor * jax.lax.slice_in_dim(codes, earlier - ago, earlier - ago + length, axis=-1)
-        value = jnp.asarray(levels(self.bits))[rank % states]
+        value = jnp.asarray(levels(self.choice.gain))[rank % states]
         return value.reshape(*qvalue.shape[:-1], -1)[..., : qvalue.shape[-1]]
 
-    def _viterbi(self, x: jax.Array, weight: jax.Array) -> jax.Array:
-        """Codes `int8[length]` of one sequence.
 
-        States that differ in nothing but the bits that are shifted out have the same successors: of these the cheapest
-        survives.
-        """
-        codes = 1 << self.bits
-        kept = (1 << STATE_BITS) // codes  # states, up to the bits that a shift loses
-        level = jnp.asarray(by_state(self.bits)).reshape(kept, codes)
-        start = sum(self.start << shift for shift in range(0, STATE_BITS, self.bits)) % (kept * codes)
+def viterbi(
+    x: jax.Array, weight: jax.Array, level: jax.Array | np.ndarray, start: int, bits: int
+) -> tuple[jax.Array, jax.Array]:
+    """The best codes of one sequence, and the weighted squared error that they leave.
 
-        def forward(cost: jax.Array, column: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            value, weight = column
-            least, lost = _least(cost.reshape(codes, kept))
-            return (least[:, None] + weight * (value - level) ** 2).reshape(-1), lost
+    States that differ in nothing but the bits that are shifted out have the same successors: of these the cheapest
+    survives.
 
-        def back(state: jax.Array, lost: jax.Array) -> tuple[jax.Array, jax.Array]:
-            rest = state // codes
-            return lost[rest].astype(jnp.int32) * kept + rest, (state % codes).astype(jnp.int8)
+    Args:
+      x: `float32[length]`.
+      weight: of that shape.
+      level: `float32[S]`, of each state.
+      start: the code that precedes the sequence.
+      bits: width of a code.
 
-        first = jnp.full(kept * codes, _NEVER).at[start].set(0.0)
-        cost, lost = jax.lax.scan(forward, first, (x, weight))
-        return jax.lax.scan(back, cost.argmin().astype(jnp.int32), lost, reverse=True)[1]
+    Returns:
+      `int8[length]` and `float32`.
+    """
+    codes = 1 << bits
+    kept = (1 << STATE_BITS) // codes  # states, up to the bits that a shift loses
+    level = jnp.asarray(level).reshape(kept, codes)
+    begin = sum(start << shift for shift in range(0, STATE_BITS, bits)) % (kept * codes)
+
+    def forward(cost: jax.Array, column: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        value, weight = column
+        least, lost = _least(cost.reshape(codes, kept))
+        return (least[:, None] + weight * (value - level) ** 2).reshape(-1), lost
+
+    def back(state: jax.Array, lost: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rest = state // codes
+        return lost[rest].astype(jnp.int32) * kept + rest, (state % codes).astype(jnp.int8)
+
+    first = jnp.full(kept * codes, _NEVER).at[begin].set(0.0)
+    cost, lost = jax.lax.scan(forward, first, (x, weight))
+    return jax.lax.scan(back, cost.argmin().astype(jnp.int32), lost, reverse=True)[1], cost.min()
 
 
 def _least(cost: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -174,17 +188,16 @@ def _least(cost: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @functools.cache
-def levels(bits: int) -> np.ndarray:
+def levels(gain: float) -> np.ndarray:
     """`float32[S]`, ascending; all are numbers of half precision."""
     states = 1 << STATE_BITS
     normal = [NormalDist().inv_cdf((2 * rank + 1) / (2 * states)) for rank in range(states)]
-    return (CHOICES[bits].gain * np.array(normal)).astype(np.float16).astype(np.float32)
+    return (gain * np.array(normal)).astype(np.float16).astype(np.float32)
 
 
-def by_state(bits: int) -> np.ndarray:
+def by_state(choice: Choice) -> np.ndarray:
     """`float32[S]`, the level of each state."""
-    states = 1 << STATE_BITS
-    return levels(bits)[CHOICES[bits].multiplier * np.arange(states) % states]
+    return levels(choice.gain)[choice.multiplier * np.arange(1 << STATE_BITS) % (1 << STATE_BITS)]
 
 
 def _spans(a: jax.Array, fill: int) -> jax.Array:

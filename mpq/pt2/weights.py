@@ -17,7 +17,7 @@ import numpy as np
 from mpq.export.parts import from_parts, to_parts
 from mpq.formats.floating import Float
 from mpq.formats.integer import Integer
-from mpq.formats.trellis import Trellis, levels
+from mpq.formats.trellis import STATE_BITS, Trellis, levels
 from mpq.pt2.graph import Graph
 from mpq.pt2.ops import permuted
 from mpq.types import QTensor, Scheme, WeightSpec
@@ -153,15 +153,15 @@ class Weights:
         spans = -(-n // length)
         codes = graph.one(torch.nn.functional.pad, codes, [0, spans * length - n])
         codes = graph.one(torch.reshape, codes, (*rows, spans, length))
-        codes = graph.one(torch.nn.functional.pad, codes, [len(factors) - 1, 0], "constant", grid.start)
+        codes = graph.one(torch.nn.functional.pad, codes, [len(factors) - 1, 0], "constant", grid.choice.start)
         taps = []
         for ago, factor in enumerate(factors):
             first = len(factors) - 1 - ago
             tap = graph.one(operator.getitem, codes, (Ellipsis, slice(first, first + length)))
             taps.append(graph.one(operator.mul, tap, factor))
         rank = functools.reduce(lambda total, tap: graph.one(operator.add, total, tap), taps)
-        rank = graph.one(torch.bitwise_and, rank, len(levels(grid.bits)) - 1)
-        value = graph.one(operator.getitem, graph.constant(levels(grid.bits), np.float32), rank)
+        rank = graph.one(torch.bitwise_and, rank, (1 << STATE_BITS) - 1)
+        value = graph.one(operator.getitem, graph.constant(levels(grid.choice.gain), np.float32), rank)
         value = graph.one(torch.reshape, value, (*rows, spans * length))
         return graph.one(operator.getitem, value, (Ellipsis, slice(0, n)))
 

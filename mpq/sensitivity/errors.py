@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.bits import pack_bits, unpack_bits
+from mpq.formats import FORMATS
 from mpq.quantize.widths import common
 from mpq.sensitivity.base import CandidateSource, quantization_error
 from mpq.trace import Trace
@@ -114,7 +115,15 @@ class StoredErrors:
 
 
 def packed(candidate: QTensor) -> QTensor:
-    """With codes as bytes full of bits, `uint8[batch, rows, n]`; values of a format without codes stay as they are."""
+    """With codes as bytes full of bits, `uint8[batch, rows, n]`; values of a format without codes stay as they are.
+
+    Columns that are encoded together become float16, which holds their levels: some of them alone have no codes.
+    """
+    if candidate.scheme.format.span > 1:
+        values = candidate.grid.decode(candidate.qvalue).astype(jnp.float16)
+        return dataclasses.replace(
+            candidate, qvalue=values, scheme=dataclasses.replace(candidate.scheme, format=FORMATS["fp16"])
+        )
     codes, of = np.asarray(candidate.qvalue), candidate.scheme.format
     if codes.dtype != np.int8:
         return candidate
