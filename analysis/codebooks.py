@@ -1,5 +1,6 @@
-"""`python -m analysis.codebooks`: what learned levels buy, from committed results of rounding and of distillation."""
+"""`python -m analysis.codebooks`: what learned levels and trellises buy, from committed results."""
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,18 +14,19 @@ Result = Mapping[str, Any]
 
 ALGORITHMS = {"rtn_mse": "to nearest, scales searched", "gptq": "GPTQ", "qep": "QEP"}
 INGREDIENTS = {"fine": "GPTQ", "propagated": "QEP", "propagated_varied": "codes and scales distilled after QEP"}
-_LEARNED = "lut"
+_LEARNED, _TRELLIS = "lut", "tcq"
 
 
 def rounding(result: Result, part: str) -> str:
-    """KL by scheme and algorithm; of learned levels also the share of the best fixed table's of that width."""
+    """KL by scheme and algorithm; of what is no fixed table also the share of the best one's of that width."""
     rows = [row for row in result["rows"] if row["part"] == part]
     found = [name for name in ALGORITHMS if any(row["algorithm"] == name for row in rows)]
     lines = [
         "| scheme | bits per weight | " + " | ".join(ALGORITHMS[name] for name in found) + " |",
         "|---|---:|" + "---:|" * len(found),
     ]
-    for scheme, bits in dict.fromkeys((row["scheme"], row["bits_per_weight"]) for row in rows):
+    schemes = dict.fromkeys((row["scheme"], row["bits_per_weight"]) for row in rows)
+    for scheme, bits in sorted(schemes, key=lambda pair: _width(pair[0])):
         cells = [_cell(rows, scheme, name) for name in found]
         lines.append("| " + " | ".join([f"`{scheme}`", f"{bits:.4f}", *cells]) + " |")
     return "\n".join(lines)
@@ -35,10 +37,28 @@ def _cell(rows: Sequence[Result], scheme: str, algorithm: str) -> str:
     if scheme not in of:
         return "–"
     text = with_error(of[scheme]["kl"], of[scheme]["kl_stderr"])
-    width = lambda name: name.split("_")[0][-1]
-    fixed = [row["kl"] for name, row in of.items() if width(name) == width(scheme) and not name.startswith(_LEARNED)]
-    share = scheme.startswith(_LEARNED) and fixed
+    same = [name for name in of if _width(name) == _width(scheme)]
+    fixed = [of[name]["kl"] for name in same if not name.startswith((_LEARNED, _TRELLIS))]
+    share = scheme.startswith((_LEARNED, _TRELLIS)) and fixed
     return f"{text}, {100 * of[scheme]['kl'] / min(fixed):.0f} %" if share else text
+
+
+def _width(scheme: str) -> str:
+    return scheme.split("_")[0][-1]
+
+
+def normal(result: Result) -> str:
+    """What is left of normal values by width: the bound, a trellis, the best of all multipliers, the best levels."""
+    lines = [
+        "| width | least there can be | trellis | above it | multiplier, of the best | best levels | above the least |",
+        "|---|" + "---:|" * 6,
+    ]
+    for row in result["widths"]:
+        above = lambda error, row=row: f"{10 * math.log10(error / row['bound']):.2f} dB"
+        cells = [f"{row['bound']:.5f}", f"{row['own']:.5f}", above(row["own"]), f"{row['own'] / row['best']:.3f}"]
+        cells += [f"{row['levels']:.5f}", above(row["levels"])]
+        lines.append("| " + " | ".join([f"`{_TRELLIS}{row['bits']}`", *cells]) + " |")
+    return "\n".join(lines)
 
 
 def plans(results: Sequence[Result]) -> str:
@@ -74,21 +94,27 @@ def page(results: Sequence[Result]) -> str:
 
 
 def _parts(results: Sequence[Result]) -> Iterator[str]:
-    yield "# What learned levels buy"
+    yield "# What learned levels and codes along a trellis buy"
     yield (
-        "Written by `python -m analysis.codebooks` from the files beside it; `experiments/rounding.py` and "
-        "`experiments/distillation.py` say how they are made. KL to the original on text that no stage saw, nats per "
-        "token, standard errors over windows. Sizes count codes, scales and tables. Per cent are of the better of the "
-        "fixed tables of that width."
+        "Written by `python -m analysis.codebooks` from the files beside it; `experiments/rounding.py`, "
+        "`experiments/distillation.py` and `experiments/trellis.py` say how they are made. KL to the original on text "
+        "that no stage saw, nats per token, standard errors over windows. Sizes count codes, scales and tables. Per "
+        "cent are of the better of the fixed tables of that width. Plans with codes along a trellis are beside other "
+        "tools "
+        "[there](../weight_peers/README.md)."
     )
     for result in results:
-        if "options" not in result:
-            config = result["record"]["config"]
-            yield f"## One scheme for all weights: {config['model']}"
-            yield f"{config['windows']} windows of {config['window']} tokens to judge by. The weights of the blocks:"
-            yield rounding(result, "blocks")
-            yield "All weights:"
-            yield rounding(result, "all")
+        if "widths" in result:
+            yield "## Normal values"
+            yield "Mean squared errors of independent values of variance 1; no code leaves less than 4^-bits."
+            yield normal(result)
+    for result in merged(results):
+        config = result["record"]["config"]
+        yield f"## One scheme for all weights: {config['model']}"
+        yield f"{config['windows']} windows of {config['window']} tokens to judge by. The weights of the blocks:"
+        yield rounding(result, "blocks")
+        yield "All weights:"
+        yield rounding(result, "all")
     for model in dict.fromkeys(result["options"]["model"] for result in results if "options" in result):
         of = [result for result in results if "options" in result and result["options"]["model"] == model]
         options = of[0]["options"]
@@ -100,6 +126,17 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
             f"weight."
         )
         yield plans(sorted(of, key=_learns))
+
+
+def merged(results: Sequence[Result]) -> list[Result]:
+    """Schemes that were rounded one by one: those of a model, judged on as much, in one result."""
+    by_model: dict[tuple[Any, ...], Result] = {}
+    for result in (r for r in results if "rows" in r and "options" not in r):
+        config = result["record"]["config"]
+        key = tuple(config[name] for name in ("model", "windows", "window"))
+        rows = [*by_model[key]["rows"], *result["rows"]] if key in by_model else result["rows"]
+        by_model[key] = {**by_model.get(key, result), "rows": rows}
+    return list(by_model.values())
 
 
 def main() -> int:

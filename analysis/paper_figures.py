@@ -10,7 +10,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from analysis import weight_peers
 from analysis.axes import DASHES, legend_entries
 from analysis.bakeoff import mean_tau, overview
-from analysis.figure import DISTILLED, HEURISTIC, INK, MIXED, MUTED, PREDICTED, PROPAGATED, UNIFORM
+from analysis.figure import CORRECTED, DISTILLED, HEURISTIC, INK, MIXED, MUTED, PREDICTED, PROPAGATED, UNIFORM
 from analysis.kernels import fastest, latest_parts
 from analysis.load import Result as Run
 from analysis.paper_sources import Json, Sources
@@ -99,6 +99,7 @@ _OURS: Mapping[str, tuple[str, str, str]] = MappingProxyType(
         "uniform": (UNIFORM, "s", "one scheme, GPTQ"),
         "propagated": (PREDICTED, "o", "allocated, QEP"),
         "learned": (PROPAGATED, "v", "learned levels, QEP"),
+        "trellis": (CORRECTED, "P", "codes along a trellis, QEP"),
         "learned_varied": (DISTILLED, "D", "and distilled"),
         "learned_written": (MIXED, "^", "and distilled on its own text"),
     }

@@ -1,5 +1,6 @@
 """The numbers in the paper's prose: a macro each, from the committed results."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 
@@ -155,6 +156,7 @@ def making(sources: Sources) -> Numbers:
         "StepUniform": with_error(step("uniform")["kl"], step("uniform")["kl_stderr"]),
         "StepDistilled": with_error(step("propagated_varied")["kl"], step("propagated_varied")["kl_stderr"]),
         "StepTimes": f"{step('uniform')['kl'] / step('propagated_varied')['kl']:.1f}",
+        **_trellis(sources),
         **_peers(sources),
         **_training(sources),
     }
@@ -167,13 +169,16 @@ def _learned(sources: Sources) -> str:
 def _peers(sources: Sources) -> Numbers:
     """Budgets at which there is a peer, and at how many of them some ingredient halves its excess."""
     found: dict[str, dict[str, list[str]]] = {}
+    rounded: dict[tuple[str, str], list[str]] = {}
     for model, result in peer_results(sources).items():
         for row in parse(weight_peers.goals(result)).rows:
-            assert row[-1] != "yes" or "distilled" in row[6] or model == "stories260k", (
-                "the text says: not without training"
+            assert row[-1] != "yes" or model == "stories260k" or "distilled" in row[6] or "trellis" in row[6], (
+                "the text says: without a trellis, not without training"
             )
             if "no peer" not in row[-1]:
                 found.setdefault(model, {}).setdefault(row[0], []).append(row[-1])
+                if "distilled" not in row[6]:
+                    rounded.setdefault((model, row[0]), []).append(row[-1])
     halved = {model: ["yes" in words for words in of.values()] for model, of in found.items()}
     own = next(row for row in peer_results(sources)["reference"]["rows"] if row.get("ingredient") == "learned_written")
     best = weight_peers.best_peer(peer_results(sources)["reference"], own["budget"])
@@ -182,10 +187,38 @@ def _peers(sources: Sources) -> Numbers:
         "PeerGoal": _percent(weight_peers.GOAL),
         "PeerCases": str(sum(map(len, halved.values()))),
         "PeerHalved": str(sum(map(sum, halved.values()))),
+        "PeerRounded": str(sum("yes" in words for words in rounded.values())),
+        "PeerTrellis": ", ".join(f"{ratio:.2f}" for ratio in _trellis_ratios(sources)),
         "PeerReference": str(len(halved["reference"])),
         "PeerReferenceHalved": str(sum(halved["reference"])),
         "PeerMissed": f"{own['budget']:g}",
         "PeerMissedRatio": f"{own['test']['excess'] / best['test']['excess']:.2f}",
+    }
+
+
+def _trellis_ratios(sources: Sources) -> list[float]:
+    """KL of the reference model's plans with codes along a trellis over that of the best peer, sizes ascending."""
+    rows = parse(weight_peers.goals(peer_results(sources)["reference"])).rows
+    what = weight_peers.INGREDIENTS["trellis"]
+    return [float(row[12]) for row in rows if row[6] == what and "no peer" not in row[-1]]
+
+
+def _trellis(sources: Sources) -> Numbers:
+    """What codes along a trellis leave of normal values, and of the KL of the best fixed table of their width."""
+    above = lambda name: [
+        10 * math.log10(row[name] / row["bound"]) for row in sources.file("codebooks/normal")["widths"]
+    ]
+    found = codebooks.merged(list(sources.folder("codebooks").values()))
+    shares = []
+    for result in found:
+        for row in parse(codebooks.rounding(result, "blocks")).rows:
+            if row[0].startswith("`tcq") and "channel" in row[0]:
+                shares += [float(share) for cell in row[2:] for share in re.findall(r", (\d+) %", cell)]
+    span = lambda values: f"{min(values):.1f}–{max(values):.1f}"
+    return {
+        "TrellisAbove": span(above("own")),
+        "LevelsAbove": span(above("levels")),
+        "TrellisShares": f"{min(shares):.0f}–{max(shares):.0f} %",
     }
 
 

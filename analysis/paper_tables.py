@@ -26,7 +26,9 @@ def tasks(sources: Sources) -> Table:
 
 def rounding(sources: Sources) -> Table:
     """One scheme for all weights of the blocks of the reference model, by format and algorithm."""
-    table = parse(codebooks.rounding(sources.file("codebooks/reference"), "blocks"))
+    found = codebooks.merged(list(sources.folder("codebooks").values()))
+    result = next(result for result in found if result["record"]["config"]["model"] == "reference")
+    table = parse(codebooks.rounding(result, "blocks"))
     return table.columns(0, 1, 2, 3, 4, heads={1: "bpw"})
 
 
@@ -37,8 +39,9 @@ def ingredients(sources: Sources) -> Table:
 
 
 def weight_peers(sources: Sources) -> Table:
-    """The reference model beside the best peer of every size where there is one."""
-    table = parse(peers_page.goals(peer_results(sources)["reference"])).keep(lambda row: "no peer" not in row[-1])
+    """The reference model beside the best peer of every size where there is one; of ours, plain grams alone."""
+    shown = lambda row: "no peer" not in row[-1] and "weighted grams" not in row[6]
+    table = parse(peers_page.goals(peer_results(sources)["reference"])).keep(shown)
     heads = {1: "best peer", 6: "ours", 11: "ratio", 12: "of KL", 13: "at most half"}
     return table.columns(0, 1, 3, 6, 8, 11, 12, 13, heads=heads).cells(_shorter)
 
@@ -125,6 +128,8 @@ def llama_cpp(sources: Sources) -> Table:
 SHORTER = (
     (r"mpq, ", ""),
     (r"(?:with )?learned levels, rounded \(QEP\)", "learned levels, QEP"),
+    (r"with codes along a trellis, rounded \(QEP\)", "trellis, QEP"),
+    (r"codes along a trellis to choose from instead of learned levels, QEP", "codes along a trellis instead, QEP"),
     (r"allocated(?: and|,) rounded \(QEP\)", "allocated, QEP"),
     (r"(?:,| and) distilled in \d+ steps", ", distilled"),
     (r" on its own text", " on own text"),
