@@ -112,8 +112,8 @@ def sensitivity(sources: Sources) -> Numbers:
 def _surrogates(sources: Sources) -> Numbers:
     """Plans of few bits: sums, a corrected table and a surrogate, of Fisher scores and the most plans."""
     bands = {name: only(result["bands"], bits=[2, 4]) for name, result in sources.folder("surrogate").items()}
-    convolutional, encoder = bands.pop("resnet20-rtn_mse-corrected"), bands.pop("minilm-rtn")
-    few = [band["metrics"]["fisher"] for band in bands.values()]
+    convolutional, encoder = bands["resnet20-rtn_mse-corrected"], bands["minilm-rtn-640"]
+    few = [bands[name]["metrics"]["fisher"] for name in ("reference-rtn", "tiny1m-gptq", "tiny1m-rtn")]
     of_encoder = encoder["metrics"]["kl"]
     alone = convolutional["metrics"]["alone"]
     most = [of["fitted"][-1] for of in few]
