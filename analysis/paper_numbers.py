@@ -114,7 +114,7 @@ def _surrogates(sources: Sources) -> Numbers:
     bands = {name: only(result["bands"], bits=[2, 4]) for name, result in sources.folder("surrogate").items()}
     convolutional, encoder = bands["resnet20-rtn_mse-corrected"], bands["minilm-rtn-640"]
     few = [bands[name]["metrics"]["fisher"] for name in ("reference-rtn", "tiny1m-gptq", "tiny1m-rtn")]
-    of_encoder = encoder["metrics"]["kl"]
+    of_encoder, by_gptq = encoder["metrics"]["kl"], bands["minilm-gptq"]["metrics"]["kl"]
     alone = convolutional["metrics"]["alone"]
     most = [of["fitted"][-1] for of in few]
     assert len({fitted["plans"] for fitted in most}) == 1, "the text names one number of plans"
@@ -128,6 +128,8 @@ def _surrogates(sources: Sources) -> Numbers:
         "EncoderPlans": str(of_encoder["fitted"][-1]["plans"]),
         "EncoderSum": f"{of_encoder['sum']['tau']:.2f}",
         "EncoderTau": f"{of_encoder['fitted'][-1]['surrogate']['tau']:.2f}",
+        "EncoderGptqSum": f"{by_gptq['sum']['tau']:.2f}",
+        "EncoderGptqTau": f"{by_gptq['fitted'][-1]['surrogate']['tau']:.2f}",
         "CorrectedSum": f"{alone['sum']['tau']:.2f}",
         "CorrectedUnseen": f"{convolutional['metrics']['kl']['sum']['tau']:.2f}",
         "CorrectedTau": f"{alone['fitted'][-1]['surrogate']['tau']:.2f}",
