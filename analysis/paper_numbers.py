@@ -113,9 +113,9 @@ def sensitivity(sources: Sources) -> Numbers:
 def _surrogates(sources: Sources) -> Numbers:
     """Plans of few bits: sums, a corrected table and a surrogate, of Fisher scores and the most plans."""
     bands = {name: only(result["bands"], bits=[2, 4]) for name, result in sources.folder("surrogate").items()}
-    convolutional, encoder = bands.pop("resnet20-rtn_mse-corrected"), bands.pop("minilm-rtn")
-    few = [band["metrics"]["fisher"] for band in bands.values()]
-    of_encoder = encoder["metrics"]["kl"]
+    convolutional, encoder = bands["resnet20-rtn_mse-corrected"], bands["minilm-rtn-640"]
+    few = [bands[name]["metrics"]["fisher"] for name in ("reference-rtn", "tiny1m-gptq", "tiny1m-rtn")]
+    of_encoder, by_gptq = encoder["metrics"]["kl"], bands["minilm-gptq"]["metrics"]["kl"]
     alone = convolutional["metrics"]["alone"]
     most = [of["fitted"][-1] for of in few]
     assert len({fitted["plans"] for fitted in most}) == 1, "the text names one number of plans"
@@ -129,6 +129,8 @@ def _surrogates(sources: Sources) -> Numbers:
         "EncoderPlans": str(of_encoder["fitted"][-1]["plans"]),
         "EncoderSum": f"{of_encoder['sum']['tau']:.2f}",
         "EncoderTau": f"{of_encoder['fitted'][-1]['surrogate']['tau']:.2f}",
+        "EncoderGptqSum": f"{by_gptq['sum']['tau']:.2f}",
+        "EncoderGptqTau": f"{by_gptq['fitted'][-1]['surrogate']['tau']:.2f}",
         "CorrectedSum": f"{alone['sum']['tau']:.2f}",
         "CorrectedUnseen": f"{convolutional['metrics']['kl']['sum']['tau']:.2f}",
         "CorrectedTau": f"{alone['fitted'][-1]['surrogate']['tau']:.2f}",

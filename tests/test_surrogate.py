@@ -4,8 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+from scipy.stats import kendalltau
 
-from analysis.surrogate import overview, page
+from analysis.surrogate import overview, page, reachable
 from experiments import bakeoff
 from experiments.surrogate import Options, compare, main
 from mpq.files import read_json
@@ -115,3 +116,21 @@ def test_the_page_says_which_goals_are_met(result):
     del band["metrics"]["kl"]
     assert overview([result | {"bands": [band]}]).endswith("missed: tau 0.95, ratio within 0.1 |")
     assert "measured on the selection set" in page([result])
+    band["halves"] = 0.85
+    assert overview([result | {"bands": [band]}]).endswith(
+        "missed: tau 0.95, which this test set cannot show, ratio within 0.1 |"
+    )
+
+
+def test_what_is_reachable_is_what_a_predictor_of_the_truth_reaches():
+    """Losses of 4,000 plans on two halves of a test set, each with an error of its own."""
+    rng = np.random.default_rng(3)
+    truth = rng.normal(size=4000)
+    halves = truth[:, None] + 0.4 * rng.normal(size=(4000, 2))
+    tau = lambda a, b: float(np.asarray(kendalltau(a, b))[0])
+    between, whole = tau(*halves.T), tau(truth, halves.sum(axis=1))
+    # The variance of tau is at most 2 (1 - tau^2) / n (Kendall and Gibbons 1990, chapter 4): .014 squared at .8.
+    assert reachable(between) == pytest.approx(whole, abs=0.02)
+    assert whole - between > 0.08
+    assert reachable(1.0) == pytest.approx(1)
+    assert reachable(-0.2) == 0
