@@ -105,7 +105,11 @@ class TestEveryTrellis:
         x = normal(2, 2 * SPAN + 20, seed=5)
         other = x.copy()
         other[:, SPAN : 2 * SPAN] = normal(2, SPAN, seed=6)
-        first, second = (np.asarray(grid.encode(jnp.asarray(a))) for a in (x, other))
+        weight = np.exp(normal(2, 2 * SPAN + 20, seed=14))
+        weights = weight, np.where((other == x).all(axis=0), weight, 100 * weight)
+        first, second = (
+            np.asarray(grid.encode(*map(jnp.asarray, pair))) for pair in zip((x, other), weights, strict=True)
+        )
         np.testing.assert_array_equal(first[:, :SPAN], second[:, :SPAN])
         np.testing.assert_array_equal(first[:, 2 * SPAN :], second[:, 2 * SPAN :])
 
@@ -151,6 +155,7 @@ class TestRounding:
     def test_gptq_depends_on_no_block_and_no_tile(self, text):
         (w, gram), scheme = problem(4), parse_scheme(text)
         got = GPTQ()(w, scheme, gram)
+        assert_equal(GPTQ(columns=512)(w, scheme, gram), got)
         assert_equal(GPTQ(columns=100)(w, scheme, gram), got)
         loss = [float(layer_loss(w, GPTQ(block_size=size)(w, scheme, gram), gram).sum()) for size in (8, 128)]
         assert abs(loss[0] - loss[1]) < 0.02 * loss[1]  # float32 rounding may take another path through the trellis

@@ -120,8 +120,10 @@ class Trellis:
         Returns:
           `int8`, of the shape of `x`.
         """
-        weight = jnp.ones(()) if weight is None else weight / jnp.maximum(weight.max(), jnp.finfo(jnp.float32).tiny)
-        weight = _spans(jnp.broadcast_to(weight, x.shape), 0)
+        weight = _spans(jnp.broadcast_to(1.0 if weight is None else weight, x.shape), 0)
+        weight /= jnp.maximum(
+            weight.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny
+        )  # so that sums are finite
         sequences = _spans(jnp.clip(x, -_FAR, _FAR), 0), weight
         flat = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), sequences)
         search = functools.partial(viterbi, level=by_state(self.choice), start=self.choice.start, bits=self.bits)
