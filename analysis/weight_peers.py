@@ -178,8 +178,9 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
         "of the linear weights of the blocks. KL is to the original, the excess is the rise of the loss, both in nats "
         "per token, on text like the calibration text and, where it says other, on another domain's; standard errors "
         f"over windows. The best peer of a size leaves the least excess and takes at most {100 * (SPARE - 1):.0f} % "
-        "more bits than the budget; where it takes over 5 % fewer, nothing is claimed. The machine did other work "
-        "beside: seconds of a processor are the fairer ones."
+        "more bits than the budget; where it takes over 5 % fewer, nothing is claimed. Codes along a trellis and "
+        "learned levels run here and in programs of PyTorch; formats of peers have kernels, too. The machine did other "
+        "work beside: seconds of a processor are the fairer ones."
     )
     for result in merged(result for result in results if "peers" in result["record"]["config"]):
         yield f"## {result['record']['config']['model']}"
