@@ -99,9 +99,9 @@ _OURS: Mapping[str, tuple[str, str, str]] = MappingProxyType(
         "uniform": (UNIFORM, "s", "one scheme, GPTQ"),
         "propagated": (PREDICTED, "o", "allocated, QEP"),
         "learned": (PROPAGATED, "v", "learned levels, QEP"),
-        "trellis": (CORRECTED, "P", "codes along a trellis, QEP"),
         "learned_varied": (DISTILLED, "D", "and distilled"),
         "learned_written": (MIXED, "^", "and distilled on its own text"),
+        "trellis": (CORRECTED, "P", "trellis, QEP"),
     }
 )
 """Ingredients of ours in the figure: colour, marker, words."""
