@@ -50,8 +50,13 @@ def test_a_loss_is_below_that_of_an_error_where_it_is(k):
     exact = np.sum(weight[:, None] * (links.astype(np.float64) @ error) ** 2, axis=0)
     factor = np.float32([0.2, 0.6, 0.999, 1.001, 2, np.inf, np.nan, -1])
     whole = chain.Chain(jnp.asarray(links), jnp.asarray(weight), jnp.float32(0), None)
-    got = chain.below(jnp.asarray(exact * factor, jnp.float32), whole, jnp.asarray(error))
-    np.testing.assert_array_equal(got, [True, True, True, False, False, False, False, True])
+    below = lambda loss, span: chain.below(jnp.asarray(loss, jnp.float32), whole, jnp.asarray(error), span)
+    np.testing.assert_array_equal(below(exact * factor, 1), [True, True, True, False, False, False, False, True])
+    for factor in ([0.5, 0.5, 2, 2, 0.5, 0.9, 1.001, 1.001], [0.5, 0.5, np.nan, 0.5, 2, 2, 0.999, 0.999]):
+        loss = exact * np.float32(factor)
+        together = [loss[at : at + 2].sum() < exact[at : at + 2].sum() for at in range(0, 8, 2)]
+        np.testing.assert_array_equal(below(loss, 2), np.repeat(together, 2))
+        np.testing.assert_array_equal(below(loss, 8), np.repeat(loss.sum() < exact.sum(), 8))
 
 
 @pytest.mark.parametrize(("text", "act_order"), [("int3_g8", False), ("int2_channel", False), ("int3_g8", True)])
