@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.pages import write_page
+from analysis import pages
 from analysis.text import with_error
 
 FOLDER = Path("experiments/results/codebooks")
@@ -54,11 +54,15 @@ def normal(result: Result) -> str:
         "|---|" + "---:|" * 6,
     ]
     for row in result["widths"]:
-        above = lambda error, row=row: f"{10 * math.log10(error / row['bound']):.2f} dB"
-        cells = [f"{row['bound']:.5f}", f"{row['own']:.5f}", above(row["own"]), f"{row['own'] / row['best']:.3f}"]
-        cells += [f"{row['levels']:.5f}", above(row["levels"])]
+        cells = [f"{row['bound']:.5f}", f"{row['own']:.5f}", f"{above_bound(row, 'own'):.2f} dB"]
+        cells += [f"{row['own'] / row['best']:.3f}", f"{row['levels']:.5f}", f"{above_bound(row, 'levels'):.2f} dB"]
         lines.append("| " + " | ".join([f"`{_TRELLIS}{row['bits']}`", *cells]) + " |")
     return "\n".join(lines)
+
+
+def above_bound(row: Result, name: str) -> float:
+    """By how many decibels the error of that name is above the least that there can be."""
+    return 10 * math.log10(row[name] / row["bound"])
 
 
 def plans(results: Sequence[Result]) -> str:
@@ -100,8 +104,7 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
         "`experiments/distillation.py` and `experiments/trellis.py` say how they are made. KL to the original on text "
         "that no stage saw, nats per token, standard errors over windows. Sizes count codes, scales and tables. Per "
         "cent are of the better of the fixed tables of that width. Plans with codes along a trellis are beside other "
-        "tools "
-        "[there](../weight_peers/README.md)."
+        "tools [there](../weight_peers/README.md)."
     )
     for result in results:
         if "widths" in result:
@@ -130,18 +133,13 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
 
 def merged(results: Sequence[Result]) -> list[Result]:
     """Schemes that were rounded one by one: those of a model, judged on as much, in one result."""
-    by_model: dict[tuple[Any, ...], Result] = {}
-    for result in (r for r in results if "rows" in r and "options" not in r):
-        config = result["record"]["config"]
-        key = tuple(config[name] for name in ("model", "windows", "window"))
-        rows = [*by_model[key]["rows"], *result["rows"]] if key in by_model else result["rows"]
-        by_model[key] = {**by_model.get(key, result), "rows": rows}
-    return list(by_model.values())
+    rounded = (result for result in results if "rows" in result and "options" not in result)
+    return pages.merged(rounded, "model", "windows", "window")
 
 
 def main() -> int:
     """Write the page."""
-    return write_page(FOLDER, page)
+    return pages.write_page(FOLDER, page)
 
 
 if __name__ == "__main__":

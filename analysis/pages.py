@@ -1,6 +1,6 @@
 """Pages of committed results: a folder of JSON files, and a README beside them that is written from them alone."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,16 @@ def results_in(folder: Path, what: str = "results of a comparison") -> list[Mapp
       MpqError: a file holds no JSON; the sentence says that `what` was wanted.
     """
     return [read_json(path, what) for path in sorted(folder.glob("*.json"))]
+
+
+def merged(results: Iterable[Mapping[str, Any]], *keys: str) -> list[Mapping[str, Any]]:
+    """Results whose recorded configs have the same values of all `keys`, as one: the first, with the rows of all."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for result in results:
+        config = result["record"]["config"]
+        same = found.setdefault(tuple(config[key] for key in keys), {**result, "rows": []})
+        same["rows"] = [*same["rows"], *result["rows"]]
+    return list(found.values())
 
 
 def write_page(

@@ -1,6 +1,5 @@
 """The numbers in the paper's prose: a macro each, from the committed results."""
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 
@@ -207,9 +206,8 @@ def _trellis_ratios(sources: Sources) -> list[float]:
 
 def _trellis(sources: Sources) -> Numbers:
     """What codes along a trellis leave of normal values, and of the KL of the best fixed table of their width."""
-    above = lambda name: [
-        10 * math.log10(row[name] / row["bound"]) for row in sources.file("codebooks/normal")["widths"]
-    ]
+    widths = sources.file("codebooks/normal")["widths"]
+    above = lambda name: [codebooks.above_bound(row, name) for row in widths]
     found = codebooks.merged(list(sources.folder("codebooks").values()))
     shares = []
     for result in found:

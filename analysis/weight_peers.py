@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.pages import write_page
+from analysis import pages
 from analysis.text import significant, with_error
 
 FOLDER = Path("experiments/results/weight_peers")
@@ -157,12 +157,8 @@ def times(result: Result) -> str:
 
 def merged(results: Iterable[Result]) -> list[Result]:
     """One result a model: the rows of all its files, which differ in the environment of the peers alone."""
-    found: dict[str, dict[str, Any]] = {}
-    for result in results:
-        same = found.setdefault(result["record"]["config"]["model"], {**result, "rows": []})
-        steps = {"steps": result["record"]["config"]["steps"]}
-        same["rows"] = [*same["rows"], *({**steps, **row} for row in result["rows"])]
-    return list(found.values())
+    steps = lambda result: {"steps": result["record"]["config"]["steps"]}
+    return pages.merged(({**r, "rows": [{**steps(r), **row} for row in r["rows"]]} for r in results), "model")
 
 
 def page(results: Sequence[Result]) -> str:
@@ -239,7 +235,7 @@ def _versions(result: Result) -> str:
 
 def main() -> int:
     """Write the page."""
-    return write_page(FOLDER, page)
+    return pages.write_page(FOLDER, page)
 
 
 if __name__ == "__main__":

@@ -151,7 +151,8 @@ class Weights:
         graph, torch, (*rows, n) = self._graph, self._graph.torch, shape
         length, factors = min(n, grid.span), grid.factors
         spans = -(-n // length)
-        codes = graph.one(torch.nn.functional.pad, codes, [0, spans * length - n])
+        if short := spans * length - n:
+            codes = graph.one(torch.nn.functional.pad, codes, [0, short])
         codes = graph.one(torch.reshape, codes, (*rows, spans, length))
         codes = graph.one(torch.nn.functional.pad, codes, [len(factors) - 1, 0], "constant", grid.choice.start)
         taps = []
@@ -163,7 +164,7 @@ class Weights:
         rank = graph.one(torch.bitwise_and, rank, (1 << STATE_BITS) - 1)
         value = graph.one(operator.getitem, graph.constant(levels(grid.choice.gain), np.float32), rank)
         value = graph.one(torch.reshape, value, (*rows, spans * length))
-        return graph.one(operator.getitem, value, (Ellipsis, slice(0, n)))
+        return graph.one(operator.getitem, value, (Ellipsis, slice(0, n))) if short else value
 
     def _looked_up(self, spec: WeightSpec, shape: tuple[int, int]) -> Any:
         """Values of codes in the table of each matrix, `float32[batch, *shape]`."""

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mpq.quantize import block_scales, scales
+from mpq.quantize import scales
 from mpq.quantize.gptq import GPTQ
 from mpq.quantize.loss import better, dot
 from mpq.quantize.rtn import RTN
@@ -101,7 +101,7 @@ class AdaRound:
           MpqError: `k` does not fill the blocks of the scheme.
         """
         start = self.start(w, scheme, gram)
-        if gram is None or not scheme.has_scale or block_scales.applies(scheme) or scheme.format.span > 1:
+        if gram is None or not scales.can_move(scheme):
             return start
         form, width = common(scheme)
         options = dataclasses.replace(self, columns=1)  # what is compiled does not depend on it

@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mpq.quantize import block_scales, scales
+from mpq.quantize import scales
 from mpq.quantize.rtn import RTN
 from mpq.quantize.widths import common, with_width
 from mpq.types import MpqError, QTensor, Scheme
@@ -78,7 +78,7 @@ class HQQ:
           scheme: any scheme.
           gram: not read.
         """
-        if not scheme.has_scale or scheme.per_tensor or block_scales.applies(scheme) or scheme.format.span > 1:
+        if scheme.per_tensor or not scales.can_move(scheme):
             return RTN()(w, scheme)
         return dataclasses.replace(_hqq(w, *common(scheme), self), scheme=scheme)
 

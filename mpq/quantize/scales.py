@@ -78,6 +78,14 @@ def check_method(method: str) -> None:
         raise MpqError(f"unknown scale method {method!r}: allowed is {' or '.join(METHODS)}")
 
 
+def can_move(scheme: Scheme) -> bool:
+    """Whether codes may be learned one by one under scales of groups.
+
+    Not where there are none, where blocks fit scales of their own, or where the codes behind one would change with it.
+    """
+    return scheme.has_scale and not block_scales.applies(scheme) and scheme.format.span == 1
+
+
 def row_weight(diagonal: jax.Array) -> jax.Array:
     """Weight of each row's squared error: the gram's diagonal `[..., k]` plus 1 % of its mean; 1 where all is zero.
 

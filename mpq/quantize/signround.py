@@ -28,7 +28,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mpq.quantize import block_scales, scales
+from mpq.quantize import scales
 from mpq.quantize.gptq import GPTQ
 from mpq.quantize.loss import better, dot
 from mpq.quantize.rtn import RTN
@@ -86,7 +86,7 @@ class SignRound:
           gram: `float32[batch, k, k]`, E[x xT], finite and positive semidefinite; or None.
         """
         start = self.start(w, scheme, gram)
-        if gram is None or not scheme.has_scale or block_scales.applies(scheme) or scheme.format.span > 1:
+        if gram is None or not scales.can_move(scheme):
             return start
         form, width = common(scheme)
         learn = lambda w, start: _learn(w, start, gram, width, self.steps, self.ranges)
