@@ -28,6 +28,7 @@ def test_the_factor_is_that_of_the_damped_gram_and_solves_its_own_blocks(damping
     # Backward error of a Cholesky factor: some k eps of the largest entry.
     np.testing.assert_allclose(links.T @ np.diag(weight) @ links, damped, atol=4 * K * EPS * damped.max())
     np.testing.assert_array_equal(np.triu(links, 1), 0)
+    np.testing.assert_allclose(got.share[0], weight * np.sum(links**2, axis=1), rtol=1e-5)
     np.testing.assert_allclose(got.damping[0], damping * np.mean(np.diag(gram[0])), rtol=1e-6)
     for number, solve in enumerate(np.asarray(got.solve[0], np.float64)):
         rows = slice(8 * number, 8 * number + 8)
@@ -46,10 +47,12 @@ def test_rows_before_are_summed_whatever_the_number_of_slabs(count):
 @pytest.mark.parametrize("k", [40, 1536])
 def test_a_loss_is_below_that_of_an_error_where_it_is(k):
     links, error = triangle(k, 8, 1)
-    weight = np.random.default_rng(2).uniform(1, 2, k).astype(np.float32)
+    weight, share = (
+        np.random.default_rng(2).uniform(1, 2, (2, k)).astype(np.float32)
+    )  # which rows come first is all one
     exact = np.sum(weight[:, None] * (links.astype(np.float64) @ error) ** 2, axis=0)
     factor = np.float32([0.2, 0.6, 0.999, 1.001, 2, np.inf, np.nan, -1])
-    whole = chain.Chain(jnp.asarray(links), jnp.asarray(weight), jnp.float32(0), None)
+    whole = chain.Chain(jnp.asarray(links), jnp.asarray(weight), jnp.asarray(share), jnp.float32(0), None)
     below = lambda loss, span: chain.below(jnp.asarray(loss, jnp.float32), whole, jnp.asarray(error), span)
     np.testing.assert_array_equal(below(exact * factor, 1), [True, True, True, False, False, False, False, True])
     for factor in ([0.5, 0.5, 2, 2, 0.5, 0.9, 1.001, 1.001], [0.5, 0.5, np.nan, 0.5, 2, 2, 0.999, 0.999]):
@@ -57,6 +60,17 @@ def test_a_loss_is_below_that_of_an_error_where_it_is(k):
         together = [loss[at : at + 2].sum() < exact[at : at + 2].sum() for at in range(0, 8, 2)]
         np.testing.assert_array_equal(below(loss, 2), np.repeat(together, 2))
         np.testing.assert_array_equal(below(loss, 8), np.repeat(loss.sum() < exact.sum(), 8))
+
+
+def test_a_loss_is_below_that_of_an_error_of_which_a_damping_is_no_part():
+    links, error = triangle(40, 8, 3)
+    whole = chain.Chain(jnp.asarray(links), jnp.ones(40), jnp.ones(40), jnp.float32(0.5), None)
+    exact = np.sum((links.astype(np.float64) @ error) ** 2, axis=0) - 0.5 * np.sum(
+        error.astype(np.float64) ** 2, axis=0
+    )
+    for factor in (0.999, 1.001):
+        got = chain.below(jnp.asarray(exact * factor, jnp.float32), whole, jnp.asarray(error), 1)
+        np.testing.assert_array_equal(got, exact * factor < exact)
 
 
 @pytest.mark.parametrize(("text", "act_order"), [("int3_g8", False), ("int2_channel", False), ("int3_g8", True)])

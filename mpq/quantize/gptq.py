@@ -33,7 +33,7 @@ import numpy as np
 from mpq.formats.ggml import require_fit
 from mpq.grids import encode_scaled
 from mpq.quantize import block_scales, scales, tiles
-from mpq.quantize.chain import Chain, at_places, before, below, factor, unplace
+from mpq.quantize.chain import Chain, at_places, below, factor, filled, in_turn, unplace
 from mpq.quantize.loss import choose, dot
 from mpq.quantize.rtn import RTN
 from mpq.quantize.widths import common, with_width
@@ -82,7 +82,7 @@ class GPTQ:
 
     damping: float = 0.01
     act_order: bool = False
-    block_size: int = 128
+    block_size: int = 32
     scale: str = "mse"
     columns: int = 256
 
@@ -92,7 +92,7 @@ class GPTQ:
             raise MpqError(f"damping is {self.damping}: it must be a finite fraction of at least 0, such as 0.01")
         if self.block_size < 1 or self.columns < 1:
             raise MpqError(
-                f"block size {self.block_size} and columns {self.columns} must be at least 1, such as 128 and 256"
+                f"block size {self.block_size} and columns {self.columns} must be at least 1, such as 32 and 256"
             )
 
     @property
@@ -139,15 +139,20 @@ def _fit_matrix(
     return scales.fit_matrix(w, with_width(scheme, width), method, row_weight)
 
 
-def _places(gram: jax.Array, scheme: Scheme, options: GPTQ) -> tuple[int, jax.Array]:
-    """Rows of a block, and `int32[batch, places]`: which row is rounded when, k where a place only fills up a block."""
+def _places(gram: jax.Array, scheme: Scheme, options: GPTQ) -> tuple[int, jax.Array | None]:
+    """Rows of a block, and `int32[batch, places]`: which row is rounded when, k where a place only fills up a block.
+
+    None: every row in its turn, and none is missing.
+    """
     batch, k = gram.shape[:2]
     if options.act_order:
         block = min(options.block_size, k)
         order = jnp.argsort(-gram.diagonal(axis1=-2, axis2=-1), axis=-1, stable=True)
         return block, jnp.pad(order, ((0, 0), (0, -k % block)), constant_values=k)
     groups, size = _chunks(scheme, k)
-    block = min(options.block_size, size)
+    block = -(-size // -(-size // options.block_size))  # as many blocks as it takes, as even as they can be
+    if groups * size == k and size % block == 0:
+        return block, None
     place = np.pad(np.arange(k), (0, groups * size - k), constant_values=k).reshape(groups, size)
     place = np.pad(place, ((0, 0), (0, -size % block)), constant_values=k)  # every group is whole blocks
     return block, jax.device_put(np.broadcast_to(place.reshape(-1).astype(np.int32), (batch, place.size)))
@@ -164,7 +169,7 @@ def _chunks(scheme: Scheme, k: int) -> tuple[int, int]:
 def _quantize(
     w: jax.Array,
     gram: jax.Array,
-    place: jax.Array,
+    place: jax.Array | None,
     chain: Chain,
     shared: scales.Shared,
     scheme: Scheme,
@@ -188,7 +193,7 @@ def _quantize(
 def _one(
     w: jax.Array,
     diagonal: jax.Array,
-    place: jax.Array,
+    place: jax.Array | None,
     chain: Chain,
     shared: scales.Shared,
     scheme: Scheme,
@@ -202,12 +207,15 @@ def _one(
     """
     k, row_weight = w.shape[0], scales.row_weight(diagonal)
     nearest, grid = scales.quantize(w, scheme, method, row_weight, shared), scheme.with_levels(shared.codebook)
+    # Without a row there is no error, though no level may be 0.
+    chain = chain._replace(weight=jnp.where(filled(place, k), chain.weight, 0.0))
     if act_order:
-        qvalue, residual = _in_order(at_places(w, place), chain.links, nearest, grid, place, block)
+        assert place is not None
+        qvalue, loss = _in_order(at_places(w, place), chain, nearest, grid, place, block)
         got = dataclasses.replace(nearest, qvalue=unplace(qvalue, place, k))
     else:
         placed = at_places(w, place), at_places(row_weight[:, None], place)
-        qvalue, fit, residual = _in_groups(*placed, chain, shared, grid, _chunks(scheme, k)[0], method, block)
+        qvalue, fit, loss = _in_groups(*placed, chain, shared, grid, _chunks(scheme, k)[0], method, block)
         qvalue = unplace(qvalue, place, k)
         if isinstance(fit, block_scales.BlockFit):
             got = block_scales.store(qvalue, fit, scheme)
@@ -215,24 +223,20 @@ def _one(
             got = dataclasses.replace(
                 nearest, qvalue=qvalue, scale=fit[0].astype(scheme.scale_dtype), zero_point=fit[1]
             )
-    first, second = (w - q.dequantize() for q in (got, nearest))
-    allowance = chain.damping * jnp.sum((first - second) * (first + second), axis=0)
-    weight = jnp.where(place < k, chain.weight, 0.0)  # without a row there is no error, though no level may be 0
-    loss = jnp.sum(weight[:, None] * residual**2, axis=0) - allowance
-    return choose(below(loss, chain, at_places(second, place), scheme.format.span), got, nearest)
+    error = at_places(w - nearest.dequantize(), place)
+    return choose(below(loss, chain, error, scheme.format.span), got, nearest)
 
 
 def _in_order(
-    w: jax.Array, links: jax.Array, nearest: QTensor, scheme: Scheme, place: jax.Array, block: int
+    w: jax.Array, chain: Chain, nearest: QTensor, scheme: Scheme, place: jax.Array, block: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Codes of rows in any order, under the scales of `nearest`; and `links @ error`."""
+    """Codes of rows in any order, under the scales of `nearest`; and the loss `[n]`."""
     effective = nearest.effective_scale
     assert effective is not None
     k = nearest.qvalue.shape[0]
     group = jnp.minimum(place, k - 1) // (nearest.scheme.group_size or k)
     grid = jax.tree.map(lambda a: a[group], _Grid(effective, nearest.zero_point, nearest.offset))
-    qvalue, _, residual = _round_rows(w, jnp.zeros_like(w), links, grid, block, scheme)
-    return qvalue, residual
+    return _round_rows(w, jnp.zeros_like(w), chain, grid, block, scheme)[1]
 
 
 def _in_groups(
@@ -245,30 +249,23 @@ def _in_groups(
     method: str,
     block: int,
 ) -> tuple[jax.Array, _Fit, jax.Array]:
-    """Codes, fit and `links @ error`, rows in storage order.
+    """Codes, fit and the loss `[n]`, rows in storage order.
 
     A group takes its scales when all earlier rows have had their effect on it.
     """
-    size, n = w.shape[0] // groups, w.shape[1]
     shared = jax.tree.map(lambda a: a[0], shared._replace(codebook=None))
 
-    def group(
-        error: jax.Array, row: tuple[jax.Array, jax.Array | None]
-    ) -> tuple[jax.Array, tuple[jax.Array, _Fit, jax.Array]]:
-        start, solve = row
-        rows = lambda a: jax.lax.dynamic_slice_in_dim(a, start, size)
-        here = jax.lax.dynamic_slice_in_dim(rows(chain.links), start, size, axis=1)
-        pull, updated = jnp.zeros((size, n)), rows(w)
-        if solve is not None:
-            pull = before(rows(chain.links), error, start, size)
-            updated = updated + dot(solve, pull)
-        fit, grid = _fit_rows(updated, rows(row_weight), shared, scheme, method)
-        qvalue, new, residual = _round_rows(rows(w), pull, here, grid, block, scheme)
-        return jax.lax.dynamic_update_slice_in_dim(error, new, start, 0), (qvalue, fit, residual)
+    def group(pull: jax.Array, links: jax.Array, row: tuple[Any, ...]) -> tuple[jax.Array, tuple[Any, ...]]:
+        w, row_weight, weight, solve = row
+        part = chain._replace(links=links, weight=weight)
+        updated = w if solve is None else w + dot(solve, pull)
+        fit, grid = _fit_rows(updated, row_weight, shared, scheme, method)
+        error, (qvalue, loss) = _round_rows(w, pull, part, grid, block, scheme)
+        return error, (qvalue, fit, loss)
 
-    xs = (jnp.arange(groups) * size, chain.solve)
-    _, (qvalue, fit, residual) = jax.lax.scan(group, jnp.zeros_like(w), xs)
-    return qvalue.reshape(-1, n), fit, residual.reshape(-1, n)
+    rows = (a.reshape(groups, -1, *a.shape[1:]) for a in (w, row_weight, chain.weight))
+    _, (qvalue, fit, loss) = in_turn(group, chain.links, jnp.zeros_like(w), (*rows, chain.solve))
+    return qvalue.reshape(w.shape), fit, loss.sum(axis=0)
 
 
 def _fit_rows(
@@ -294,23 +291,23 @@ def _fit_rows(
 def _round_rows(
     w: jax.Array,
     pull: jax.Array,
-    links: jax.Array,
+    chain: Chain,
     grid: _Grid,
     block: int,
     scheme: Scheme,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Rounds `w[rows, n]` row by row: block by block, so that most of the work is matrix products.
 
     Args:
       w: `float32[rows, n]`.
       pull: `float32[rows, n]`, what rows outside add to the target of each row.
-      links: `float32[rows, rows]`, as in `Chain`.
+      chain: of these rows.
       grid: what every row is rounded to.
       block: rows of a block; divides `rows`.
       scheme: the scheme.
 
     Returns:
-      qvalue, error `w - dequantized`, and `pull + links @ error`, each `[rows, n]`.
+      error `w - dequantized`, `[rows, n]`; codes, and what these rows add to the loss, `[n]`.
     """
 
     def one_row(error: jax.Array, row: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
@@ -318,20 +315,13 @@ def _round_rows(
         qvalue = grid.encode(base + dot(link, error), scheme)
         return error.at[index].set(value - grid.decode(qvalue, scheme)), qvalue
 
-    def one_by_one(w: jax.Array, pull: jax.Array, here: jax.Array, grid: _Grid) -> tuple[jax.Array, ...]:
-        table = (jnp.arange(block), w + pull, here, w, grid)
-        error, qvalue = jax.lax.scan(one_row, jnp.zeros((block, w.shape[1])), table)
-        return qvalue, error, pull + dot(here, error)
+    def one_by_one(pull: jax.Array, links: jax.Array, given: tuple[Any, ...]) -> tuple[jax.Array, tuple[Any, ...]]:
+        w, weight, grid = given
+        table = (jnp.arange(block), w + pull, links, w, grid)
+        error, qvalue = jax.lax.scan(one_row, jnp.zeros_like(w), table)
+        squares = weight[:, None] * (pull + dot(links, error)) ** 2 - chain.damping * error**2
+        return error, (qvalue, jnp.sum(squares, axis=0))
 
-    def one_block(error: jax.Array, start: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        rows = lambda a: jax.lax.dynamic_slice_in_dim(a, start, block)
-        here = jax.lax.dynamic_slice_in_dim(rows(links), start, block, axis=1)
-        outside = rows(pull) + before(rows(links), error, start, block)
-        qvalue, new, residual = one_by_one(rows(w), outside, here, jax.tree.map(rows, grid))
-        return jax.lax.dynamic_update_slice_in_dim(error, new, start, 0), (qvalue, residual)
-
-    if block == len(w):  # nothing to collect from earlier blocks, and one loop less to compile
-        qvalue, error, residual = one_by_one(w, pull, links, grid)
-        return qvalue, error, residual
-    error, (qvalue, residual) = jax.lax.scan(one_block, jnp.zeros_like(w), jnp.arange(0, len(w), block))
-    return qvalue.reshape(w.shape), error, residual.reshape(w.shape)
+    blocks = jax.tree.map(lambda a: a.reshape(-1, block, *a.shape[1:]), (w, chain.weight, grid))
+    error, (qvalue, loss) = in_turn(one_by_one, chain.links, pull, blocks)
+    return error, (qvalue.reshape(w.shape), loss.sum(axis=0))

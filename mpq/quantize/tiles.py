@@ -22,13 +22,17 @@ def width(n: int, columns: int) -> int:
     return -(-n // (tiles * columns)) * columns
 
 
-# `cut` and `join` compile once for a shape; operation by operation they would be five programs.
-@functools.partial(jax.jit, static_argnames=("n", "tile"))
 def cut(tree: T, n: int, tile: int) -> list[T]:
     """`[..., n]` arrays in tiles of so many columns, the last one filled up with copies of the last column.
 
     What all columns share, `[..., 1]`, comes whole in every tile.
     """
+    return [tree] if n == tile else _cut(tree, n, tile)
+
+
+# `_cut` and `join` compile once for a shape; operation by operation they would be five programs.
+@functools.partial(jax.jit, static_argnames=("n", "tile"))
+def _cut(tree: T, n: int, tile: int) -> list[T]:
     pad = lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, -n % tile)), mode="edge")
     part = lambda a, at: a if a.shape[-1] == 1 < n else pad(a)[..., at : at + tile]
     return [jax.tree.map(functools.partial(part, at=at), tree) for at in range(0, n, tile)]
