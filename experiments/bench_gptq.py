@@ -1,8 +1,11 @@
 """How fast GPTQ rounds one large weight, beside the loop of the reference implementations in PyTorch.
 
-Run:     python -m experiments.bench_gptq --out FILE      (needs PyTorch: pip install torch)
-Aim:     3 times the speed of the loop at 4096 x 4096 in groups of 128 on two cores with nothing else running; the same
-         layer loss; at most 4 times the weight plus the gram in memory
+Run:     python -m experiments.bench_gptq --repeats 7 --out experiments/results/bench_gptq.json
+         python -m experiments.bench_gptq --decay 0 --out experiments/results/bench_gptq_flat.json
+         (both need PyTorch: pip install torch)
+Aim:     3 times the speed of the loop at 4096 x 4096 in groups of 128 on two cores with nothing else running, where the
+         gram's eigenvalues fall as a language model's do; the same layer loss; at most 4 times the weight plus the gram
+         in memory
 Writes:  one JSON object: seconds of both, and those of all their threads, of `repeats` calls after one that compiles;
          the ratios of the shortest; layer losses over that of rounding to nearest; what each holds at most, weight and
          gram included, in sizes of the weight plus the gram; and the load of the machine
