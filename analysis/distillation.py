@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.pages import write_page
+from analysis.pages import merged, write_page
 from analysis.text import with_error
 
 FOLDER = Path("experiments/results/distillation")
@@ -16,7 +16,10 @@ INGREDIENTS = {
     "allocated": "schemes allocated instead, by Fisher",
     "fine": "more schemes to choose from",
     "propagated": "the same plan, each weight making up for those before it (QEP)",
+    "nearest": "the same plan, rounded to nearest",
+    "nearest_scales_written": "rounded to nearest, scales distilled on text that the model writes itself",
     "scales": "scales distilled, without QEP",
+    "scales_written": "scales distilled on text that the model writes itself, without QEP",
     "codes": "codes and scales distilled, without QEP",
     "varied": "codes and scales distilled, on varied text, without QEP",
     "propagated_varied": "codes and scales distilled, on varied text, after QEP",
@@ -68,7 +71,7 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
         "they are made. Each of the first three rows adds to the one above it; all others have the plan of the third "
         "and say how its weights are made. Text that no stage saw; standard errors over windows."
     )
-    for result in results:
+    for result in merged(results, "model", "only", "windows", "window", "steps"):
         options = result["options"]
         yield f"## {options['model']}"
         yield (

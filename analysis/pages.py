@@ -17,10 +17,10 @@ def results_in(folder: Path, what: str = "results of a comparison") -> list[Mapp
 
 
 def merged(results: Iterable[Mapping[str, Any]], *keys: str) -> list[Mapping[str, Any]]:
-    """Results whose recorded configs have the same values of all `keys`, as one: the first, with the rows of all."""
+    """Results whose configs or options have the same values of all `keys`, as one: the first, with the rows of all."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for result in results:
-        config = result["record"]["config"]
+        config = result["record"]["config"] if "record" in result else result["options"]
         same = found.setdefault(tuple(config[key] for key in keys), {**result, "rows": []})
         same["rows"] = [*same["rows"], *result["rows"]]
     return list(found.values())

@@ -36,7 +36,7 @@ from mpq.formats import parse_scheme
 from mpq.guide import Guide
 from mpq.inputs import Dataset, Tokens
 from mpq.models import Model, load
-from mpq.quantize import GPTQ, Candidates, apply_plan
+from mpq.quantize import GPTQ, RTN, Candidates, apply_plan
 from mpq.quantize.propagate import Propagation
 from mpq.sensitivity import METRICS
 from mpq.types import MpqError, QTensor, Scheme, SensitivityTable
@@ -45,6 +45,7 @@ GIVEN: Mapping[str, Any] = {"rounding": 0.02, "scale": 0.003, "zero_point": 0.02
 AS_IT_IS: Mapping[str, Any] = GIVEN | {"noise": 0.0, "splice": False}
 TRAINED: Mapping[str, Mapping[str, Any]] = {
     "scales": AS_IT_IS | {"rounding": 0.0},
+    "scales_written": {"rounding": 0.0, "scale": GIVEN["scale"], "zero_point": GIVEN["zero_point"]},
     "codes": AS_IT_IS,
     "varied": GIVEN,
     "written": {},
@@ -66,7 +67,7 @@ class Options:
       fine: the third adds these to choose from.
       learned: the ingredients of that name add these, too.
       trellis: those of that name these, instead.
-      ingredients: which of the eighteen.
+      ingredients: which of the twenty-one.
       steps: of a distillation.
       windows: of either text, `window` tokens each, `batch_size` a pass.
       sensitivity_windows: of the calibration text, for the table that plans are solved from.
@@ -94,7 +95,10 @@ class Options:
         "allocated",
         "fine",
         "propagated",
+        "nearest",
+        "nearest_scales_written",
         "scales",
+        "scales_written",
         "codes",
         "varied",
         "propagated_varied",
@@ -210,6 +214,11 @@ class Comparison:
         return solve_frontier(Problem.from_table(dataclasses.replace(table, schemes=table.schemes[:few], **part)))
 
     @functools.cached_property
+    def nearest(self) -> Candidates:
+        """Of weights rounded to nearest, with the best scales."""
+        return Candidates(self.model.params, self.traced.weights, RTN(scale="mse"), self.stats)
+
+    @functools.cached_property
     def learned(self) -> "Comparison":
         """The same with learned levels to choose from."""
         return self._with(self.options.learned)
@@ -258,14 +267,17 @@ class Comparison:
             return self.led.plan(ingredient.replace("guided", "learned"), bits)
         if ingredient.startswith("learned"):
             return self.learned.plan(ingredient.replace("learned", "propagated"), bits)
-        choice = self.fine.at(bits=bits).choice
-        propagated = ingredient.startswith("propagated")
-        qtensors = self.propagated(self.candidates, choice) if propagated else self.candidates.choose(choice)
-        if ingredient in ("fine", "propagated"):
+        choice, (first, _, training) = self.fine.at(bits=bits).choice, ingredient.partition("_")
+        if first == "propagated":
+            qtensors = self.propagated(self.candidates, choice)
+        elif first == "nearest":
+            qtensors = self.nearest.choose(choice)
+        else:
+            qtensors, training = self.candidates.choose(choice), ingredient
+        if training in ("", "fine"):
             return qtensors
-        trained = TRAINED[ingredient.removeprefix("propagated_")]
-        training = Distill(steps=self.options.steps, batch_size=self.options.batch_size, **trained)
-        return training(self.model, self.traced, qtensors, self.calibration, key=jax.random.key(0)).qtensors
+        distill = Distill(steps=self.options.steps, batch_size=self.options.batch_size, **TRAINED[training])
+        return distill(self.model, self.traced, qtensors, self.calibration, key=jax.random.key(0)).qtensors
 
     def rows(self, done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """One a budget and ingredient, those in `done` left out."""

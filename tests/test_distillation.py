@@ -12,6 +12,8 @@ from mpq.models import load
 from mpq.types import MpqError
 from tests import tiny
 
+MADE = ("propagated", "nearest", "nearest_scales_written", "scales")  # of the plan of `fine`
+
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
@@ -23,7 +25,16 @@ def options(tmp_path_factory):
         uniform=("int2_g16", "int3_g16", "int4_g16"),
         fine=("int3_g8",),
         learned=("int4_channel",),
-        ingredients=("uniform", "allocated", "fine", "propagated", "scales", "learned"),
+        ingredients=(
+            "uniform",
+            "allocated",
+            "fine",
+            "propagated",
+            "nearest",
+            "nearest_scales_written",
+            "scales",
+            "learned",
+        ),
         steps=5,
         windows=8,
         window=16,
@@ -44,16 +55,15 @@ def result(options):
 
 def test_there_is_a_row_for_each_budget_and_ingredient_and_none_is_too_large(options, result):
     rows = {(row["budget"], row["ingredient"]): row for row in result["rows"]}
-    assert len(rows) == len(result["rows"]) == 12
+    assert len(rows) == len(result["rows"]) == 16
     assert all(row["bits_per_weight"] <= budget for (budget, _), row in rows.items())
     assert rows[3.5, "uniform"]["schemes"] == {"int2_g16": 14}
     assert rows[4.4, "uniform"]["schemes"] == {"int3_g16": 14}
     assert all("int3_g8" not in rows[budget, "allocated"]["schemes"] for budget in options.budgets)
     assert any("int4_channel" in rows[budget, "learned"]["schemes"] for budget in options.budgets)
     assert all("int4_channel" not in row["schemes"] for (_, name), row in rows.items() if name != "learned")
-    for same in ("scales", "propagated"):
-        assert rows[3.5, same]["schemes"] == rows[3.5, "fine"]["schemes"]
-        assert rows[3.5, same]["kl"] != rows[3.5, "fine"]["kl"]
+    assert all(rows[3.5, same]["schemes"] == rows[3.5, "fine"]["schemes"] for same in MADE)
+    assert len({rows[3.5, same]["kl"] for same in ("fine", *MADE)}) == 5
 
 
 @pytest.mark.slow
