@@ -184,6 +184,8 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
         yield goals(result)
         if missing := [name for name in STRONGEST if name not in {row["name"] for row in result["rows"]}]:
             yield f"Not run: {', '.join(missing)}; the best peer of those sizes may be better than the one above."
+        if left := [row["name"] for row in result["rows"] if (row.get("bits_per_weight") or 0) > 8]:
+            yield f"Left most weights in the 16 bits that they had, for their shape: {', '.join(left)}."
         yield "All settings:"
         yield everything(result)
         if said := refused(result):

@@ -108,6 +108,8 @@ def test_the_page_tells_of_every_row(result):
     assert "at most half" in text
     assert "Not run: AutoRound W2g32, AutoRound W3g32, AutoRound W4g32; " in text
     assert "hqq 0.2" in text
+    assert "in the 16 bits that they had, for their shape: HQQ W3g64.\n" in text
+    assert "16 bits that they had" not in page([result | {"rows": [peer]}])
     assert best_peer(result, 3.5) is None  # what it left as it was counts 16 bits
     assert best_peer(result | {"rows": [peer]}, 3.49) == peer  # within a hundredth
     assert best_peer(result | {"rows": [peer]}, 3.4) is None
