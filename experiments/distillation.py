@@ -45,7 +45,7 @@ GIVEN: Mapping[str, Any] = {"rounding": 0.02, "scale": 0.003, "zero_point": 0.02
 AS_IT_IS: Mapping[str, Any] = GIVEN | {"noise": 0.0, "splice": False}
 TRAINED: Mapping[str, Mapping[str, Any]] = {
     "scales": AS_IT_IS | {"rounding": 0.0},
-    "scales_written": {"rounding": 0.0, "scale": GIVEN["scale"], "zero_point": GIVEN["zero_point"]},
+    "scales_written": {"rounding": 0.0, "scale": 0.005, "written": 1280},
     "codes": AS_IT_IS,
     "varied": GIVEN,
     "written": {},
