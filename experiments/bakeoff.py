@@ -115,7 +115,7 @@ class Bakeoff:
         Raises:
           MpqError: `metrics` lacks kl, the model has nothing to correct, or it or the data is wrong.
         """
-        if "kl" not in options.metrics:
+        if "kl" not in {metric.partition(":")[0] for metric in options.metrics}:
             raise MpqError("metrics lack kl, which two predictors are made of: add it")
         self.options, self.model = options, load(options.model)
         sets = _sets(self.model, options)
