@@ -8,8 +8,9 @@ from scipy.stats import kendalltau
 
 from analysis.surrogate import overview, page, reachable
 from experiments import bakeoff
-from experiments.surrogate import Options, compare, main
+from experiments.surrogate import Options, compare, losses_on, main
 from mpq.files import read_json
+from mpq.types import MpqError
 from tests import tiny
 from tests.allocate_cases import make_problem
 from tests.data_cases import write_images
@@ -37,7 +38,7 @@ def result(tmp_path_factory):
         fit_plans=16,
         fit_set="selection",
     )
-    main(Options(plans, counts=(8, 16), bands=(1,)))
+    main(Options(plans, counts=(8, 16), bands=(1,), rows=(4, 6)))
     return read_json(plans.out, "result of surrogates")
 
 
@@ -53,6 +54,19 @@ def test_every_metric_is_fitted_to_every_number_of_plans(result):
             assert fitted["surrogate"]["tau"] > 0.5
             assert 0.5 < fitted["surrogate"]["ratio"] < 2
             assert 0 <= fitted["surrogate"]["within"] <= 1
+        some, all_of_them = band["metrics"]["kl"]["by_rows"]
+        assert (some["rows"], all_of_them["rows"]) == (4, 6)
+        assert all_of_them["surrogate"] == band["metrics"]["kl"]["fitted"][-1]["surrogate"]
+        assert some["surrogate"]["ratio"] != all_of_them["surrogate"]["ratio"]
+
+
+def test_losses_on_some_rows_are_of_whole_documents():
+    sums, counts = np.array([[2.0, 6.0, 5.0], [4.0, 0.0, 1.0]]), np.array([2.0, 2.0, 1.0])
+    document = np.array([7, 7, 8, 8, 9])
+    for rows, losses in ((2, [1, 2]), (3, [1, 2]), (4, [2, 1]), (5, [2.6, 1]), (9, [2.6, 1])):
+        np.testing.assert_allclose(losses_on(rows, sums, counts, document), losses)
+    with pytest.raises(MpqError, match="1 rows are less than the first document has"):
+        losses_on(1, sums, counts, document)
 
 
 def test_corrected_plans_are_measured_corrected(tmp_path):
