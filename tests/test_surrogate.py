@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import kendalltau
 
-from analysis.surrogate import overview, page, reachable
+from analysis.surrogate import by_rows, overview, page, reachable
 from experiments import bakeoff
 from experiments.surrogate import Options, compare, losses_on, main
 from mpq.files import read_json
@@ -134,6 +134,23 @@ def test_the_page_says_which_goals_are_met(result):
     assert overview([result | {"bands": [band]}]).endswith(
         "missed: tau 0.95, which this test set cannot show, ratio within 0.1 |"
     )
+
+
+def test_the_page_says_what_rows_buy(result):
+    band = {"bits": [3, 5], "halves": 0.97, "plan_cost": 1.0, "median": 0.4, "metrics": {}}
+    sums = {"tau": 0.8, "r2": 0.9, "ratio": 0.7}
+    for name, tau in (("kl", 0.96), ("fisher", 0.94)):
+        found = {"tau": tau, "r2": 0.995, "ratio": 1.02, "spread": 0.05, "promised": 0.04, "within": 0.93}
+        few = [{"rows": rows, "surrogate": found | {"tau": tau - 1 / rows}} for rows in (50, 100, 400)]
+        fitted = [{"plans": 40, "refit": sums, "surrogate": found}]
+        band["metrics"][name] = {"sum": sums, "cost": 10.0, "fitted": fitted, "by_rows": few}
+    known = result | {"bands": [band], "fit_set": "calibration", "rows": [200, 300]}
+    rows = [[cell.strip() for cell in line.split("|")[2:5]] for line in by_rows(known).splitlines()[2:]]
+    assert rows == [["`kl`", "50", "0.940"], ["`kl`", "100", "0.950"], ["`kl`", "200", "0.960"]]
+    assert "fitted to their losses on the first of these rows" in page([known])
+    for entry in band["metrics"].values():
+        entry["by_rows"] = []
+    assert "on the first of these rows" not in page([known])
 
 
 def test_what_is_reachable_is_what_a_predictor_of_the_truth_reaches():
