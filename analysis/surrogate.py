@@ -36,9 +36,7 @@ def overview(results: Sequence[Result]) -> str:
     ]
     for result in results:
         for band in result["bands"]:
-            most = max(fitted["plans"] for _, fitted in _all(band))
-            whole = [pair for pair in _all(band) if pair[1]["plans"] == most]
-            name, fitted = max(whole, key=lambda pair: pair[1]["surrogate"]["tau"])
+            name, fitted = _best(band)
             found, entry = fitted["surrogate"], band["metrics"][name]
             cells = [
                 _title(result),
@@ -65,6 +63,20 @@ def reachable(halves: float) -> float:
     """
     r = max(math.sin(math.pi * halves / 2), 0.0)
     return 2 / math.pi * math.asin(math.sqrt(2 * r / (1 + r)))
+
+
+def by_rows(result: Result) -> str:
+    """The surrogate of most plans in every band, by the rows that their losses are of, all of them last."""
+    lines = ["| bits | metric | rows | tau | R² | ratio | spread |", "|---|---|---:|---:|---:|---:|---:|"]
+    seen = result["rows"][0 if result["fit_set"] == "calibration" else 1]
+    for band in result["bands"]:
+        name, fitted = _best(band)
+        every = [one for one in _rows(band).get(name, []) if one["rows"] < seen]
+        for one in (*every, {"rows": seen, "surrogate": fitted["surrogate"]}):
+            found = one["surrogate"]
+            cells = [_bits(band), f"`{name}`", str(one["rows"]), *_agreement(found), f"{found['spread']:.3f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def table(band: Mapping[str, Any]) -> str:
@@ -105,6 +117,12 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
             f"on the {result['fit_set']} set. {_cut(result)}{_corrected(result)}"
             f"Cost: forward passes over the {rows[0]} rows."
         )
+        if any(_rows(band) for band in result["bands"]):
+            yield (
+                f"What rows of the {result['fit_set']} set buy, of the metric above: the surrogate of most plans, "
+                "fitted to their losses on the first of these rows."
+            )
+            yield by_rows(result)
         for band in result["bands"]:
             yield f"### {_bits(band)} bits: median KL {significant(band['median'])} nats"
             yield table(band)
@@ -134,6 +152,18 @@ def _all(band: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for name in sorted(band["metrics"], key=lambda name: -band["metrics"][name]["sum"]["tau"]):
         for fitted in band["metrics"][name]["fitted"]:
             yield name, fitted
+
+
+def _best(band: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Of what is fitted to the most plans, the best by tau, and its metric."""
+    most = max(fitted["plans"] for _, fitted in _all(band))
+    whole = [pair for pair in _all(band) if pair[1]["plans"] == most]
+    return max(whole, key=lambda pair: pair[1]["surrogate"]["tau"])
+
+
+def _rows(band: Mapping[str, Any]) -> dict[str, Sequence[Mapping[str, Any]]]:
+    """By metric; results from before the option have none."""
+    return {name: entry["by_rows"] for name, entry in band["metrics"].items() if entry.get("by_rows")}
 
 
 def _cost(band: Mapping[str, Any], entry: Mapping[str, Any], fitted: Mapping[str, Any]) -> float:

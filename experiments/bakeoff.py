@@ -115,7 +115,7 @@ class Bakeoff:
         Raises:
           MpqError: `metrics` lacks kl, the model has nothing to correct, or it or the data is wrong.
         """
-        if "kl" not in options.metrics:
+        if "kl" not in {metric.partition(":")[0] for metric in options.metrics}:
             raise MpqError("metrics lack kl, which two predictors are made of: add it")
         self.options, self.model = options, load(options.model)
         sets = _sets(self.model, options)
@@ -239,12 +239,19 @@ class Bakeoff:
 
     def measure(self, which: str, choices: Sequence[Mapping[str, Scheme]], what: str) -> tuple[np.ndarray, float]:
         """Measured KL on one of the sets, `float64[plans]`, and tau of it between halves of the set."""
+        sums, counts = self.documents(which, choices, what)
+        odd, even = (sums[:, start::2].sum(axis=1) for start in (0, 1))
+        return sums.sum(axis=1) / counts.sum(), _tau(odd, even)
+
+    def documents(
+        self, which: str, choices: Sequence[Mapping[str, Scheme]], what: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Sums of the measured KL over each document of one of the sets, `float64[plans, D]`, and what counts in it."""
         data = self.sets[which]
         reference = Reference(self.model, data, min(self.options.batch_size, len(data.inputs)))
         loss = PlanLoss(self.model, self.traced, self.candidates, reference, self.store, self.correct)
-        sums = np.array([loss.documents(choice) for choice in track(choices, f"{what} on {which}", len(choices))])
-        odd, even = (sums[:, start::2].sum(axis=1) for start in (0, 1))
-        return sums.sum(axis=1) / loss.counts.sum(), _tau(odd, even)
+        sums = [loss.documents(choice) for choice in track(choices, f"{what} on {which}", len(choices))]
+        return np.array(sums), loss.counts
 
 
 def main(options: Options) -> None:

@@ -14,6 +14,9 @@ is one more: groups one by one, all others exact, measured as plans are. Numbers
     promised   median spread that the surrogate states
     within     share of the plans whose measured loss is within twice that spread of the prediction; 95 % if the
                spread is right and the sets that plans are fitted and judged on agree
+
+`by_rows` is what the rows of these plans buy: the surrogate of most plans, fitted to their losses on whole documents
+from the first rows of the set that they were measured on.
 """
 
 import dataclasses
@@ -29,6 +32,7 @@ from mpq.allocate import Problem, Surrogate, refit
 from mpq.files import write_json
 from mpq.progress import shown, track
 from mpq.record import RunRecord
+from mpq.types import MpqError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +43,13 @@ class Options:
       plans: model, data, plans and metrics, as of `experiments.bakeoff`.
       counts: how many of the further plans a prediction is fitted to.
       bands: which of the bands, by number.
+      rows: of the set that plans are fitted on, how many are seen, beside all of them.
     """
 
     plans: Annotated[Plans, tyro.conf.arg(name="")]
     counts: tuple[int, ...] = (20, 40, 80, 160)
     bands: tuple[int, ...] = (0, 1, 2)
+    rows: tuple[int, ...] = ()
 
 
 def main(options: Options) -> None:
@@ -58,23 +64,31 @@ def main(options: Options) -> None:
         what = f"{band[0]}-{band[1]} bits"
         plans = run.plans(band, len(problems["kl"].names))
         choices = [problems["kl"].by_path(x) for x in plans]
-        fit, _ = run.measure(fit_set, choices[count:], what)
+        sums, counts = run.documents(fit_set, choices[count:], what)
+        fit = sums.sum(axis=1) / counts.sum()
         made = {"marginal": run.marginal} | ({"alone": run.alone} if options.plans.corrected else {})
         around = {name: measure(band, problems["kl"]) for name, measure in made.items()}
         every = cost | {name: passes for name, (_, passes) in around.items()}
         measured, halves = run.measure("test", choices[:count], what)
+        on_rows = {n: losses_on(n, sums, counts, run.sets[fit_set].document) for n in options.rows}
         entries = {}
         for name, problem in (problems | {name: one for name, (one, _) in around.items()}).items():
             entries[name] = {
                 "sum": agreement(problem.parts(plans[:count]).sum(axis=1), measured),
                 "cost": rounded(every[name]),
                 "fitted": list(compare(problem, plans, fit, measured, options.counts)),
+                "by_rows": [
+                    {"rows": n, "surrogate": one["surrogate"]}
+                    for n, some in on_rows.items()
+                    for one in compare(problem, plans, some, measured, [max(options.counts)])
+                ],
             }
         ceiling = {"halves": rounded(halves), "plan_cost": run.plan_cost(fit_set)}
         bands.append({"bits": list(band), "median": rounded(float(np.median(measured))), **ceiling, "metrics": entries})
     inputs = {"model": run.model.digest, **{name: data.digest for name, data in run.sets.items()}}
     named = {"data": run.description()["data"], "model": run.model.name, "out": "", "test": "", "work": ""}
-    config = dataclasses.asdict(options.plans) | named | {"counts": options.counts, "bands": options.bands}
+    own = {"counts": options.counts, "bands": options.bands, "rows": options.rows}
+    config = dataclasses.asdict(options.plans) | named | own
     record = RunRecord.collect(config, seeds={"seed": options.plans.seed}, inputs=inputs)
     write_json(options.plans.out, run.description() | {"bands": bands, "record": record.to_json()})
 
@@ -104,6 +118,24 @@ def compare(
             "refit": agreement(corrected, measured),
             "surrogate": agreement(predicted, measured) | promised,
         }
+
+
+def losses_on(rows: int, sums: np.ndarray, counts: np.ndarray, document: np.ndarray) -> np.ndarray:
+    """Mean losses of plans on the first documents of a set, `float64[plans]`.
+
+    Args:
+      rows: at most so many, in whole documents.
+      sums: `[plans, D]`, losses over each document.
+      counts: `[D]`, what counts in it.
+      document: `int[R]`, of every row of the set.
+
+    Raises:
+      MpqError: the first document has more rows.
+    """
+    taken = int((np.cumsum(np.unique(document, return_counts=True)[1]) <= rows).sum())
+    if not taken:
+        raise MpqError(f"{rows} rows are less than the first document has: take more")
+    return sums[:, :taken].sum(axis=1) / counts[:taken].sum()
 
 
 if __name__ == "__main__":

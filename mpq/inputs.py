@@ -71,6 +71,7 @@ class Dataset:
       source: where it came from, for a person.
       digest: sha256 over all arrays.
       labels: `[num_windows, ...]`: a class, a target, or the score of a pair on both of its rows; None without.
+      whole: rows of one document say much the same, as the sentences of a pair do, so that they are never divided.
     """
 
     inputs: np.ndarray
@@ -79,6 +80,7 @@ class Dataset:
     source: str
     digest: str
     labels: np.ndarray | None = None
+    whole: bool = False
 
     @property
     def num_documents(self) -> int:

@@ -84,6 +84,8 @@ def test_corrections_may_go_by_the_selection_set(options, result):
 def test_metrics_without_kl_are_refused(options):
     with pytest.raises(MpqError, match="metrics lack kl"):
         Bakeoff(dataclasses.replace(options, metrics=("fisher",)))
+    some = Bakeoff(dataclasses.replace(options, metrics=("kl:2", "fisher")))
+    assert some.description()["metric_rows"] == {"kl": 2}
 
 
 def test_a_model_with_nothing_to_correct_is_refused(options):

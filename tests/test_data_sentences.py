@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from mpq.data import divide, take
 from mpq.data.sources import read_set, read_sets
 from mpq.inputs import Tokens
 from mpq.types import MpqError
@@ -131,6 +132,21 @@ def test_splits_keep_pairs_together_and_limits_count_rows(tmp_path):
         np.testing.assert_allclose(data.labels, np.repeat(words[:, 0] / 20, 2))
         pairs += words[:, 0].tolist()
     assert len(set(pairs)) == len(pairs)
+
+
+@pytest.mark.parametrize(("rows", "first"), [(1, 2), (2, 2), (5, 4), (6, 6), (1000, 6)])
+def test_what_is_divided_keeps_pairs_together(tmp_path, rows, first):
+    # Sentences of a pair say much the same: rounding that saw one of them would flatter itself on the other.
+    data = read_set(encoder(), write_pairs(tmp_path / "a.jsonl", 7), "test", window=4, limit=100)
+    parts = divide(data, rows)
+    assert [len(part.inputs) for part in parts] == [first, 14 - first]
+    assert not set(parts[0].document.tolist()) & set(parts[1].document.tolist())
+    np.testing.assert_array_equal(np.concatenate([part.inputs for part in parts]), data.inputs)
+    np.testing.assert_array_equal(np.concatenate([part.labels for part in parts]), data.labels)
+    again = divide(parts[1], 3)
+    assert not set(again[0].document.tolist()) & set(again[1].document.tolist())
+    single = take(divide(data, 2)[0], 2)
+    assert divide(single, 1) == (single, single)
 
 
 def test_a_sentence_in_several_pairs_stays_in_one_set(tmp_path):

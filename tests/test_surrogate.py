@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from scipy.stats import kendalltau
 
-from analysis.surrogate import overview, page, reachable
+from analysis.surrogate import by_rows, overview, page, reachable
 from experiments import bakeoff
-from experiments.surrogate import Options, compare, main
+from experiments.surrogate import Options, compare, losses_on, main
 from mpq.files import read_json
+from mpq.types import MpqError
 from tests import tiny
 from tests.allocate_cases import make_problem
 from tests.data_cases import write_images
@@ -37,7 +38,7 @@ def result(tmp_path_factory):
         fit_plans=16,
         fit_set="selection",
     )
-    main(Options(plans, counts=(8, 16), bands=(1,)))
+    main(Options(plans, counts=(8, 16), bands=(1,), rows=(4, 6)))
     return read_json(plans.out, "result of surrogates")
 
 
@@ -53,6 +54,19 @@ def test_every_metric_is_fitted_to_every_number_of_plans(result):
             assert fitted["surrogate"]["tau"] > 0.5
             assert 0.5 < fitted["surrogate"]["ratio"] < 2
             assert 0 <= fitted["surrogate"]["within"] <= 1
+        some, all_of_them = band["metrics"]["kl"]["by_rows"]
+        assert (some["rows"], all_of_them["rows"]) == (4, 6)
+        assert all_of_them["surrogate"] == band["metrics"]["kl"]["fitted"][-1]["surrogate"]
+        assert some["surrogate"]["ratio"] != all_of_them["surrogate"]["ratio"]
+
+
+def test_losses_on_some_rows_are_of_whole_documents():
+    sums, counts = np.array([[2.0, 6.0, 5.0], [4.0, 0.0, 1.0]]), np.array([2.0, 2.0, 1.0])
+    document = np.array([7, 7, 8, 8, 9])
+    for rows, losses in ((2, [1, 2]), (3, [1, 2]), (4, [2, 1]), (5, [2.6, 1]), (9, [2.6, 1])):
+        np.testing.assert_allclose(losses_on(rows, sums, counts, document), losses)
+    with pytest.raises(MpqError, match="1 rows are less than the first document has"):
+        losses_on(1, sums, counts, document)
 
 
 def test_corrected_plans_are_measured_corrected(tmp_path):
@@ -120,6 +134,23 @@ def test_the_page_says_which_goals_are_met(result):
     assert overview([result | {"bands": [band]}]).endswith(
         "missed: tau 0.95, which this test set cannot show, ratio within 0.1 |"
     )
+
+
+def test_the_page_says_what_rows_buy(result):
+    band = {"bits": [3, 5], "halves": 0.97, "plan_cost": 1.0, "median": 0.4, "metrics": {}}
+    sums = {"tau": 0.8, "r2": 0.9, "ratio": 0.7}
+    for name, tau in (("kl", 0.96), ("fisher", 0.94)):
+        found = {"tau": tau, "r2": 0.995, "ratio": 1.02, "spread": 0.05, "promised": 0.04, "within": 0.93}
+        few = [{"rows": rows, "surrogate": found | {"tau": tau - 1 / rows}} for rows in (50, 100, 400)]
+        fitted = [{"plans": 40, "refit": sums, "surrogate": found}]
+        band["metrics"][name] = {"sum": sums, "cost": 10.0, "fitted": fitted, "by_rows": few}
+    known = result | {"bands": [band], "fit_set": "calibration", "rows": [200, 300]}
+    rows = [[cell.strip() for cell in line.split("|")[2:5]] for line in by_rows(known).splitlines()[2:]]
+    assert rows == [["`kl`", "50", "0.940"], ["`kl`", "100", "0.950"], ["`kl`", "200", "0.960"]]
+    assert "fitted to their losses on the first of these rows" in page([known])
+    for entry in band["metrics"].values():
+        entry["by_rows"] = []
+    assert "on the first of these rows" not in page([known])
 
 
 def test_what_is_reachable_is_what_a_predictor_of_the_truth_reaches():

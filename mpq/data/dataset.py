@@ -9,14 +9,20 @@ from mpq.types import MpqError
 
 
 def new_dataset(
-    inputs: np.ndarray, mask: np.ndarray, document: np.ndarray, source: str, labels: np.ndarray | None = None
+    inputs: np.ndarray,
+    mask: np.ndarray,
+    document: np.ndarray,
+    source: str,
+    labels: np.ndarray | None = None,
+    *,
+    whole: bool = False,
 ) -> Dataset:
     """A `Dataset` with the digest of its arrays."""
     document = np.asarray(document).astype(np.int32)
     digest = hashlib.sha256()
     for array in (inputs, mask, document, *(() if labels is None else (labels,))):
         digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-    return Dataset(inputs, mask, document, source, digest.hexdigest(), labels)
+    return Dataset(inputs, mask, document, source, digest.hexdigest(), labels, whole)
 
 
 def require_disjoint(**datasets: Dataset) -> None:
@@ -63,12 +69,17 @@ def take(data: Dataset, windows: int) -> Dataset:
 def divide(data: Dataset, windows: int) -> tuple[Dataset, Dataset]:
     """What `take` takes, and all other windows: for two purposes that must not see the same data.
 
-    The first part has at most half of the windows, and at least one; a single window is both parts.
+    The first part has at most half of the windows, and at least one; a single window is both parts. Data with `whole`
+    are divided by document, since rounding that saw one sentence of a pair has seen much of the other: the first part
+    is the first documents, at least one, and a single document is both parts.
     """
-    if len(data.inputs) == 1:
+    if (data.num_documents if data.whole else len(data.inputs)) == 1:
         return data, data
-    order = _by_document(data)
+    order = np.argsort(data.document, kind="stable") if data.whole else _by_document(data)
     first = min(windows, len(order) // 2)
+    if data.whole:
+        ends = np.flatnonzero(np.diff(data.document[order])) + 1
+        first = max(ends[ends <= first], default=ends[0])
     return _rows(data, np.sort(order[:first])), _rows(data, np.sort(order[first:]))
 
 
@@ -87,4 +98,4 @@ def _by_document(data: Dataset) -> np.ndarray:
 
 def _rows(data: Dataset, keep: np.ndarray) -> Dataset:
     labels = None if data.labels is None else data.labels[keep]
-    return new_dataset(data.inputs[keep], data.mask[keep], data.document[keep], data.source, labels)
+    return new_dataset(data.inputs[keep], data.mask[keep], data.document[keep], data.source, labels, whole=data.whole)

@@ -116,4 +116,4 @@ def _first(numbers: np.ndarray, part: Part, source: str, which: str, limit: int)
 
 def _new(rows: Rows, per_example: int, source: str) -> Dataset:
     document = np.arange(len(rows.inputs)) // per_example
-    return new_dataset(rows.inputs, rows.mask, document, source, rows.labels)
+    return new_dataset(rows.inputs, rows.mask, document, source, rows.labels, whole=per_example > 1)
