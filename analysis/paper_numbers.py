@@ -115,6 +115,7 @@ def _surrogates(sources: Sources) -> Numbers:
     convolutional, encoder = bands["resnet20-rtn_mse-corrected"], bands["minilm-rtn-640"]
     few = [bands[name]["metrics"]["fisher"] for name in ("reference-rtn", "tiny1m-gptq", "tiny1m-rtn")]
     of_encoder, by_gptq = encoder["metrics"]["kl"], bands["minilm-gptq"]["metrics"]["kl"]
+    few_rows = by_gptq["by_rows"][0]
     alone = convolutional["metrics"]["alone"]
     most = [of["fitted"][-1] for of in few]
     assert len({fitted["plans"] for fitted in most}) == 1, "the text names one number of plans"
@@ -130,6 +131,10 @@ def _surrogates(sources: Sources) -> Numbers:
         "EncoderTau": f"{of_encoder['fitted'][-1]['surrogate']['tau']:.2f}",
         "EncoderGptqSum": f"{by_gptq['sum']['tau']:.2f}",
         "EncoderGptqTau": f"{by_gptq['fitted'][-1]['surrogate']['tau']:.2f}",
+        "EncoderGptqPlans": str(by_gptq["fitted"][-1]["plans"]),
+        "EncoderRows": str(sources.file("surrogate/minilm-gptq")["rows"][0]),
+        "EncoderFewRows": str(few_rows["rows"]),
+        "EncoderFewTau": f"{few_rows['surrogate']['tau']:.2f}",
         "CorrectedSum": f"{alone['sum']['tau']:.2f}",
         "CorrectedUnseen": f"{convolutional['metrics']['kl']['sum']['tau']:.2f}",
         "CorrectedTau": f"{alone['fitted'][-1]['surrogate']['tau']:.2f}",

@@ -114,7 +114,7 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
         yield (
             f"{result['plans']} plans a band of {result['groups']} groups, judged by {rows[1]} rows of "
             f"{result['data'][1]}; metrics see {rows[0]} rows of {result['data'][0]}, and further plans were measured "
-            f"on the {result['fit_set']} set. {_cut(result)}{_corrected(result)}"
+            f"on the {result['fit_set']} set. {_fewer(result)}{_cut(result)}{_corrected(result)}"
             f"Cost: forward passes over the {rows[0]} rows."
         )
         if any(_rows(band) for band in result["bands"]):
@@ -130,6 +130,11 @@ def _parts(results: Sequence[Result]) -> Iterator[str]:
 
 def _title(result: Result) -> str:
     return title(result) + (", corrected" if result.get("corrected") else "")
+
+
+def _fewer(result: Result) -> str:
+    """Metrics that see some of the calibration rows only."""
+    return "".join(f"`{name}` sees {rows} of the {result['rows'][0]}. " for name, rows in result["metric_rows"].items())
 
 
 def _cut(result: Result) -> str:

@@ -148,6 +148,7 @@ def test_the_page_says_what_rows_buy(result):
     rows = [[cell.strip() for cell in line.split("|")[2:5]] for line in by_rows(known).splitlines()[2:]]
     assert rows == [["`kl`", "50", "0.940"], ["`kl`", "100", "0.950"], ["`kl`", "200", "0.960"]]
     assert "fitted to their losses on the first of these rows" in page([known])
+    assert "`kl` sees 128 of the 200. " in page([known | {"metric_rows": {"kl": 128}}])
     for entry in band["metrics"].values():
         entry["by_rows"] = []
     assert "on the first of these rows" not in page([known])
