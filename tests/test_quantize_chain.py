@@ -47,9 +47,7 @@ def test_rows_before_are_summed_whatever_the_number_of_slabs(count):
 @pytest.mark.parametrize("k", [40, 1536])
 def test_a_loss_is_below_that_of_an_error_where_it_is(k):
     links, error = triangle(k, 8, 1)
-    weight, share = (
-        np.random.default_rng(2).uniform(1, 2, (2, k)).astype(np.float32)
-    )  # which rows come first is all one
+    weight, share = np.random.default_rng(2).uniform(1, 2, (2, k)).astype(np.float32)  # any rows may come first
     exact = np.sum(weight[:, None] * (links.astype(np.float64) @ error) ** 2, axis=0)
     factor = np.float32([0.2, 0.6, 0.999, 1.001, 2, np.inf, np.nan, -1])
     whole = chain.Chain(jnp.asarray(links), jnp.asarray(weight), jnp.asarray(share), jnp.float32(0), None)
@@ -65,9 +63,7 @@ def test_a_loss_is_below_that_of_an_error_where_it_is(k):
 def test_a_loss_is_below_that_of_an_error_of_which_a_damping_is_no_part():
     links, error = triangle(40, 8, 3)
     whole = chain.Chain(jnp.asarray(links), jnp.ones(40), jnp.ones(40), jnp.float32(0.5), None)
-    exact = np.sum((links.astype(np.float64) @ error) ** 2, axis=0) - 0.5 * np.sum(
-        error.astype(np.float64) ** 2, axis=0
-    )
+    exact = np.sum((links.astype(np.float64) @ error) ** 2 - 0.5 * error.astype(np.float64) ** 2, axis=0)
     for factor in (0.999, 1.001):
         got = chain.below(jnp.asarray(exact * factor, jnp.float32), whole, jnp.asarray(error), 1)
         np.testing.assert_array_equal(got, exact * factor < exact)

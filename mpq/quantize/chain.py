@@ -27,7 +27,8 @@ class Chain(NamedTuple):
     Attributes:
       links: `float32[places, places]`, unit lower triangular: [j, i] is R_ij / R_jj, what row j takes over of the error
         of row i.
-      weight: `float32[places]`, R_jj^2: the loss is sum_j weight_j (links e)_j^2, less `damping` sum_j e_j^2.
+      weight: `float32[places]`, R_jj^2, and 0 without a row: the loss is sum_j weight_j (links e)_j^2, less `damping`
+        sum_j e_j^2.
       share: `float32[places]`, sum_i R_ij^2: what row j adds to the loss of independent errors of variance 1.
       damping: `float32`, what was added to the gram's diagonal.
       solve: `float32[chunks, size, size]`, the inverses of the diagonal blocks of `links`; None: there is one block.
@@ -46,7 +47,8 @@ def factor(gram: jax.Array, place: jax.Array | None, damping: jax.Array, chunks:
     """Of R RT = gram + damping * mean(diagonal) * I. Places without a row are free of all others."""
     mean = gram.diagonal().mean()
     mean = jnp.where(mean > 0, mean, 1.0)
-    empty = jnp.where(filled(place, len(gram)), 0.0, mean)
+    filled = True if place is None else place < len(gram)
+    empty = jnp.where(filled, 0.0, mean)
     gram = at_places(at_places(gram, place).T, place)
     every = jnp.arange(len(gram))
 
@@ -68,8 +70,9 @@ def factor(gram: jax.Array, place: jax.Array | None, damping: jax.Array, chunks:
         blocks = links.reshape(chunks, size, chunks, size)[jnp.arange(chunks), :, jnp.arange(chunks)]
         unit = jnp.broadcast_to(jnp.eye(size), blocks.shape)
         solve = jax.lax.linalg.triangular_solve(blocks, unit, left_side=True, lower=True, unit_diagonal=True)
-    share = jnp.sum(lower**2, axis=0)[::-1]
-    return Chain(links, root**2, share, used * mean, solve)
+    # Without a row there is no error, though no level may be 0.
+    weight, share = jnp.where(filled, root**2, 0.0), jnp.sum(lower**2, axis=0)[::-1]
+    return Chain(links, weight, share, used * mean, solve)
 
 
 def before(links: jax.Array, error: jax.Array, count: jax.Array, block: int) -> jax.Array:
@@ -101,7 +104,8 @@ def in_turn(
       error `[rows, n]`, and `[parts, ...]` of every y.
     """
     parts = len(jax.tree.leaves(xs)[0])
-    size, slab = len(pull) // parts, _slab(len(pull), len(pull) // parts)
+    size = len(pull) // parts
+    slab = _slab(len(pull), size, _SLAB)
     if parts == 1:  # nothing to collect from earlier parts, and one loop less to compile
         error, y = step(pull, links, jax.tree.map(lambda a: a[0], xs))
         return error, jax.tree.map(lambda a: a[None], y)
@@ -146,9 +150,9 @@ def below(loss: jax.Array, chain: Chain, error: jax.Array, span: int) -> jax.Arr
     return loss < by_span(jax.lax.while_loop(open_still, more, (jnp.int32(0), jnp.zeros_like(loss)))[1], span)
 
 
-def _slab(rows: int, block: int, most: int | None = None) -> int:
-    """Rows that a product takes at once, `_SLAB` or `most`: whole blocks, at least one, and they divide `rows`."""
-    blocks, most = rows // block, most or _SLAB
+def _slab(rows: int, block: int, most: int) -> int:
+    """Rows that a product takes at once, at most `most`: whole blocks, at least one, and they divide `rows`."""
+    blocks = rows // block
     return block * max(m for m in range(1, blocks + 1) if blocks % m == 0 and (m == 1 or m * block <= most))
 
 
@@ -160,8 +164,3 @@ def at_places(a: jax.Array, place: jax.Array | None) -> jax.Array:
 def unplace(a: jax.Array, place: jax.Array | None, k: int) -> jax.Array:
     """Inverse of `at_places`."""
     return a if place is None else jnp.zeros((k, *a.shape[1:]), a.dtype).at[place].set(a, mode="drop")
-
-
-def filled(place: jax.Array | None, k: int) -> jax.Array:
-    """`bool[places]`: which places have a row."""
-    return jnp.ones(k, bool) if place is None else place < k

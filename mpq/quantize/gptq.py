@@ -33,7 +33,7 @@ import numpy as np
 from mpq.formats.ggml import require_fit
 from mpq.grids import encode_scaled
 from mpq.quantize import block_scales, scales, tiles
-from mpq.quantize.chain import Chain, at_places, below, factor, filled, in_turn, unplace
+from mpq.quantize.chain import Chain, at_places, below, factor, in_turn, unplace
 from mpq.quantize.loss import choose, dot
 from mpq.quantize.rtn import RTN
 from mpq.quantize.widths import common, with_width
@@ -207,8 +207,6 @@ def _one(
     """
     k, row_weight = w.shape[0], scales.row_weight(diagonal)
     nearest, grid = scales.quantize(w, scheme, method, row_weight, shared), scheme.with_levels(shared.codebook)
-    # Without a row there is no error, though no level may be 0.
-    chain = chain._replace(weight=jnp.where(filled(place, k), chain.weight, 0.0))
     if act_order:
         assert place is not None
         qvalue, loss = _in_order(at_places(w, place), chain, nearest, grid, place, block)
